@@ -1,0 +1,1 @@
+"""Analyses and rewrites of a graph, one per file. An analysis returns what it learned; a rewrite returns a new graph."""

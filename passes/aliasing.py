@@ -1,0 +1,46 @@
+"""Which nodes share a storage. Views are free and own nothing: size and lifetime belong to the storage."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+_UNMARKED_VIEWS = {torch.ops.aten._unsafe_view.default}  # a view whose schema does not say so
+
+
+def is_view(node: fx.Node) -> bool:
+    """True if the node's result is a view of its first argument."""
+    if node.op != "call_function":
+        return False
+    if node.target in _UNMARKED_VIEWS:
+        return True
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return False
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+
+
+def storage_roots(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """For each node the node that allocated its storage: itself, if it is neither a view nor an item of an op's outputs."""
+    roots: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        source = _viewed(node)
+        roots[node] = roots.get(source, source) if source is not None else node
+    return roots
+
+
+def _viewed(node: fx.Node) -> fx.Node | None:
+    if is_view(node) or (node.op == "call_function" and node.target is operator.getitem):
+        return node.all_input_nodes[0]
+    return None
+
+
+def storage_bytes(value: Any) -> int:
+    """Bytes of the storage behind one tensor as planned: its extent, since a fresh result has no slack."""
+    if not isinstance(value, torch.Tensor) or value.numel() == 0:
+        return 0
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    return int(extent) * value.element_size()

@@ -1,0 +1,55 @@
+"""Which forward nodes must never run twice, and why.
+
+Recomputing must give the same bits and change nothing. Routing decisions (top-k, sort, argmax) can flip on a tie, data-
+dependent shapes can differ, a collective would hang its peers, and an op that writes to something outside itself would
+write twice.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from remat.passes.randomness import is_random
+
+aten = torch.ops.aten
+
+_ROUTING = {
+    aten.topk.default,
+    aten.sort.default,
+    aten.sort.stable,
+    aten.argsort.default,
+    aten.argmax.default,
+    aten.argmin.default,
+    aten.kthvalue.default,
+    aten.searchsorted.Tensor,
+    aten.histc.default,
+    aten.bincount.default,
+}
+_BATCH_NORM = {aten._native_batch_norm_legit_functional.default}  # recomputed without its running statistics
+
+
+def why_pinned(node: fx.Node, mutated: frozenset[fx.Node]) -> str:
+    """Why the node may not be recomputed; "" if it may. `mutated` are the inputs that the step writes to."""
+    target = node.target
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return "higher-order op"
+    if not isinstance(target, torch._ops.OpOverload):
+        return ""
+    if target in _ROUTING:
+        return "routing: a tie could fall the other way"
+    if torch.Tag.dynamic_output_shape in target.tags or torch.Tag.data_dependent_output in target.tags:
+        return "shape depends on data"
+    if target.namespace in ("_c10d_functional", "c10d_functional", "_dtensor"):
+        return "collective"
+    if target._schema.is_mutable:
+        return "writes to an input"
+    if target in _BATCH_NORM:
+        return "" if node.args[5] is True else _reads_mutated(node, mutated)
+    if target.namespace not in ("aten", "prims", "prim") and is_random(node):
+        return "random op outside ATen"
+    return _reads_mutated(node, mutated)
+
+
+def _reads_mutated(node: fx.Node, mutated: frozenset[fx.Node]) -> str:
+    return "reads a buffer that the step updates" if mutated.intersection(node.all_input_nodes) else ""

@@ -1,0 +1,36 @@
+"""Which nodes draw random numbers. Decided by the op's tag and arguments, never by its name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+
+def is_random(node: fx.Node) -> bool:
+    """True if running the node advances a random number generator.
+
+    An op tagged `nondeterministic_seeded` that takes a drop probability draws only when that is above zero
+    (`scaled_dot_product_attention(dropout_p=0.0)` does not).
+    """
+    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    probability = _argument(node, "dropout_p")
+    if probability is None:
+        probability = _argument(node, "dropout")
+    return not (isinstance(probability, int | float) and probability == 0)
+
+
+def find_random(graph: fx.Graph) -> frozenset[fx.Node]:
+    """All nodes of the graph that draw random numbers."""
+    return frozenset(node for node in graph.nodes if node.op == "call_function" and is_random(node))
+
+
+def _argument(node: fx.Node, name: str) -> Any:
+    if name in node.kwargs:
+        return node.kwargs[name]
+    for index, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if argument.name == name:
+            return node.args[index] if index < len(node.args) else argument.default_value
+    return None

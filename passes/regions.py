@@ -1,0 +1,99 @@
+"""Rewrite a forward graph: each stretch that recomputes something becomes one call of a checkpoint region.
+
+Source: the regions of `torch.utils.checkpoint` (Chen et al. 2016), cut where the planner cut.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Consecutive forward nodes by name, and those among them whose results are dropped."""
+
+    nodes: tuple[str, ...]
+    dropped: frozenset[str]
+
+
+@dataclass(frozen=True)
+class RegionGraph:
+    """A region on its own: `graph` takes `inputs` (names in the outer graph) and returns `outputs`."""
+
+    name: str
+    graph: fx.Graph
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    dropped: frozenset[str]
+
+
+def form_regions(graph: fx.Graph, stretches: Sequence[Stretch]) -> tuple[fx.Graph, tuple[RegionGraph, ...]]:
+    """The outer graph, calling `region_0`, `region_1`, …, and the regions. The given graph is left as it is.
+
+    Every node of both carries its decision in `meta["recompute"]`, where `print_readable` and tlparse look.
+    """
+    home = {name: i for i, stretch in enumerate(stretches) for name in stretch.nodes}
+    outer, copies, regions = fx.Graph(), {}, []
+    nodes = list(graph.nodes)
+    for node in nodes:
+        index = home.get(node.name)
+        if index is None:
+            copies[node] = outer.node_copy(node, lambda n: copies[n])
+            continue
+        if node.name != stretches[index].nodes[0]:
+            continue
+        members = [n for n in nodes if home.get(n.name) == index]
+        region = _cut_out(f"region_{index}", members, stretches[index].dropped)
+        regions.append(region)
+        call = outer.call_module(region.name, tuple(copies[n] for n in _inputs(members)))
+        call.meta.update({k: v for k, v in members[0].meta.items() if k in ("nn_module_stack", "stack_trace")})
+        for i, output in enumerate(_outputs(members)):
+            copies[output] = outer.call_function(operator.getitem, (call, i), name=output.name)
+            copies[output].meta.update(output.meta)
+    outer.lint()
+    return outer, tuple(regions)
+
+
+def _cut_out(name: str, members: list[fx.Node], dropped: frozenset[str]) -> RegionGraph:
+    inner, copies = fx.Graph(), {}
+    inputs, outputs = _inputs(members), _outputs(members)
+    for node in inputs:
+        copies[node] = inner.placeholder(node.name)
+        copies[node].meta.update(node.meta)
+    for node in members:
+        copies[node] = inner.node_copy(node, lambda n: copies[n])
+        copies[node].meta["recompute"] = decision_policy(node.name in dropped)
+    inner.output(tuple(copies[node] for node in outputs))
+    inner.lint()
+    return RegionGraph(
+        name,
+        inner,
+        tuple(n.name for n in inputs),
+        tuple(n.name for n in outputs),
+        frozenset(copies[n].name for n in members if n.name in dropped),
+    )
+
+
+def decision_policy(dropped: bool) -> CheckpointPolicy:
+    """The decision in the words of `torch.utils.checkpoint`."""
+    return CheckpointPolicy.MUST_RECOMPUTE if dropped else CheckpointPolicy.MUST_SAVE
+
+
+def _inputs(members: list[fx.Node]) -> list[fx.Node]:
+    inside = set(members)
+    return list(dict.fromkeys(s for node in members for s in node.all_input_nodes if s not in inside))
+
+
+def _outputs(members: list[fx.Node]) -> list[fx.Node]:
+    inside = set(members)
+    return [node for node in members if any(user not in inside for user in node.users)]
+
+
+
+
+

@@ -1,0 +1,212 @@
+"""From a module and example inputs to one functional forward graph.
+
+`torch.export(strict=False)` sees through any Python the model is written in; AOTAutograd then turns the exported program
+into ops that each have a derivative formula of their own, without mutation. The forward half of that joint graph is what
+door 1 plans on and runs: node for node what autograd sees. What export would drop in silence (a model's own checkpoints,
+custom autograd functions) is refused here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from remat import _torch
+from remat._torch import pytree
+from remat.errors import CaptureError
+
+_DOOR_2 = 'torch.compile(model, backend="remat", options={"budget": ...}) handles this'
+_DROPPED = ("_assert_tensor_metadata", "_assert_scalar", "_guards_fn", "sym_constrain_range", "_assert_async")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a placeholder's tensor comes from: a parameter or buffer by name, or the user's flat input `index`."""
+
+    kind: str
+    name: str = ""
+    index: int = -1
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A model's forward as one functional ATen graph.
+
+    graph: placeholders in the order of `sources`; the output is the tuple of flat outputs, then the new values of
+        mutated inputs.
+    outputs: for each flat output of the model, its index among the graph's outputs, or the constant it always is.
+    mutations: (index among the graph's outputs, source of the input it belongs to).
+    """
+
+    graph: fx.Graph
+    sources: tuple[Source, ...]
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    outputs: tuple[tuple[int, Any], ...]
+    mutations: tuple[tuple[int, Source], ...]
+    constants: dict[str, torch.Tensor]
+
+
+def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
+    """Capture one training forward of `model`. Raises CaptureError with the place and the way out."""
+    kwargs = dict(sorted(kwargs.items()))
+    flat, in_spec = pytree.tree_flatten((args, kwargs))
+    devices = {t.device for t in itertools.chain(model.parameters(), model.buffers()) if t.numel()}
+    if len(devices) > 1:
+        raise CaptureError(f"the model is on several devices ({', '.join(sorted(map(str, devices)))}); remat plans for one")
+    exported = _export(model, args, kwargs)
+    module, constant_outputs = _flat_module(exported, flat)
+    inputs = tuple(leaf for leaf in flat if isinstance(leaf, torch.Tensor))
+    try:
+        joint = _torch.joint_graph(module, inputs)
+    except RuntimeError as error:
+        raise CaptureError(f"AOTAutograd could not trace the exported model: {error}; {_DOOR_2}") from error
+    return _forward_half(joint, module, flat, in_spec, exported.module_call_graph[0].signature.out_spec, constant_outputs)
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
+    try:
+        with _torch.watch_for_opaque_autograd():
+            return torch.export.export(model, args, kwargs, strict=False)
+    except _torch.OpaqueAutograd as error:
+        raise CaptureError(_opaque_message(error.what)) from error
+    except Exception as error:  # export raises many types, none of them documented
+        cause = _find(error, _torch.OpaqueAutograd)
+        if cause is not None:
+            raise CaptureError(_opaque_message(cause.what)) from error
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CaptureError(f"{reason}\n  at {_user_line(error)}\n  One graph cannot hold this; {_DOOR_2}.") from error
+
+
+def _opaque_message(what: str) -> str:
+    if what == "torch.utils.checkpoint":
+        return (
+            "the model already checkpoints itself with torch.utils.checkpoint, which remat replaces; turn it off first "
+            "(transformers: model.gradient_checkpointing_disable(), or gradient_checkpointing=False in the arguments)"
+        )
+    return f"the model calls the custom autograd function {what}, whose backward an exported graph does not keep; {_DOOR_2}"
+
+
+def _find(error: BaseException | None, kind: type[_torch.OpaqueAutograd]) -> _torch.OpaqueAutograd | None:
+    while error is not None:
+        if isinstance(error, kind):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _user_line(error: BaseException) -> str:
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename and "/remat/" not in f.filename]
+    return f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else "an unknown line"
+
+
+def _flat_module(exported: torch.export.ExportedProgram, flat: list[Any]) -> tuple[fx.GraphModule, dict[int, Any]]:
+    """The exported program as a plain module from flat tensors to a flat tuple of tensors."""
+    module = exported.module(check_guards=False)
+    graph = module.graph
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    assert len(placeholders) == len(flat), "export renumbered the inputs"
+    for node in list(graph.nodes):
+        if any(name in str(node.target) for name in _DROPPED) and not node.users:
+            graph.erase_node(node)
+    for node, leaf in zip(placeholders, flat, strict=True):
+        if not isinstance(leaf, torch.Tensor):
+            assert not node.users, "export kept a constant as an input"
+            graph.erase_node(node)
+    _inline_grad_modes(module)
+    output = graph.output_node()
+    leaves = pytree.tree_leaves(output.args[0])
+    constants = {i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, fx.Node)}
+    output.args = (tuple(leaf for leaf in leaves if isinstance(leaf, fx.Node)),)
+    graph.set_codegen(fx.graph.CodeGen())
+    return fx.GraphModule(module, graph), constants
+
+
+def _inline_grad_modes(module: fx.GraphModule) -> None:
+    """Detach what comes out of a no-grad sub-graph: the flat graph runs with grad on throughout."""
+    for node in list(module.graph.nodes):
+        if node.op != "call_function" or getattr(node.target, "__name__", "") != "wrap_with_set_grad_enabled":
+            continue
+        if node.args[0]:
+            continue
+        with module.graph.inserting_after(node):
+            for user in list(node.users):
+                with module.graph.inserting_after(user):
+                    cut = module.graph.call_function(torch.ops.aten.detach.default, (user,))
+                user.replace_all_uses_with(cut, delete_user_cb=lambda other, cut=cut: other is not cut)  # type: ignore[misc]
+
+
+def _forward_half(
+    joint: fx.GraphModule,
+    module: fx.GraphModule,
+    flat: list[Any],
+    in_spec: pytree.TreeSpec,
+    out_spec: pytree.TreeSpec,
+    constant_outputs: dict[int, Any],
+) -> Captured:
+    positions = [i for i, leaf in enumerate(flat) if isinstance(leaf, torch.Tensor)]
+    persistent = set(module.state_dict(keep_vars=True))
+    graph, sources, constants, copied = fx.Graph(), [], {}, {}
+    for node in joint.graph.nodes:
+        if node.op == "placeholder":
+            source = _source(node.meta["desc"], positions)
+            if source is None:
+                continue
+            copied[node] = graph.node_copy(node)
+            sources.append(source)
+            del persistent
+            persistent = set()
+        elif node.op != "output" and all(n in copied for n in node.all_input_nodes):
+            if node.op == "get_attr":
+                constants[node.target] = _attribute(joint, node.target)
+            copied[node] = graph.node_copy(node, lambda n: copied[n])
+    results, mutations, by_index = [], [], {}
+    outputs = joint.graph.output_node()
+    for node, desc in zip(outputs.args[0], outputs.meta["desc"], strict=True):
+        if isinstance(desc, _torch.GradAOTOutput):
+            continue
+        if isinstance(desc, _torch.InputMutationAOTOutput):
+            source = _source(desc.mutated_input, positions)
+            assert source is not None
+            mutations.append((len(results), source))
+        elif isinstance(desc, _torch.PlainAOTOutput):
+            by_index[desc.idx] = len(results)
+        else:
+            continue
+        results.append(copied[node])
+    graph.output(tuple(results))
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    tensors = itertools.count()
+    flat_outputs = tuple(
+        (-1, constant_outputs[i]) if i in constant_outputs else (by_index[next(tensors)], None)
+        for i in range(out_spec.num_leaves)
+    )
+    return Captured(graph, tuple(sources), in_spec, out_spec, flat_outputs, tuple(mutations), constants)
+
+
+def _source(desc: Any, positions: list[int]) -> Source | None:
+    if isinstance(desc, _torch.ParamAOTInput):
+        return Source("parameter", desc.target)
+    if isinstance(desc, _torch.BufferAOTInput):
+        return Source("buffer", desc.target)
+    if isinstance(desc, _torch.PlainAOTInput):
+        return Source("input", index=positions[desc.idx])
+    if isinstance(desc, _torch.TangentAOTInput):
+        return None
+    raise CaptureError(f"remat does not know how to feed {desc!r} to the captured graph; {_DOOR_2}")
+
+
+def _attribute(module: nn.Module, target: str) -> Any:
+    value: Any = module
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value
+
+
+Forward = Callable[..., Any]

@@ -1,0 +1,46 @@
+"""What can go wrong, as a tree.
+
+RematError
+├── BudgetError     no plan fits the budget, or the budget cannot be read (also a ValueError)
+├── CaptureError    the model cannot be captured as one graph
+└── RewriteError    a step used the rewritten graph in a way it cannot serve
+
+A user's mistake raises one of these, with the rule, the number and the way out. A broken invariant is an `assert`.
+"""
+
+from __future__ import annotations
+
+
+class RematError(Exception):
+    """Base of everything remat raises on purpose."""
+
+
+class BudgetError(RematError, ValueError):
+    """A budget that cannot be read or cannot be met.
+
+    Attributes:
+        budget_bytes: the budget asked for, in bytes; None when it could not be read.
+        minimum_bytes: the smallest budget that works, in bytes; None when unknown.
+        where: the forward or backward op at which the smallest plan has its peak.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        budget_bytes: int | None = None,
+        minimum_bytes: int | None = None,
+        where: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.budget_bytes = budget_bytes
+        self.minimum_bytes = minimum_bytes
+        self.where = where
+
+
+class CaptureError(RematError):
+    """The model could not be captured as one graph; the message names the place and the way out."""
+
+
+class RewriteError(RematError, RuntimeError):
+    """A step asked something of the rewritten graph that would give a wrong number."""

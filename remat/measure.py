@@ -1,0 +1,113 @@
+"""What a step really allocated.
+
+On a GPU these are `torch.cuda`'s own statistics. On a CPU they are the allocator events of
+`torch.profiler.profile(profile_memory=True)`, on top of what was allocated when the step began: the storages of all tensors
+that `fn` can reach (its closure, the globals it names, modules, optimizers).
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+import types
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from remat._torch import memory_events
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """`peak_bytes` is the allocator's peak while `fn` ran, `resident_bytes` what was allocated before; `time_s` its wall time."""
+
+    peak_bytes: int
+    resident_bytes: int
+    time_s: float
+
+    @property
+    def above_resident_bytes(self) -> int:
+        return self.peak_bytes - self.resident_bytes
+
+
+def measure(fn: Callable[[], object]) -> Measurement:
+    """Run `fn()` once, in place, and count what the allocator did. On CUDA the peak statistics are reset first."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return _measure_cuda(fn)
+    resident = _reachable_bytes(fn)
+    above, seconds = measure_cpu(fn)
+    return Measurement(resident + above, resident, seconds)
+
+
+def measure_cpu(fn: Callable[[], object]) -> tuple[int, float]:
+    """Peak bytes allocated above the start while `fn` runs, and its wall time in seconds."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        start = time.perf_counter()
+        fn()
+        seconds = time.perf_counter() - start
+    live = peak = 0
+    for amount in memory_events(profile):
+        live += amount
+        peak = max(peak, live)
+    return peak, seconds
+
+
+def _measure_cuda(fn: Callable[[], object]) -> Measurement:
+    torch.cuda.synchronize()
+    resident = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    fn()
+    torch.cuda.synchronize()
+    return Measurement(torch.cuda.max_memory_allocated(), resident, time.perf_counter() - start)
+
+
+def _reachable_bytes(fn: Callable[[], object]) -> int:
+    storages: dict[int, int] = {}
+    seen: set[int] = set()
+    stack: list[object] = [fn]
+    while stack:
+        item = stack.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            if item.device.type == "cpu":
+                storages[item.untyped_storage()._cdata] = item.untyped_storage().nbytes()
+            if item.is_leaf and item.grad is not None:
+                stack.append(item.grad)
+            continue
+        stack.extend(_referents(item))
+    return sum(storages.values())
+
+
+def _referents(item: object) -> Iterable[object]:
+    if isinstance(item, types.FunctionType):
+        cells = [cell.cell_contents for cell in item.__closure__ or () if _filled(cell)]
+        used = [item.__globals__[name] for name in _names(item.__code__) if name in item.__globals__]
+        return [*cells, *used, *(item.__defaults__ or ())]
+    if isinstance(item, types.MethodType):
+        return [item.__self__, item.__func__]
+    if isinstance(item, functools.partial):
+        return [item.func, *item.args, *item.keywords.values()]
+    if isinstance(item, dict):
+        return list(item.values())
+    if isinstance(item, list | tuple | set | frozenset):
+        return list(item)
+    if isinstance(item, type | types.ModuleType | types.BuiltinFunctionType | types.CodeType):
+        return ()
+    return list(getattr(item, "__dict__", {}).values())
+
+
+def _names(code: types.CodeType) -> set[str]:
+    nested = [_names(const) for const in code.co_consts if isinstance(const, types.CodeType)]
+    return set(code.co_names).union(*nested)
+
+
+def _filled(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,131 @@
+"""From a `Program` and a budget to decisions, read top to bottom. (DESIGN.md section 3.)"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from remat.budget import format_bytes
+from remat.errors import BudgetError
+from remat.program import Program
+from remat.simulate import Replay, simulate
+from remat.solvers.improve import improve
+from remat.solvers.menu import Option, Slice, make_menu, slice_program
+from remat.solvers.segment import backward_cuts, find_cuts
+from remat.solvers.select import Choice, select
+
+_MERGES = (1, 2, 3, 4, 6, 8)  # how many neighbouring blocks may run as one
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Dropped ops, the regions they lie in (forward positions [start, stop)), and the replay that says it fits."""
+
+    dropped: frozenset[int]
+    regions: tuple[tuple[int, int], ...]
+    replay: Replay
+
+
+@dataclass(frozen=True)
+class Menus:
+    """All ways to run each stretch of neighbouring blocks; equal stretches share one menu object."""
+
+    cuts: tuple[int, ...]
+    slices: dict[tuple[int, int], Slice]
+    options: dict[tuple[int, int], tuple[Option, ...]]
+
+    def choices(self) -> dict[tuple[int, int], list[Choice]]:
+        return {
+            key: [
+                Choice(
+                    o.saved_bytes,
+                    o.forward_bytes + self.slices[key].forward_offset_bytes,
+                    o.backward_bytes + self.slices[key].backward_offset_bytes,
+                    o.recompute_us,
+                    i,
+                )
+                for i, o in enumerate(options)
+            ]
+            for key, options in self.options.items()
+        }
+
+
+def make_menus(program: Program) -> Menus:
+    """Segment the forward pass and solve each distinct stretch of blocks once."""
+    cuts = find_cuts(program)
+    back = backward_cuts(program, cuts)
+    n_blocks = len(cuts) - 1
+    slices, options, solved = {}, {}, {}
+    for i in range(n_blocks):
+        for width in _MERGES:
+            j = i + width
+            if j > n_blocks:
+                break
+            part = slices[i, j] = slice_program(program, cuts[i], cuts[j], back[j], back[i])
+            key = part.program
+            if key not in solved:
+                solved[key] = make_menu(part.program)
+            options[i, j] = solved[key]
+    return Menus(cuts, slices, options)
+
+
+def solve(program: Program, menus: Menus, budget_bytes: int | None) -> Solution:
+    """The fastest plan found whose replayed peak is within the budget. Raises BudgetError when there is none."""
+    everything_saved = simulate(program, ())
+    if budget_bytes is None or everything_saved.peak_bytes <= budget_bytes:
+        return Solution(frozenset(), (), everything_saved)
+    solution = _attempt(program, menus, budget_bytes)
+    if solution is None:
+        smallest = smallest_solution(program, menus)
+        where = smallest.replay.peak_at
+        raise BudgetError(
+            f"no plan fits in {format_bytes(budget_bytes)}; the smallest needs {format_bytes(smallest.replay.peak_bytes)} "
+            f"({smallest.replay.peak_bytes} bytes), at {where.name} ({where.phase}). Raise budget=, or use a smaller batch.",
+            budget_bytes=budget_bytes,
+            minimum_bytes=smallest.replay.peak_bytes,
+            where=f"{where.name} ({where.phase})",
+        )
+    return solution
+
+
+def smallest_solution(program: Program, menus: Menus) -> Solution:
+    """The plan with the smallest peak that the planner knows."""
+    best = Solution(frozenset(), (), simulate(program, ()))
+    low, high = program.resident_bytes, best.replay.peak_bytes
+    while high - low > max(high // 2000, 1):
+        middle = (low + high) // 2
+        attempt = _attempt(program, menus, middle, tighten=False)
+        if attempt is None:
+            low = middle
+            continue
+        best = min(best, attempt, key=lambda s: s.replay.peak_bytes)
+        high = min(middle, best.replay.peak_bytes)
+    return best
+
+
+def _attempt(program: Program, menus: Menus, budget_bytes: int, tighten: bool = True) -> Solution | None:
+    """Select, and where the replay of the whole step disagrees with the sum of its blocks, aim lower by the difference."""
+    target = budget_bytes
+    for _ in range(6):
+        path = select(menus.choices(), len(menus.cuts) - 1, target - program.resident_bytes)
+        if path is None:
+            return None
+        dropped = _dropped(menus, path)
+        replay = simulate(program, dropped)
+        if replay.peak_bytes <= budget_bytes:
+            if tighten:
+                dropped = improve(program, dropped, budget_bytes)
+                replay = simulate(program, dropped)
+            return Solution(dropped, _regions(menus, path, dropped), replay)
+        target -= replay.peak_bytes - budget_bytes
+    return None
+
+
+def _dropped(menus: Menus, path: list[tuple[int, int, int]]) -> frozenset[int]:
+    return frozenset(menus.cuts[i] + p for i, j, o in path for p in menus.options[i, j][o].dropped)
+
+
+def _regions(menus: Menus, path: list[tuple[int, int, int]], dropped: frozenset[int]) -> tuple[tuple[int, int], ...]:
+    spans = [(menus.cuts[i], menus.cuts[j]) for i, j, _ in path]
+    return tuple((a, b) for a, b in spans if any(a <= p < b for p in dropped))
+
+

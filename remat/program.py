@@ -1,0 +1,74 @@
+"""One training step as numbers: what the solvers choose on and the simulator replays.
+
+A `Program` is a line of positions: forward ops first, then backward ops. Memory is counted by storage, so views do not
+appear. Three kinds of storage occupy it:
+
+- `Value`: written by a forward op. Saved, or dropped after its last forward use and recomputed in backward.
+- `Fixed`: anything whose lifetime no decision moves (gradients, temporaries of an op, outputs of the model).
+- resident: parameters, buffers, inputs; one number.
+
+A dropped value is recomputed at the first backward position that reads it, its dropped inputs first, and each is held
+until the last reader is done. That is what the runtime of door 1 and the partitioned graphs of door 2 both do.
+No torch in here, and none needed to test what is built on it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Op(NamedTuple):
+    """One kernel. `inputs` and `outputs` index `Program.values`."""
+
+    name: str
+    cost_us: float
+    workspace_bytes: int
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
+    launch_us: float = 0.0
+
+
+class Value(NamedTuple):
+    """A storage written in forward.
+
+    `op` produces it, `last_forward` is the last forward position that reads it. `reads` are the backward positions at
+    which it is asked for; it is held until `release` (a position, -1 when backward never reads it). `pinned` says why it
+    can only be saved, "" when it may be recomputed.
+    """
+
+    name: str
+    bytes: int
+    op: int
+    last_forward: int
+    reads: tuple[int, ...] = ()
+    release: int = -1
+    pinned: str = ""
+
+
+class Fixed(NamedTuple):
+    """A storage that lives from position `born` to position `dies`, both included."""
+
+    born: int
+    dies: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Program:
+    """One step. Position p < len(forward) is forward op p; the backward ops follow."""
+
+    forward: tuple[Op, ...]
+    backward: tuple[Op, ...]
+    values: tuple[Value, ...]
+    fixed: tuple[Fixed, ...]
+    resident_bytes: int
+
+    @property
+    def step_us(self) -> float:
+        """Time of the step when nothing is recomputed."""
+        return sum(op.cost_us for op in self.forward) + sum(op.cost_us for op in self.backward)
+
+    def name_at(self, position: int) -> str:
+        ops = self.forward if position < len(self.forward) else self.backward
+        return ops[position - (0 if position < len(self.forward) else len(self.forward))].name

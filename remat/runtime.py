@@ -1,0 +1,366 @@
+"""How a checkpoint region runs eagerly: dropped values are recomputed one by one, when backward asks for them.
+
+A region is a stretch of the forward graph. While it runs, `saved_tensors_hooks` hand autograd a `Handle` in place of each
+tensor whose value the plan drops. For every dropped node there is a `Cell`, a suspended call: the op and its inputs, which
+are other cells or tensors that stay. Unpacking a handle forces its cell, which forces the cells it reads. A cell that has
+its value lets go of its inputs, so plain reference counting frees every tensor after its last reader, and nothing is
+computed that backward does not read. Compared with `torch.utils.checkpoint.checkpoint(use_reentrant=False)`, whose hooks
+this follows, no dispatch mode runs, the region does not rematerialize at once, and random state is kept per random op.
+
+Retained graphs, double backward and partial backward need no care: handles that live keep what they need alive.
+"""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from remat import _torch
+from remat._torch import pytree
+from remat.errors import RewriteError
+from remat.passes.aliasing import is_view
+from remat.passes.randomness import is_random
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Step:
+    """One node of a region. `slots` are the environment slots of its tensor inputs, in the order that `call` takes them."""
+
+    name: str
+    call: Callable[..., Any]
+    again: Callable[..., Any]
+    slots: tuple[int, ...]
+    again_slots: tuple[int, ...]
+    out: int
+    dropped: bool
+    random: bool
+    item: int | None = None
+    dead: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class RegionProgram:
+    """A region's nodes as steps over numbered slots; the first `n_inputs` slots are the region's inputs."""
+
+    steps: tuple[Step, ...]
+    n_inputs: int
+    n_slots: int
+    outputs: tuple[int, ...]
+
+
+class Cell:
+    """A dropped value: a suspended call until it is forced, then the value.
+
+    An op with several outputs has a cell for the call and one part for each output; the call's cell fills the parts that
+    are still alive and keeps nothing, so that each output is freed on its own.
+    """
+
+    __slots__ = ("__weakref__", "inputs", "parts", "rng", "step", "value", "versions", "waiting")
+
+    def __init__(self, step: Step | None, inputs: list[Any], rng: Any = None) -> None:
+        self.step = step
+        self.inputs = inputs
+        self.versions = [-1 if isinstance(i, Cell) else i._version for i in inputs]
+        self.rng = rng
+        self.value: Any = None
+        self.parts: list[weakref.ref[Cell]] = []
+        self.waiting = True
+
+    def part(self) -> Cell:
+        part = Cell(None, [self])
+        self.parts.append(weakref.ref(part))
+        return part
+
+    def force(self) -> Any:
+        """The value, computed now if it was not yet, and its dropped inputs before it."""
+        if self.waiting:
+            with torch.no_grad():
+                _force(self)
+        return self.value
+
+
+def _force(cell: Cell) -> None:
+    stack = [cell]
+    while stack:
+        top = stack[-1]
+        missing = [i for i in top.inputs if isinstance(i, Cell) and i.waiting] if top.waiting else []
+        if missing:
+            stack.extend(reversed(missing))
+            continue
+        stack.pop()
+        if top.waiting:
+            _compute(top)
+
+
+def _compute(cell: Cell) -> None:
+    step = cell.step
+    assert step is not None, "a part is filled by the call it belongs to"
+    for tensor, version in zip(cell.inputs, cell.versions, strict=True):
+        if version >= 0 and tensor._version != version:
+            raise RewriteError(
+                f"a tensor of shape {tuple(tensor.shape)} that {step.name} is recomputed from was modified in place between "
+                "forward and backward; call backward before the optimizer's step"
+            )
+    values = [i.value if isinstance(i, Cell) else i for i in cell.inputs]
+    result = step.again(*values) if cell.rng is None else _with_rng(cell.rng, step.again, values)
+    cell.inputs, cell.rng, cell.waiting = [], None, False
+    if isinstance(result, torch.Tensor):
+        cell.value = result
+        return
+    for reference, leaf in zip(cell.parts, result, strict=False):
+        part = reference()
+        if part is not None:
+            part.value, part.inputs, part.waiting = leaf, [], False
+
+
+def _rng_state(device: torch.device) -> tuple[torch.device, torch.Tensor]:
+    return device, torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+
+
+def _set_rng_state(device: torch.device, state: torch.Tensor) -> None:
+    if device.type == "cpu":
+        torch.set_rng_state(state)
+    else:
+        torch.get_device_module(device).set_rng_state(state, device)
+
+
+def _with_rng(rng: tuple[torch.device, torch.Tensor], call: Callable[..., Any], values: list[Any]) -> Any:
+    device, state = rng
+    _, now = _rng_state(device)
+    _set_rng_state(device, state)
+    try:
+        return call(*values)
+    finally:
+        _set_rng_state(device, now)
+
+
+class Handle:
+    """What autograd keeps for a dropped tensor: the cell of its storage, and how this tensor lies in it."""
+
+    __slots__ = ("cell", "kept", "layout")
+
+    def __init__(self, tensor: torch.Tensor, cell: Cell | None) -> None:
+        self.cell = cell
+        self.kept = tensor if cell is None else None
+        self.layout = (tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    def tensor(self) -> torch.Tensor:
+        if self.cell is None:
+            assert self.kept is not None
+            return self.kept
+        base = self.cell.force()
+        dtype, shape, stride, offset = self.layout
+        if base.dtype == dtype and base.shape == shape and base.stride() == stride and base.storage_offset() == offset:
+            return base  # type: ignore[no-any-return]
+        view = torch.empty(0, dtype=dtype, device=base.device)
+        return view.set_(base.untyped_storage(), offset, shape, stride)
+
+
+def unpack(packed: Any) -> torch.Tensor:
+    """The unpack hook: a tensor that stayed (checked against in-place changes) or a dropped one."""
+    if isinstance(packed, Handle):
+        return packed.tensor()
+    tensor, version = packed
+    if tensor._version != version:
+        raise RewriteError(
+            f"a saved tensor of shape {tuple(tensor.shape)} was modified in place between forward and backward "
+            f"(version {tensor._version}, expected {version})"
+        )
+    return tensor  # type: ignore[no-any-return]
+
+
+@dataclass
+class _Run:
+    """One forward run of a region."""
+
+    program: RegionProgram
+    env: list[Any]
+    cells: dict[int, Cell | list[Cell]] = field(default_factory=dict)
+    kept: dict[int, torch.Tensor] = field(default_factory=dict)
+    owners: dict[int, tuple[weakref.ref[torch.UntypedStorage], Cell]] = field(default_factory=dict)
+    pending: list[Handle] | None = None
+
+    def owner(self, tensor: torch.Tensor) -> Cell | None:
+        """The cell of the dropped storage behind a tensor. A dead storage's key may since belong to another."""
+        found = self.owners.get(_torch.storage_key(tensor))
+        return found[1] if found is not None and found[0]() is not None else None
+
+    def _own(self, tensor: torch.Tensor, cell: Cell) -> None:
+        self.owners[_torch.storage_key(tensor)] = weakref.ref(tensor.untyped_storage()), cell
+
+    def pack(self, tensor: torch.Tensor) -> Any:
+        owner = self.owner(tensor)
+        if (owner is None and self.pending is None) or tensor.is_conj() or tensor.is_neg():
+            return tensor, tensor._version
+        handle = Handle(tensor, owner)
+        if owner is None:
+            assert self.pending is not None
+            self.pending.append(handle)
+        return handle
+
+    def clear(self) -> None:
+        for part in (self.env, self.cells, self.kept, self.owners):
+            part.clear()  # type: ignore[attr-defined]
+
+    def source(self, slot: int) -> Any:
+        """What a cell reads for a slot: another cell, or the tensor without its autograd history."""
+        if slot in self.cells:
+            return self.cells[slot]
+        if slot not in self.kept:
+            tensor = self.env[slot]
+            self.kept[slot] = tensor.detach() if tensor.grad_fn is not None else tensor
+        return self.kept[slot]
+
+    def suspend(self, step: Step) -> Cell | list[Cell]:
+        """The cell of a dropped step; for a getitem the part that its call already has."""
+        if step.item is not None:
+            parts = self.cells[step.slots[0]]
+            assert isinstance(parts, list)
+            return parts[step.item]
+        inputs = [self.source(slot) for slot in step.again_slots]
+        return Cell(step, inputs, _rng_state(self.env[step.slots[0]].device) if step.random else None)
+
+    def own(self, step: Step, cell: Cell | list[Cell], value: Any) -> Cell | list[Cell]:
+        """Note which cell each new storage belongs to, and give it the handles packed while the step ran."""
+        assert isinstance(cell, Cell)
+        if isinstance(value, torch.Tensor):
+            if self.owner(value) is None:
+                self._own(value, cell)
+        else:
+            parts = [cell.part() for _ in value]
+            for part, leaf in zip(parts, value, strict=True):
+                if isinstance(leaf, torch.Tensor) and leaf.numel():
+                    self._own(leaf, part)
+            cell = parts  # type: ignore[assignment]
+        assert self.pending is not None
+        for handle in self.pending:
+            assert handle.kept is not None
+            owner = self.owner(handle.kept)
+            if owner is not None:
+                handle.cell, handle.kept = owner, None
+        return cell
+
+
+def run_region(program: RegionProgram, inputs: Sequence[Any]) -> tuple[Any, ...]:
+    """Run a region under autograd; backward will recompute what the plan drops."""
+    if _torch.in_functorch():
+        raise RewriteError(
+            "torch.func transforms cannot run checkpoint regions (they disable saved-tensor hooks); transform the original "
+            "module, or plan with budget=None"
+        )
+    run = _Run(program, [*inputs, *[None] * (program.n_slots - program.n_inputs)])
+    with torch.autograd.graph.saved_tensors_hooks(run.pack, unpack):
+        for step in program.steps:
+            _run_step(run, step)
+    outputs = tuple(run.env[slot] for slot in program.outputs)
+    run.clear()  # autograd holds on to the pack hook, and so to the run
+    return outputs
+
+
+def _run_step(run: _Run, step: Step) -> None:
+    env = run.env
+    values = [env[slot] for slot in step.slots]
+    cell = run.suspend(step) if step.dropped else None
+    run.pending = [] if step.dropped else None
+    result = env[step.out] = step.call(*values)
+    if cell is not None:
+        run.cells[step.out] = cell if step.item is not None else run.own(step, cell, result)
+    run.pending = None
+    del values, result
+    for slot in step.dead:
+        env[slot] = None
+
+
+def compile_region(graph: fx.Graph, dropped: frozenset[str]) -> RegionProgram:
+    """Turn a region's graph into steps. `dropped` names the nodes whose results are recomputed (views of them included)."""
+    slots = {node: i for i, node in enumerate(n for n in graph.nodes if n.op == "placeholder")}
+    n_inputs = len(slots)
+    nodes = [node for node in graph.nodes if node.op == "call_function"]
+    for node in nodes:
+        slots[node] = len(slots)
+    output = graph.output_node()
+    outputs = tuple(slots[node] for node in output.args[0])
+    last = {source: node for node in nodes for source in node.all_input_nodes}
+    steps = []
+    for node in nodes:
+        dead = tuple(slots[s] for s in dict.fromkeys([*node.all_input_nodes, node]) if last.get(s, node) is node and slots[s] not in outputs)
+        is_dropped = node.name in dropped
+        call, order = bind(node)
+        again, again_order = _bind_again(node)
+        steps.append(
+            Step(
+                node.name,
+                call,
+                again,
+                tuple(slots[s] for s in order),
+                tuple(slots[s] for s in again_order),
+                slots[node],
+                is_dropped,
+                is_random(node),
+                node.args[1] if node.target is operator.getitem else None,
+                dead,
+            )
+        )
+    return RegionProgram(tuple(steps), n_inputs, len(slots), outputs)
+
+
+def recompute_inputs(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The nodes that recomputing `node` reads."""
+    if node.target is aten._native_batch_norm_legit_functional.default and node.args[5] is True:
+        return tuple(a for a in node.args[:3] if isinstance(a, fx.Node))
+    return tuple(node.all_input_nodes)
+
+
+def _bind_again(node: fx.Node) -> tuple[Callable[..., Any], tuple[fx.Node, ...]]:
+    """The call that recomputes a node: its own, but batch norm without the running statistics it has updated by then."""
+    if node.target is not aten._native_batch_norm_legit_functional.default or node.args[5] is not True:
+        return bind(node)
+    momentum, eps = node.args[6:8]
+    tensors = recompute_inputs(node)
+
+    def call(*values: Any) -> Any:
+        x, weight, bias = values if len(values) == 3 else (values[0], None, None)
+        return aten._native_batch_norm_legit.no_stats(x, weight, bias, True, momentum, eps)
+
+    return call, tensors
+
+
+def bind(node: fx.Node) -> tuple[Callable[..., Any], tuple[fx.Node, ...]]:
+    """A callable that takes the node's tensor inputs in order and runs the node's op with its other arguments."""
+    target: Any = node.target
+    leaves, spec = pytree.tree_flatten((node.args, dict(node.kwargs)))
+    order = tuple(leaf for leaf in leaves if isinstance(leaf, fx.Node))
+    places = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, fx.Node))
+    plain = not node.kwargs and all(not isinstance(a, tuple | list | dict) or not _has_node(a) for a in node.args)
+    if plain:
+        template = list(node.args)
+        at = tuple(i for i, a in enumerate(template) if isinstance(a, fx.Node))
+
+        def call_plain(*values: Any) -> Any:
+            arguments = list(template)
+            for i, value in zip(at, values, strict=True):
+                arguments[i] = value
+            return target(*arguments)
+
+        return call_plain, order
+
+    def call_nested(*values: Any) -> Any:
+        filled = list(leaves)
+        for i, value in zip(places, values, strict=True):
+            filled[i] = value
+        args, kwargs = pytree.tree_unflatten(filled, spec)
+        return target(*args, **kwargs)
+
+    return call_nested, order
+
+
+def _has_node(argument: Any) -> bool:
+    return any(isinstance(leaf, fx.Node) for leaf in pytree.tree_leaves(argument))

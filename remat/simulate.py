@@ -1,0 +1,127 @@
+"""The referee: replay a step under a set of decisions, and say how many bytes are live at each moment.
+
+Shares no code with the solvers. Recompute is just in time: when backward reads a dropped value, the value and the dropped
+inputs it needs are computed then, once, and each is held until its last reader is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from itertools import accumulate
+
+from remat.program import Program
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One op of the replay: `phase` is "forward", "recompute" or "backward"; `live_bytes` is what is allocated while it runs."""
+
+    phase: str
+    name: str
+    live_bytes: int
+    position: int
+
+
+@dataclass(frozen=True)
+class Replay:
+    """The outcome of one step: peaks and live bytes include what is resident; `recompute_us` is the time added."""
+
+    moments: tuple[Moment, ...]
+    peak_bytes: int
+    saved_bytes: int
+    recompute_us: float
+    recomputed: tuple[int, ...]
+
+    @property
+    def peak_at(self) -> Moment:
+        return max(self.moments, key=lambda moment: moment.live_bytes)
+
+
+def simulate(program: Program, dropped: Collection[int]) -> Replay:
+    """Replay `program` with the results of the forward ops in `dropped` recomputed, all others saved while needed."""
+    drop = {v for op in dropped for v in program.forward[op].outputs}
+    schedule = _schedule(program, drop)
+    when = {position: index for index, (position, again) in enumerate(schedule) if not again}
+    n_forward = len(program.forward)
+    delta = [0] * (len(schedule) + 1)
+
+    def occupy(born: int, dies: int, size: int) -> None:
+        delta[born] += size
+        delta[dies + 1] -= size
+
+    for fixed in program.fixed:
+        occupy(when[fixed.born], when[fixed.dies], fixed.bytes)
+    last_again: dict[int, int] = {}
+    born_again: dict[int, int] = {}
+    extra = [0] * len(schedule)
+    for index, (position, again) in enumerate(schedule):
+        op = program.forward[position] if position < n_forward else program.backward[position - n_forward]
+        extra[index] = op.workspace_bytes
+        if not again:
+            continue
+        for v in op.inputs:
+            last_again[v] = index
+        for v in op.outputs:
+            born_again[v] = index
+    saved_bytes = 0
+    for v, value in enumerate(program.values):
+        release = when[value.release] if value.release >= 0 else -1
+        dies = max(release, last_again.get(v, -1))
+        if v in drop:
+            occupy(when[value.op], when[value.last_forward], value.bytes)
+            if v in born_again:
+                occupy(born_again[v], max(dies, born_again[v]), value.bytes)
+            continue
+        occupy(when[value.op], max(dies, when[value.last_forward]), value.bytes)
+        if dies >= n_forward:
+            saved_bytes += value.bytes
+    live = [base + size + program.resident_bytes for base, size in zip(accumulate(delta[:-1]), extra, strict=True)]
+    moments = tuple(
+        Moment(
+            "recompute" if again else "forward" if position < n_forward else "backward",
+            program.name_at(position),
+            live[index],
+            position,
+        )
+        for index, (position, again) in enumerate(schedule)
+    )
+    recomputed = tuple(position for position, again in schedule if again)
+    return Replay(
+        moments,
+        max(live, default=program.resident_bytes),
+        saved_bytes,
+        sum(program.forward[p].cost_us + program.forward[p].launch_us for p in recomputed),
+        recomputed,
+    )
+
+
+def _schedule(program: Program, drop: set[int]) -> list[tuple[int, bool]]:
+    """Every op in running order, as (position, is it a recompute)."""
+    schedule = [(position, False) for position in range(len(program.forward))]
+    wanted: dict[int, list[int]] = {}
+    for v, value in enumerate(program.values):
+        if v in drop and value.reads:
+            for position in value.reads:
+                wanted.setdefault(position, []).append(v)
+    done: set[int] = set()
+    for position in range(len(program.forward), len(program.forward) + len(program.backward)):
+        for v in wanted.get(position, ()):
+            _recompute(program, drop, program.values[v].op, done, schedule)
+        schedule.append((position, False))
+    return schedule
+
+
+def _recompute(program: Program, drop: set[int], op: int, done: set[int], schedule: list[tuple[int, bool]]) -> None:
+    stack = [op]
+    while stack:
+        top = stack[-1]
+        missing = [program.values[v].op for v in program.forward[top].inputs if v in drop]
+        missing = [p for p in missing if p not in done]
+        if top not in done and missing:
+            stack.extend(reversed(missing))
+            continue
+        stack.pop()
+        if top not in done:
+            done.add(top)
+            schedule.append((top, True))

@@ -1,0 +1,62 @@
+"""Use the room that a plan leaves: stop recomputing single ops where their results fit, dearest per byte first.
+
+Saving a value keeps it from its last forward use until backward would have recomputed it. Where the replay has room for it
+all that time, the op need not run twice. The referee has the last word on the result.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from remat.program import Program
+from remat.simulate import Replay, simulate
+
+_ROUNDS = 4
+
+
+def improve(program: Program, dropped: frozenset[int], budget_bytes: int) -> frozenset[int]:
+    """A subset of `dropped` (op positions) that takes no more time and still fits."""
+    best, replay = dropped, simulate(program, dropped)
+    for _ in range(_ROUNDS):
+        smaller = prune(program, _fill(program, best, replay, budget_bytes))
+        if smaller == best:
+            break
+        attempt = simulate(program, smaller)
+        if attempt.peak_bytes > budget_bytes or attempt.recompute_us > replay.recompute_us:
+            break
+        best, replay = smaller, attempt
+    return best
+
+
+def _fill(program: Program, dropped: frozenset[int], replay: Replay, budget_bytes: int) -> frozenset[int]:
+    live = np.array([moment.live_bytes for moment in replay.moments])
+    first = {p: i for i, p in enumerate(m.position for m in replay.moments) if replay.moments[i].phase == "forward"}
+    again = {m.position: i for i, m in enumerate(replay.moments) if m.phase == "recompute"}
+    left = set(dropped)
+    order = sorted(again, key=lambda p: -_gain(program, p))
+    for op in order:
+        outputs = [program.values[v] for v in program.forward[op].outputs]
+        start = min(first[min(v.last_forward, len(program.forward) - 1)] for v in outputs) + 1
+        needed = sum(v.bytes for v in outputs)
+        if live[start : again[op]].max(initial=0) + needed <= budget_bytes:
+            live[start : again[op]] += needed
+            left.discard(op)
+    return frozenset(left)
+
+
+def _gain(program: Program, op: int) -> float:
+    total = sum(program.values[v].bytes for v in program.forward[op].outputs)
+    return (program.forward[op].cost_us + program.forward[op].launch_us) / max(total, 1)
+
+
+def prune(program: Program, dropped: frozenset[int]) -> frozenset[int]:
+    """Without the ops whose results nobody asks for again: dropping those means nothing."""
+    wanted: set[int] = set()
+    stack = [op for op in dropped if any(program.values[v].reads for v in program.forward[op].outputs)]
+    while stack:
+        op = stack.pop()
+        if op in wanted:
+            continue
+        wanted.add(op)
+        stack.extend(program.values[v].op for v in program.forward[op].inputs if program.values[v].op in dropped)
+    return frozenset(wanted)

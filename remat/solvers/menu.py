@@ -1,0 +1,130 @@
+"""A block's menu: ways to run it, from "save everything" to "save its input only", each with what it costs.
+
+A block is a stretch of forward positions between two cuts and the backward positions that belong to it, sliced out of the
+step as a small `Program`. Values that leave the block are saved. Blocks with equal slices share one menu, so that the
+layers of a deep model are solved once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from remat.program import Fixed, Op, Program, Value
+from remat.simulate import simulate
+from remat.solvers.mincut import Items, closure, hull
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to run a block. `dropped` are op positions within the slice.
+
+    saved_bytes stay from the block's forward to its backward; forward_bytes and backward_bytes are what the block adds to
+    what was saved before it while it runs.
+    """
+
+    dropped: frozenset[int]
+    saved_bytes: int
+    forward_bytes: int
+    backward_bytes: int
+    recompute_us: float
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A block on its own. `offset_bytes` is what is live all through its backward besides (gradients of later layers)."""
+
+    program: Program
+    start: int
+    forward_offset_bytes: int
+    backward_offset_bytes: int
+
+
+def slice_program(program: Program, start: int, stop: int, back_start: int, back_stop: int) -> Slice:
+    """The block of forward positions [start, stop) and backward positions [back_start, back_stop)."""
+    length = stop - start
+
+    def place(p: int) -> int:
+        return min(max(p - start, 0), length - 1) if p < stop else length + min(max(p - back_start, 0), back_stop - back_start)
+
+    inside = [v for op in program.forward[start:stop] for v in op.outputs]
+    index = {v: i for i, v in enumerate(inside)}
+    ops = tuple(
+        Op("", op.cost_us, op.workspace_bytes, tuple(index[v] for v in op.inputs if v in index), tuple(index[v] for v in op.outputs), op.launch_us)
+        for op in program.forward[start:stop]
+    )
+    values = []
+    for v in inside:
+        value = program.values[v]
+        leaves = value.last_forward >= stop
+        values.append(
+            Value(
+                "",
+                value.bytes,
+                value.op - start,
+                min(value.last_forward, stop - 1) - start,
+                tuple(place(p) for p in value.reads),
+                place(value.release) if value.release >= 0 else (length + back_stop - back_start if leaves else -1),
+                value.pinned or ("leaves the block" if leaves else ""),
+            )
+        )
+    fixed, forward_offset, backward_offset = [], 0, 0
+    for item in program.fixed:
+        if item.born < stop and item.dies >= start:
+            if item.born < start and item.dies >= stop:
+                forward_offset += item.bytes
+            else:
+                fixed.append(Fixed(place(max(item.born, start)), place(min(item.dies, stop - 1)), item.bytes))
+        if item.born < back_stop and item.dies >= back_start and item.dies >= len(program.forward):
+            if item.born < back_start and item.dies >= back_stop:
+                backward_offset += item.bytes
+            else:
+                fixed.append(Fixed(place(max(item.born, back_start)), place(min(item.dies, back_stop - 1)), item.bytes))
+    backward = tuple(Op("", 0.0, op.workspace_bytes) for op in _backward_ops(program, back_start, back_stop))
+    sliced = Program(ops, (*backward, Op("", 0.0, 0)), tuple(values), tuple(sorted(fixed)), 0)
+    return Slice(sliced, start, forward_offset, backward_offset)
+
+
+def _backward_ops(program: Program, start: int, stop: int) -> tuple[Op, ...]:
+    n = len(program.forward)
+    return program.backward[start - n : stop - n]
+
+
+def make_menu(block: Program) -> tuple[Option, ...]:
+    """The block's options, none of them worse than another in every respect."""
+    items, positions = _items(block)
+    candidates: set[frozenset[int]] = set()
+    for recomputed in hull(items):
+        again, _ = closure(items, recomputed)
+        candidates.add(frozenset(positions[v] for v in again))
+    options = [_option(block, dropped) for dropped in candidates]
+    kept = [o for o in options if not any(_better(other, o) for other in options)]
+    return tuple(sorted(kept, key=lambda o: o.recompute_us))
+
+
+def _option(block: Program, dropped: frozenset[int]) -> Option:
+    replay = simulate(block, dropped)
+    forward = max((m.live_bytes for m in replay.moments if m.phase == "forward"), default=0)
+    backward = max((m.live_bytes for m in replay.moments if m.phase != "forward"), default=0)
+    return Option(dropped, replay.saved_bytes, forward, backward, replay.recompute_us)
+
+
+def _better(a: Option, b: Option) -> bool:
+    first = (a.saved_bytes, a.forward_bytes, a.backward_bytes, a.recompute_us)
+    second = (b.saved_bytes, b.forward_bytes, b.backward_bytes, b.recompute_us)
+    return first != second and all(x <= y for x, y in zip(first, second, strict=True))
+
+
+def _items(block: Program) -> tuple[Items, list[int]]:
+    positions = [p for p, op in enumerate(block.forward) if op.outputs]
+    index = {p: i for i, p in enumerate(positions)}
+    outputs = [[block.values[v] for v in block.forward[p].outputs] for p in positions]
+    return (
+        Items(
+            bytes=[max(sum(v.bytes for v in vs if v.reads), max(v.bytes for v in vs) if not any(v.reads for v in vs) else 0) for vs in outputs],
+            cost_us=[block.forward[p].cost_us + block.forward[p].launch_us for p in positions],
+            inputs=[[index[block.values[v].op] for v in block.forward[p].inputs] for p in positions],
+            needed=[any(v.reads for v in vs) for vs in outputs],
+            banned=[any(v.pinned for v in vs) for vs in outputs],
+        ),
+        positions,
+    )
