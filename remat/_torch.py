@@ -18,13 +18,14 @@ from torch._functorch._aot_autograd.descriptors import (
     PlainAOTOutput,
     TangentAOTInput,
 )
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 __all__ = [
     "BufferAOTInput",
+    "DataDependentOutputException",
     "FakeTensorMode",
     "GradAOTOutput",
     "InputMutationAOTOutput",

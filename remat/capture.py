@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +21,13 @@ from remat._torch import pytree
 from remat.errors import CaptureError
 
 _DOOR_2 = 'torch.compile(model, backend="remat", options={"budget": ...}) handles this'
+_BATCH_NORM = torch.ops.aten._native_batch_norm_legit_functional.default
 _DROPPED = ("_assert_tensor_metadata", "_assert_scalar", "_guards_fn", "sym_constrain_range", "_assert_async")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a placeholder's tensor comes from: a parameter or buffer by name, or the user's flat input `index`."""
+    """Where a placeholder's tensor comes from: a parameter, buffer or lifted constant by name, or flat input `index`."""
 
     kind: str
     name: str = ""
@@ -67,7 +67,8 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         joint = _torch.joint_graph(module, inputs)
     except RuntimeError as error:
         raise CaptureError(f"AOTAutograd could not trace the exported model: {error}; {_DOOR_2}") from error
-    return _forward_half(joint, module, flat, in_spec, exported.module_call_graph[0].signature.out_spec, constant_outputs)
+    own = frozenset(name for name, _ in model.named_buffers(remove_duplicate=False))
+    return _forward_half(joint, module, own, flat, in_spec, exported.module_call_graph[0].signature.out_spec, constant_outputs)
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
@@ -145,27 +146,30 @@ def _inline_grad_modes(module: fx.GraphModule) -> None:
 def _forward_half(
     joint: fx.GraphModule,
     module: fx.GraphModule,
+    own: frozenset[str],
     flat: list[Any],
     in_spec: pytree.TreeSpec,
     out_spec: pytree.TreeSpec,
     constant_outputs: dict[int, Any],
 ) -> Captured:
     positions = [i for i, leaf in enumerate(flat) if isinstance(leaf, torch.Tensor)]
-    persistent = set(module.state_dict(keep_vars=True))
     graph, sources, constants, copied = fx.Graph(), [], {}, {}
     for node in joint.graph.nodes:
         if node.op == "placeholder":
             source = _source(node.meta["desc"], positions)
             if source is None:
                 continue
+            if source.kind == "buffer" and source.name not in own:
+                source = Source("constant", source.name)
+                constants[source.name] = _attribute(module, source.name)
             copied[node] = graph.node_copy(node)
             sources.append(source)
-            del persistent
-            persistent = set()
         elif node.op != "output" and all(n in copied for n in node.all_input_nodes):
             if node.op == "get_attr":
                 constants[node.target] = _attribute(joint, node.target)
             copied[node] = graph.node_copy(node, lambda n: copied[n])
+            if node.target is _BATCH_NORM:
+                _free_running_statistics(copied[node])
     results, mutations, by_index = [], [], {}
     outputs = joint.graph.output_node()
     for node, desc in zip(outputs.args[0], outputs.meta["desc"], strict=True):
@@ -190,6 +194,15 @@ def _forward_half(
     return Captured(graph, tuple(sources), in_spec, out_spec, flat_outputs, tuple(mutations), constants)
 
 
+def _free_running_statistics(node: fx.Node) -> None:
+    """Let batch norm read copies of its statistics: autograd saves them, and the step updates the originals."""
+    with node.graph.inserting_before(node):
+        for index in (3, 4):
+            copy = node.graph.call_function(torch.ops.aten.clone.default, (node.args[index],))
+            copy.meta.update(node.args[index].meta)  # type: ignore[union-attr]
+            node.update_arg(index, copy)
+
+
 def _source(desc: Any, positions: list[int]) -> Source | None:
     if isinstance(desc, _torch.ParamAOTInput):
         return Source("parameter", desc.target)
@@ -207,6 +220,3 @@ def _attribute(module: nn.Module, target: str) -> Any:
     for part in target.split("."):
         value = getattr(value, part)
     return value
-
-
-Forward = Callable[..., Any]

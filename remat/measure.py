@@ -8,6 +8,7 @@ that `fn` can reach (its closure, the globals it names, modules, optimizers).
 from __future__ import annotations
 
 import functools
+import os
 import time
 import types
 from collections.abc import Callable, Iterable
@@ -42,6 +43,7 @@ def measure(fn: Callable[[], object]) -> Measurement:
 
 def measure_cpu(fn: Callable[[], object]) -> tuple[int, float]:
     """Peak bytes allocated above the start while `fn` runs, and its wall time in seconds."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports its own start and stop on stderr otherwise
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         start = time.perf_counter()
         fn()

@@ -76,6 +76,8 @@ def solve(program: Program, menus: Menus, budget_bytes: int | None) -> Solution:
     solution = _attempt(program, menus, budget_bytes)
     if solution is None:
         smallest = smallest_solution(program, menus)
+        if smallest.replay.peak_bytes <= budget_bytes:
+            return smallest
         where = smallest.replay.peak_at
         raise BudgetError(
             f"no plan fits in {format_bytes(budget_bytes)}; the smallest needs {format_bytes(smallest.replay.peak_bytes)} "
@@ -102,11 +104,29 @@ def smallest_solution(program: Program, menus: Menus) -> Solution:
     return best
 
 
+def frontier_solutions(program: Program, menus: Menus, points: int) -> list[Solution]:
+    """From the fastest plan to the smallest, each with a smaller peak and a longer step than the one before."""
+    fastest = Solution(frozenset(), (), simulate(program, ()))
+    smallest = smallest_solution(program, menus)
+    top, bottom = fastest.replay.peak_bytes, smallest.replay.peak_bytes
+    found = [fastest, smallest]
+    for k in range(1, points - 1):
+        attempt = _attempt(program, menus, top - (top - bottom) * k // (points - 1))
+        if attempt is not None:
+            found.append(attempt)
+    found.sort(key=lambda s: (s.replay.recompute_us, s.replay.peak_bytes))
+    kept: list[Solution] = []
+    for solution in found:
+        if not kept or solution.replay.peak_bytes < kept[-1].replay.peak_bytes:
+            kept.append(solution)
+    return kept
+
+
 def _attempt(program: Program, menus: Menus, budget_bytes: int, tighten: bool = True) -> Solution | None:
     """Select, and where the replay of the whole step disagrees with the sum of its blocks, aim lower by the difference."""
-    target = budget_bytes
-    for _ in range(6):
-        path = select(menus.choices(), len(menus.cuts) - 1, target - program.resident_bytes)
+    choices, target = menus.choices(), budget_bytes - program.resident_bytes
+    for _ in range(8):
+        path = select(choices, len(menus.cuts) - 1, target)
         if path is None:
             return None
         dropped = _dropped(menus, path)
@@ -116,8 +136,18 @@ def _attempt(program: Program, menus: Menus, budget_bytes: int, tighten: bool = 
                 dropped = improve(program, dropped, budget_bytes)
                 replay = simulate(program, dropped)
             return Solution(dropped, _regions(menus, path, dropped), replay)
-        target -= replay.peak_bytes - budget_bytes
+        missed = replay.peak_bytes - program.resident_bytes - _expected_peak(choices, path)
+        target = min(target - 1, budget_bytes - program.resident_bytes - missed)
     return None
+
+
+def _expected_peak(choices: dict[tuple[int, int], list[Choice]], path: list[tuple[int, int, int]]) -> int:
+    saved = peak = 0
+    for i, j, option in path:
+        choice = choices[i, j][option]
+        peak = max(peak, saved + choice.forward_bytes, saved + choice.backward_bytes)
+        saved += choice.saved_bytes
+    return peak
 
 
 def _dropped(menus: Menus, path: list[tuple[int, int, int]]) -> frozenset[int]:

@@ -19,7 +19,10 @@ from typing import NamedTuple
 
 
 class Op(NamedTuple):
-    """One kernel. `inputs` and `outputs` index `Program.values`."""
+    """One kernel. `inputs` and `outputs` index `Program.values`.
+
+    Recomputing it costs `cost_us + launch_us`, and holds `state_bytes` (random state) from its first run to the second.
+    """
 
     name: str
     cost_us: float
@@ -27,6 +30,7 @@ class Op(NamedTuple):
     inputs: tuple[int, ...] = ()
     outputs: tuple[int, ...] = ()
     launch_us: float = 0.0
+    state_bytes: int = 0
 
 
 class Value(NamedTuple):

@@ -21,10 +21,13 @@ from remat._torch import pytree
 from remat.capture import Captured
 from remat.cost import DeviceProfile, op_cost_us
 from remat.passes.pinning import why_pinned
+from remat.passes.randomness import is_random
 from remat.program import Fixed, Op, Program, Value
 from remat.runtime import bind, recompute_inputs
+from remat.workspace import Call, workspace_bytes
 
 aten = torch.ops.aten
+_SCALARS_BYTES = 4096  # Python numbers that kernels wrap into tensors: a few bytes each, in no graph
 
 
 @dataclass
@@ -59,7 +62,7 @@ class _Recorder(_torch.TorchDispatchMode):
         self.storages: dict[int, _Storage] = {}
         self.all: list[_Storage] = []
         self.known: set[int] = set()
-        self.kernels: list[tuple[str, float]] = []
+        self.kernels: list[tuple[str, float, Call | None]] = []
 
     def know(self, tensor: torch.Tensor) -> None:
         """Parameters and inputs are resident: never counted."""
@@ -69,9 +72,10 @@ class _Recorder(_torch.TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if not self.in_forward:
-            if _is_free(func):
+            if _is_free(func) or not isinstance(func, torch._ops.OpOverload) or func.namespace == "prim":
                 return out
-            self.kernels.append((str(func), op_cost_us(func, args, kwargs, out, self.device)))
+            cost = op_cost_us(func, args, kwargs, out, self.device)
+            self.kernels.append((str(func), cost, Call.of(func, args, kwargs)))
             self.position += 1
         self.note(out)
         return out
@@ -147,7 +151,7 @@ def record(captured: Captured, tensors: Sequence[torch.Tensor], device: DevicePr
     with fake, recorder:
         _backward(held)
     recorder.position += 1
-    recorder.kernels.append(("end of step", 0.0))
+    recorder.kernels.append(("end of step", 0.0, None))
     return _program(captured, nodes, recorder, costs, produced, resident_bytes)
 
 
@@ -158,7 +162,7 @@ def _fake_like(tensor: torch.Tensor) -> torch.Tensor:
 
 def _forward(
     captured: Captured, nodes: list[fx.Node], inputs: list[torch.Tensor], recorder: _Recorder
-) -> tuple[list[Any], list[float], dict[fx.Node, tuple[_Storage, ...]]]:
+) -> tuple[list[Any], list[tuple[float, Call | None]], dict[fx.Node, tuple[_Storage, ...]]]:
     placeholders = [node for node in captured.graph.nodes if node.op == "placeholder"]
     env: dict[fx.Node, Any] = dict(zip(placeholders, inputs, strict=True))
     for node in captured.graph.nodes:
@@ -193,12 +197,13 @@ def _forward(
     return [env[node] for node in final.args[0]], costs, produced
 
 
-def _node_cost(node: fx.Node, values: list[Any], out: Any, device: DeviceProfile) -> float:
+def _node_cost(node: fx.Node, values: list[Any], out: Any, device: DeviceProfile) -> tuple[float, Call | None]:
     if not isinstance(node.target, torch._ops.OpOverload) or _is_free(node.target):
-        return 0.0
+        return 0.0, None
     filled = iter(values)
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda _: next(filled))
-    return op_cost_us(node.target, tuple(args), dict(kwargs), out, device)
+    cost = op_cost_us(node.target, tuple(args), dict(kwargs), out, device)
+    return cost, Call.of(node.target, tuple(args), dict(kwargs))
 
 
 def _backward(outputs: list[torch.Tensor]) -> None:
@@ -213,7 +218,7 @@ def _program(
     captured: Captured,
     nodes: list[fx.Node],
     recorder: _Recorder,
-    costs: list[float],
+    costs: list[tuple[float, Call | None]],
     produced: dict[fx.Node, tuple[_Storage, ...]],
     resident_bytes: int,
 ) -> Program:
@@ -239,16 +244,29 @@ def _program(
                 "an output of the model" if held else why_pinned(storage.node, mutated),
             )
         )
+    fixed.append(Fixed(0, end, _SCALARS_BYTES))
     ops = []
     for position, node in enumerate(nodes):
         own = [index[id(s)] for s in produced[node] if id(s) in index and s.born == position]
         reads = {index[id(s)] for source in recompute_inputs(node) for s in produced.get(source, ()) if id(s) in index}
+        cost, call = costs[position]
+        op = Op(node.name, cost, workspace_bytes(call))
         if own:
-            ops.append(Op(node.name, costs[position], 0, tuple(sorted(reads)), tuple(own), recorder.device.recompute_launch_us))
-        else:
-            ops.append(Op(node.name, costs[position], 0))
-    backward = tuple(Op(name, cost, 0) for name, cost in recorder.kernels)
+            state = _rng_state_bytes(recorder.device) if is_random(node) else 0
+            op = op._replace(
+                inputs=tuple(sorted(reads)),
+                outputs=tuple(own),
+                launch_us=recorder.device.recompute_launch_us,
+                state_bytes=state,
+            )
+        ops.append(op)
+    backward = tuple(Op(name, cost, workspace_bytes(call)) for name, cost, call in recorder.kernels)
     return Program(tuple(ops), backward, tuple(values), tuple(fixed), resident_bytes)
+
+
+def _rng_state_bytes(device: DeviceProfile) -> int:
+    """What the runtime keeps to replay a random op: the Mersenne twister's state; a GPU's lies in host memory."""
+    return torch.get_rng_state().nbytes if device.name == "cpu" else 0
 
 
 def _mutated_inputs(captured: Captured) -> frozenset[fx.Node]:

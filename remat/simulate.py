@@ -64,6 +64,9 @@ def simulate(program: Program, dropped: Collection[int]) -> Replay:
             last_again[v] = index
         for v in op.outputs:
             born_again[v] = index
+        if op.state_bytes:  # kept since the first run, and the present state put aside meanwhile
+            occupy(when[position], index, op.state_bytes)
+            extra[index] += op.state_bytes
     saved_bytes = 0
     for v, value in enumerate(program.values):
         release = when[value.release] if value.release >= 0 else -1

@@ -49,7 +49,7 @@ def slice_program(program: Program, start: int, stop: int, back_start: int, back
     inside = [v for op in program.forward[start:stop] for v in op.outputs]
     index = {v: i for i, v in enumerate(inside)}
     ops = tuple(
-        Op("", op.cost_us, op.workspace_bytes, tuple(index[v] for v in op.inputs if v in index), tuple(index[v] for v in op.outputs), op.launch_us)
+        op._replace(name="", inputs=tuple(index[v] for v in op.inputs if v in index), outputs=tuple(index[v] for v in op.outputs))
         for op in program.forward[start:stop]
     )
     values = []

@@ -46,12 +46,11 @@ def _crossing_bytes(program: Program) -> list[int]:
 
 
 def backward_cuts(program: Program, cuts: tuple[int, ...]) -> tuple[int, ...]:
-    """For each forward cut the backward position from which on nothing written at or after the cut is read any more."""
+    """For each forward cut the backward position from which on nothing written at or after the cut is held any more."""
     n = len(program.forward)
     last = [n] * (n + 1)
     for value in program.values:
-        if value.reads:
-            last[value.op] = max(last[value.op], value.reads[-1] + 1)
+        last[value.op] = max(last[value.op], value.release + 1)
     for p in range(n - 1, -1, -1):
         last[p] = max(last[p], last[p + 1])
     return tuple(last[cut] for cut in cuts[:-1]) + (n,)

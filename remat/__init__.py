@@ -1,0 +1,32 @@
+"""remat: training that fits in memory. A budget in bytes, and a rewritten step that stays inside it.
+
+The public names, on one screen:
+
+    optimize    rewrite a module for a budget (door 1)        plans     plans and graphs of a compiled model (door 2)
+    plan        what would be done, without doing it          measure   what a step really allocated
+    frontier    the trade-off, from fastest to smallest       explain   what is saved, recomputed, and why
+"""
+
+from remat.api import explain, frontier, optimize, plan
+from remat.errors import BudgetError, CaptureError, RematError, RewriteError
+from remat.measure import Measurement, measure
+from remat.plan import Activation, Block, Decision, Plan
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Activation",
+    "Block",
+    "BudgetError",
+    "CaptureError",
+    "Decision",
+    "Measurement",
+    "Plan",
+    "RematError",
+    "RewriteError",
+    "explain",
+    "frontier",
+    "measure",
+    "optimize",
+    "plan",
+]

@@ -1,0 +1,224 @@
+"""Door 1: `optimize`, and what can be asked before anything runs (`plan`, `frontier`, `explain`)."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from remat._torch import pytree
+from remat.budget import BudgetLike, parse_budget, resolve_budget
+from remat.capture import Captured, capture
+from remat.cost import profile_of
+from remat.describe import describe
+from remat.errors import RematError
+from remat.module import RematModule
+from remat.passes.regions import RegionGraph, Stretch, form_regions
+from remat.plan import Plan
+from remat.planner import Menus, Solution, frontier_solutions, make_menus, solve
+from remat.program import Program
+from remat.record import record
+from remat.resident import resident_bytes
+from remat.simulate import simulate
+
+POLICIES = ("auto", "none")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to plan; checked when made. `optimizer_bytes` is the optimizer's state, counted as resident."""
+
+    budget: BudgetLike
+    policy: str
+    plan: Plan | None
+    optimizer: torch.optim.Optimizer | None
+
+    def __post_init__(self) -> None:
+        parse_budget(self.budget)
+        if self.policy not in POLICIES:
+            raise RematError(f"policy={self.policy!r} is unknown; there are {', '.join(map(repr, POLICIES))}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "optimizer": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Settings:
+        return self
+
+    def __call__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Captured, Plan, fx.Graph, tuple[RegionGraph, ...]]:
+        """Capture, plan and rewrite one kind of call."""
+        traced = trace(model, args, kwargs, self.optimizer)
+        plan = traced.apply(self.plan) if self.plan is not None else traced.plan(self.budget, self.policy)
+        outer, regions = form_regions(traced.captured.graph, traced.stretches(plan))
+        return traced.captured, plan, outer, regions
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A captured model and its step as numbers."""
+
+    captured: Captured
+    program: Program
+    device: torch.device
+    fingerprint: str
+
+    def plan(self, budget: BudgetLike, policy: str = "auto") -> Plan:
+        """Plan for a budget. Raises BudgetError when nothing fits."""
+        start = time.perf_counter()
+        baseline = simulate(self.program, ())
+        limit = resolve_budget(parse_budget(budget), self.device, self.program.resident_bytes, baseline.peak_bytes)
+        menus = make_menus(self.program)
+        solution = solve(self.program, menus, None if policy == "none" else limit)
+        return self.describe(menus, solution, limit, time.perf_counter() - start)
+
+    def frontier(self, points: int) -> Iterator[Plan]:
+        """Plans from the fastest to the smallest."""
+        start = time.perf_counter()
+        menus = make_menus(self.program)
+        for solution in frontier_solutions(self.program, menus, points):
+            yield self.describe(menus, solution, solution.replay.peak_bytes, time.perf_counter() - start)
+            start = time.perf_counter()
+
+    def describe(self, menus: Menus, solution: Solution, limit: int | None, seconds: float) -> Plan:
+        return describe(self.captured.graph, self.program, menus, solution, limit, seconds, str(self.device), "eager", self.fingerprint)
+
+    def apply(self, plan: Plan) -> Plan:
+        """A plan made earlier, checked against this graph."""
+        if plan.fingerprint != self.fingerprint:
+            raise RematError("the plan given was made for another graph (model, shapes or versions differ); plan again")
+        return plan
+
+    def stretches(self, plan: Plan) -> list[Stretch]:
+        """The regions of a plan, as names of nodes."""
+        nodes = [node for node in self.captured.graph.nodes if node.op == "call_function"]
+        position = {node.name: i for i, node in enumerate(nodes)}
+        dropped = frozenset(plan.dropped)
+        stretches = []
+        for first, last in plan.regions:
+            members = nodes[position[first] : position[last] + 1]
+            stretches.append(Stretch(tuple(n.name for n in members), with_views(members, dropped)))
+        return stretches
+
+
+def with_views(members: list[fx.Node], dropped: frozenset[str]) -> frozenset[str]:
+    """The dropped ops among `members`, and every view of their results."""
+    from remat.passes.aliasing import storage_roots
+
+    roots = storage_roots(members[0].graph)
+    return frozenset(node.name for node in members if roots[node].name in dropped)
+
+
+def trace(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], optimizer: torch.optim.Optimizer | None = None
+) -> Traced:
+    """Capture one call of `model` and record its training step. Allocates nothing on the device."""
+    if not model.training:
+        raise RematError("the model is in eval mode, where nothing is saved for backward; call model.train() first")
+    captured = capture(model, args, kwargs)
+    tensors = placeholder_tensors(captured, model, args, kwargs)
+    if not any(t.requires_grad for t in tensors):
+        raise RematError("no parameter or input requires grad, so there is no backward to plan for; unfreeze something first")
+    device = next((t.device for t in tensors if t.requires_grad), torch.device("cpu"))
+    resident = resident_bytes(tensors, model, optimizer)
+    program = record(captured, tensors, profile_of(device), resident)
+    text = "\n".join(f"{n.name} {n.target} {n.args} {getattr(n.meta.get('val'), 'shape', '')}" for n in captured.graph.nodes)
+    return Traced(captured, program, device, hashlib.sha256(text.encode()).hexdigest()[:16])
+
+
+def placeholder_tensors(
+    captured: Captured, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[torch.Tensor]:
+    """The tensor behind each placeholder of the captured graph."""
+    named = dict(itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)))
+    flat = pytree.tree_leaves((args, dict(sorted(kwargs.items()))))
+    return [
+        flat[source.index] if source.kind == "input" else captured.constants[source.name] if source.kind == "constant" else named[source.name]
+        for source in captured.sources
+    ]
+
+
+def optimize(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    budget: BudgetLike,
+    policy: str = "auto",
+    optimizer: torch.optim.Optimizer | None = None,
+    dynamic_shapes: Any = None,
+    plan: Plan | None = None,
+) -> RematModule:
+    """Rewrite `model` so that a training step fits in `budget`; returns a `torch.fx.GraphModule` to train as before.
+
+    Args:
+        model: in training mode, on one device. Its parameters are shared with the result, not copied.
+        args, kwargs: example inputs of one call. Without them the model is captured at its first call.
+        budget: peak of memory allocated on the device during forward and backward, resident memory included: bytes as an
+            int, "24GiB" / "24GB", "80%" of the device, a float in (0, 1] (that share of the unoptimized step's peak above
+            what is resident), "auto" (what the device has free), or None (the fastest plan).
+        policy: "auto" plans for the budget; "none" saves everything.
+        optimizer: its state counts as resident, whether it exists yet or not.
+        dynamic_shapes: as in `torch.export.export`; here it says which inputs may change shape without a notice. Each new
+            shape is captured and planned when it comes.
+        plan: a plan made earlier for the same model and shapes, used instead of planning.
+
+    Raises:
+        BudgetError: nothing fits, or the budget cannot be read.
+        CaptureError: the model cannot be captured as one graph.
+    """
+    module = RematModule(model, Settings(budget, policy, plan, optimizer), quiet=dynamic_shapes is not None)
+    if args or kwargs:
+        module.capture(args, kwargs or {})
+    return module
+
+
+def plan(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    budget: BudgetLike,
+    policy: str = "auto",
+    optimizer: torch.optim.Optimizer | None = None,
+    dynamic_shapes: Any = None,
+    plan: Plan | None = None,
+) -> Plan:
+    """Plan one training step without running it. Arguments and errors as in `optimize`."""
+    settings = Settings(budget, policy, plan, optimizer)
+    traced = trace(model, args, kwargs or {}, optimizer)
+    return traced.apply(plan) if plan is not None else traced.plan(settings.budget, policy)
+
+
+def frontier(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    budget: BudgetLike = None,
+    policy: str = "auto",
+    optimizer: torch.optim.Optimizer | None = None,
+    dynamic_shapes: Any = None,
+    plan: Plan | None = None,
+    points: int = 12,
+) -> list[Plan]:
+    """The trade-off between memory and time: plans from the fastest to the smallest, each smaller and slower than the one
+    before. With a budget, only those within it. Arguments and errors as in `optimize`."""
+    Settings(budget, policy, plan, optimizer)
+    traced = trace(model, args, kwargs or {}, optimizer)
+    plans = list(traced.frontier(points))
+    limit = resolve_budget(parse_budget(budget), traced.device, traced.program.resident_bytes, plans[0].peak_bytes)
+    return [p for p in plans if limit is None or p.peak_bytes <= limit]
+
+
+def explain(model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None, *, budget: BudgetLike = None) -> Plan:
+    """What would be saved, recomputed and why, as data whose `str` is the table. A module from `optimize` explains itself."""
+    if isinstance(model, RematModule) and model.plan is not None and not args and not kwargs:
+        return model.plan
+    return plan(model, args, kwargs, budget=budget)

@@ -1,0 +1,258 @@
+"""The module that `remat.optimize` returns: it runs rewritten graphs and otherwise behaves as the module it came from.
+
+It shares the original's parameters, buffers and submodules (the same objects under the same names), its signature, its
+output type and its other attributes. For each kind of call (shapes, dtypes, constants, autocast, which parameters train) it
+captures and plans once. In `eval()` or without grad it runs the original forward, since there is nothing to save.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from remat._torch import pytree
+from remat.capture import Captured
+from remat.errors import RematError
+from remat.passes.regions import RegionGraph
+from remat.plan import Plan
+from remat.runtime import compile_region, run_region
+
+log = logging.getLogger("remat")
+aten = torch.ops.aten
+
+
+class Region(fx.GraphModule):
+    """A checkpoint region. Eager: `runtime.run_region`. Under torch.compile: `torch.utils.checkpoint`, which AOT backends honour."""
+
+    def __init__(self, region: RegionGraph) -> None:
+        self.region_name = region.name
+        super().__init__({}, region.graph, "Region")
+        self.region_name = region.name
+        self.dropped = region.dropped
+        self.program = compile_region(region.graph, region.dropped)
+        self.policies = tuple(node.name in region.dropped for node in region.graph.nodes if node.op == "call_function")
+        self.body = fx.GraphModule({}, copy.deepcopy(region.graph))
+
+    def recompile(self) -> Any:
+        return _recompile_text_only(self)
+
+    def forward(self, *inputs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return _checkpointed(self, inputs)
+        if not torch.is_grad_enabled():
+            return self.body(*inputs)
+        return run_region(self.program, inputs)
+
+
+def _checkpointed(region: Region, inputs: tuple[Any, ...]) -> Any:
+    from torch.utils.checkpoint import checkpoint
+
+    return checkpoint(region.body, *inputs, use_reentrant=False)
+
+
+def _recompile_text_only(module: fx.GraphModule) -> Any:
+    """GraphModule.recompile without installing the generated forward: `.code` and `print_readable` show it."""
+    code = module._graph.python_code(root_module="self")
+    module._code = code.src
+    module._lineno_map = code._lineno_map
+    module._prologue_start = code._prologue_start
+    return code
+
+
+def adopt(owner: nn.Module, original: nn.Module) -> None:
+    """Give `owner` the original's parameters, buffers and submodules: the same objects, by the same names."""
+    owner._parameters = original._parameters
+    owner._buffers = original._buffers
+    owner._non_persistent_buffers_set = original._non_persistent_buffers_set
+    owner._state_dict_hooks = original._state_dict_hooks
+    owner._load_state_dict_pre_hooks = original._load_state_dict_pre_hooks
+    for name, child in original._modules.items():
+        owner._modules[name] = child
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One rewritten graph: `run` takes the flat tensor inputs, and serves calls whose key is `key`."""
+
+    key: Any
+    captured: Captured
+    plan: Plan
+    outer: fx.Graph
+    regions: tuple[RegionGraph, ...]
+    run: fx.GraphModule
+
+
+Build = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[Captured, Plan, fx.Graph, tuple[RegionGraph, ...]]]
+
+
+class RematModule(fx.GraphModule):
+    """See the module's docstring. `plan` is the plan of the latest capture, None before the first."""
+
+    def __init__(self, original: nn.Module, build: Build, quiet: bool = False) -> None:
+        super().__init__(nn.Module(), fx.Graph(), f"Remat{type(original).__name__}")
+        self.__dict__["_original"] = original
+        self.__dict__["_build"] = build
+        self.__dict__["_variants"] = []
+        self.plan: Plan | None = None
+        self._said: set[str] = {"again"} if quiet else set()
+        adopt(self, original)
+        self.training = original.training
+        signature = inspect.signature(original.forward)
+        type(self).forward = _with_signature(type(self).forward, signature)  # type: ignore[method-assign]
+
+    def recompile(self) -> Any:
+        return _recompile_text_only(self)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            original = self.__dict__.get("_original")
+            if original is None or name.startswith("__"):
+                raise
+            return getattr(original, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.training or not torch.is_grad_enabled():
+            self._say("eval", "runs the original forward in eval mode and without grad: nothing is saved there")
+            return self._original(*args, **kwargs)
+        flat, spec = pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
+        variant = self._find(flat, spec)
+        if variant is None:
+            variant = self.capture(args, kwargs)
+        tensors = [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
+        with torch.autocast(_device_type(self), enabled=False):
+            results = variant.run(*tensors)
+        leaves = [constant if i < 0 else results[i] for i, constant in variant.captured.outputs]
+        return pytree.tree_unflatten(leaves, variant.captured.out_spec)
+
+    def capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
+        """Capture and plan for calls like this one. `optimize` does it ahead when given example inputs."""
+        if torch.compiler.is_compiling():
+            raise RematError("this module has not captured a call like this; call it once before torch.compile")
+        if self._variants:
+            self._say("again", "captures and plans again: the inputs differ from those captured before")
+        captured, plan, outer, regions = self._build(self._original, args, kwargs)
+        flat, spec = pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
+        variant = Variant(self._key(flat, spec), captured, plan, outer, regions, _runnable(self._original, captured, outer, regions))
+        self._variants.append(variant)
+        self._show(variant)
+        return variant
+
+    def _show(self, variant: Variant) -> None:
+        for name in [name for name in self._modules if name.startswith("region_")]:
+            del self._modules[name]
+        for name, child in variant.run._modules.items():
+            if isinstance(child, Region):
+                self._modules[name] = child
+        self.plan = variant.plan
+        self.graph = variant.run.graph
+
+    def _find(self, flat: list[Any], spec: Any) -> Variant | None:
+        key = self._key(flat, spec)
+        return next((variant for variant in self._variants if variant.key == key), None)
+
+    def _key(self, flat: list[Any], spec: Any) -> Any:
+        device = _device_type(self)
+        leaves = tuple(
+            (tuple(leaf.shape), leaf.dtype, leaf.device, leaf.requires_grad) if isinstance(leaf, torch.Tensor) else leaf
+            for leaf in flat
+        )
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        trains = tuple(p.requires_grad for p in self._original.parameters())
+        modes = tuple(m.training for m in self._original.modules())
+        return spec, leaves, autocast, trains, modes
+
+    def _say(self, topic: str, message: str) -> None:
+        if topic not in self._said:
+            self._said.add(topic)
+            log.info("%s %s", type(self._original).__name__, message)
+
+    def train(self, mode: bool = True) -> RematModule:
+        self._original.train(mode)
+        super().train(mode)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RematModule:
+        twin = RematModule(copy.deepcopy(self._original, memo), self._build)
+        memo[id(self)] = twin
+        twin.__dict__["_forward_hooks"] = copy.deepcopy(self._forward_hooks, memo)
+        for v in self._variants:
+            run = _runnable(twin._original, v.captured, v.outer, v.regions)
+            twin._variants.append(Variant(v.key, v.captured, v.plan, v.outer, v.regions, run))
+        if twin._variants:
+            twin._show(twin._variants[-1])
+        return twin
+
+    def __copy__(self) -> RematModule:
+        return RematModule(self._original, self._build)
+
+    def __reduce__(self) -> Any:
+        """Pickled as the original module and how to plan; the graph is captured again at the first call."""
+        return _unpickle, (self._original, self._build, self.plan)
+
+
+def _unpickle(original: nn.Module, build: Build, plan: Plan | None) -> RematModule:
+    module = RematModule(original, build)
+    module.plan = plan
+    return module
+
+
+def _with_signature(forward: Any, signature: inspect.Signature) -> Any:
+    @functools.wraps(forward)
+    def wrapped(self: RematModule, *args: Any, **kwargs: Any) -> Any:
+        return RematModule.forward(self, *args, **kwargs)
+
+    parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD), *signature.parameters.values()]
+    wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return wrapped
+
+
+def _device_type(module: nn.Module) -> str:
+    parameter = next(module.parameters(), None)
+    return parameter.device.type if parameter is not None else "cpu"
+
+
+def _runnable(
+    original: nn.Module, captured: Captured, outer: fx.Graph, regions: tuple[RegionGraph, ...]
+) -> fx.GraphModule:
+    """The outer graph as a module over the flat tensor inputs: parameters are attributes, buffers are written back."""
+    root = nn.Module()
+    adopt(root, original)
+    for region in regions:
+        root._modules[region.name] = Region(region)
+    root.__dict__.update(captured.constants)
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    nodes = list(outer.nodes)
+    placeholders = [node for node in nodes if node.op == "placeholder"]
+    by_input = sorted(
+        (source.index, node) for node, source in zip(placeholders, captured.sources, strict=True) if source.kind == "input"
+    )
+    for _, node in by_input:
+        copies[node] = graph.node_copy(node)
+    for node, source in zip(placeholders, captured.sources, strict=True):
+        if source.kind != "input":
+            copies[node] = graph.get_attr(source.name)
+            copies[node].meta.update(node.meta)
+    sources = {source: node for node, source in zip(placeholders, captured.sources, strict=True)}
+    for node in nodes:
+        if node.op == "output":
+            results = [copies[n] for n in node.args[0]]
+            for index, source in captured.mutations:
+                graph.call_function(aten.copy_.default, (copies[sources[source]], results[index]))
+            graph.output(tuple(results))
+        elif node.op != "placeholder":
+            copies[node] = graph.node_copy(node, lambda n: copies[n])
+    runnable = fx.GraphModule(root, graph, "Step")
+    adopt(runnable, original)
+    runnable.__dict__.update(captured.constants)
+    return runnable

@@ -1,0 +1,130 @@
+"""What remat decided, as data: frozen, comparable, and JSON both ways."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property
+from typing import Any
+
+from remat.errors import RematError
+from remat.simulate import Moment
+
+FORMAT = 1
+
+
+class Decision(str, Enum):
+    """What happens to an activation between forward and backward (the words of `CheckpointPolicy`)."""
+
+    SAVE = "save"
+    RECOMPUTE = "recompute"
+    OFFLOAD = "offload"
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A forward value that backward reads, and what becomes of it.
+
+    bytes: of its storage. cost_us: time to compute it once. reason: why this decision. module: path of the module that made
+    it. source: file and line of the user's code.
+    """
+
+    name: str
+    op: str
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+    cost_us: float
+    decision: Decision
+    reason: str
+    module: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Block:
+    """A stretch of the forward graph between two narrow cuts. `region` names its checkpoint region, "" when it runs inline.
+
+    shape: equal for blocks that are equal up to names.
+    """
+
+    name: str
+    module: str
+    region: str
+    shape: str
+    saved_bytes: int
+    recompute_us: float
+    activations: tuple[Activation, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Decisions for one training step and what they are predicted to cost.
+
+    Bytes are of the device and, for peaks, include `resident_bytes` (parameters, buffers, inputs, gradients and optimizer
+    state found or given). `saved_bytes` is held between forward and backward. Times are of the cost model, in microseconds;
+    `planning_seconds` counts from the end of tracing. `fingerprint` ties the plan to the graph it was made for.
+    """
+
+    budget_bytes: int | None
+    peak_bytes: int
+    baseline_peak_bytes: int
+    resident_bytes: int
+    saved_bytes: int
+    recompute_us: float
+    step_us: float
+    baseline_step_us: float
+    planning_seconds: float
+    blocks: tuple[Block, ...]
+    timeline: tuple[Moment, ...]
+    dropped: tuple[str, ...]
+    regions: tuple[tuple[str, str], ...]
+    device: str
+    door: str
+    fingerprint: str
+
+    @cached_property
+    def decisions(self) -> Mapping[str, Decision]:
+        """The decision for each activation, by value name."""
+        return {a.name: a.decision for block in self.blocks for a in block.activations}
+
+    def summary(self) -> str:
+        """The plan as a table, equal blocks merged."""
+        from remat.report import summary
+
+        return summary(self)
+
+    def to_json(self) -> str:
+        """The whole plan as JSON text."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return json.dumps({"format": FORMAT, **fields}, default=dataclasses.asdict, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan that `to_json` wrote. Raises RematError when it is not one."""
+        try:
+            data: dict[str, Any] = json.loads(text)
+            if data.pop("format") != FORMAT:
+                raise RematError(f"this plan has another format than {FORMAT}; plan again with this version of remat")
+            data["blocks"] = tuple(_block(block) for block in data["blocks"])
+            data["timeline"] = tuple(Moment(**moment) for moment in data["timeline"])
+            data["dropped"] = tuple(data["dropped"])
+            data["regions"] = tuple((start, stop) for start, stop in data["regions"])
+            return cls(**data)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise RematError(f"this is not a plan that Plan.to_json wrote: {error}") from error
+
+    def __str__(self) -> str:
+        return self.summary()
+
+
+def _block(data: dict[str, Any]) -> Block:
+    activations = tuple(_activation(a) for a in data.pop("activations"))
+    return Block(**data, activations=activations)
+
+
+def _activation(data: dict[str, Any]) -> Activation:
+    return Activation(**{**data, "shape": tuple(data["shape"]), "decision": Decision(data["decision"])})

@@ -1,0 +1,93 @@
+"""Plans as text: a headline in the user's units, then one table in which equal blocks are merged."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from remat.budget import format_bytes
+from remat.plan import Activation, Block, Plan
+
+_INDEX = re.compile(r"\.(\d+)(?=\.|$)")
+
+
+def summary(plan: Plan) -> str:
+    """The table behind `print(plan.summary())`."""
+    lines = [*_headline(plan), ""]
+    rows = [("value", "shape", "dtype", "bytes", "decision", "reason", "source", "module")]
+    for blocks in _merge(plan.blocks):
+        rows.append((_title(blocks), *[""] * 7))
+        rows.extend(_row(activation) for activation in blocks[0].activations)
+    return "\n".join(lines + _align(rows))
+
+
+def _headline(plan: Plan) -> list[str]:
+    budget = "none" if plan.budget_bytes is None else format_bytes(plan.budget_bytes)
+    overhead = plan.recompute_us / plan.baseline_step_us if plan.baseline_step_us else 0.0
+    at = max(plan.timeline, key=lambda moment: moment.live_bytes, default=None)
+    where = f", at {at.name} ({at.phase})" if at is not None else ""
+    return [
+        f"budget {budget}: peak {format_bytes(plan.baseline_peak_bytes)} → {format_bytes(plan.peak_bytes)}{where}",
+        f"resident {format_bytes(plan.resident_bytes)}, saved for backward {format_bytes(plan.saved_bytes)}; "
+        f"recompute adds {overhead:.1%} to the step (planned in {plan.planning_seconds:.2f} s)",
+    ]
+
+
+def _merge(blocks: Sequence[Block]) -> list[list[Block]]:
+    """Equal blocks together, in order of first appearance; blocks with nothing for backward are left out."""
+    groups: dict[str, list[Block]] = {}
+    for block in blocks:
+        if block.activations:
+            groups.setdefault(f"{block.shape} {_INDEX.sub('.*', block.module)}", []).append(block)
+    return list(groups.values())
+
+
+def _title(blocks: list[Block]) -> str:
+    first = blocks[0]
+    regions = " checkpoint region," if first.region else " inline,"
+    cost = f" saved {format_bytes(first.saved_bytes)}" + (f", recompute {first.recompute_us:.0f} us" if first.region else "")
+    return f"── {_module_range(blocks)}:{regions}{cost}"
+
+
+def _module_range(blocks: list[Block]) -> str:
+    """`model.layers.0-11 (x12)` for the merged blocks."""
+    name = blocks[0].module or blocks[0].name
+    if len(blocks) == 1:
+        return name
+    numbers = [_INDEX.findall(block.module) for block in blocks]
+    if all(found for found in numbers):
+        indices = sorted({int(found[0]) for found in numbers})
+        name = _INDEX.sub(f".{_ranges(indices)}", blocks[0].module, count=1)
+    return f"{name} (x{len(blocks)})"
+
+
+def _ranges(indices: list[int]) -> str:
+    parts: list[list[int]] = []
+    for i in indices:
+        if parts and i == parts[-1][-1] + 1:
+            parts[-1].append(i)
+        else:
+            parts.append([i])
+    return ",".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)
+
+
+def _row(activation: Activation) -> tuple[str, ...]:
+    return (
+        f"  {activation.name}",
+        "x".join(map(str, activation.shape)),
+        activation.dtype,
+        format_bytes(activation.bytes),
+        activation.decision.value,
+        activation.reason,
+        activation.source,
+        activation.module,
+    )
+
+
+def _align(rows: list[tuple[str, ...]]) -> list[str]:
+    table = [row for row in rows if any(row[1:])]
+    widths = [max(len(row[i]) for row in table) for i in range(len(rows[0]))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() if any(row[1:]) else row[0]
+        for row in rows
+    ]

@@ -1,0 +1,110 @@
+"""Scratch memory of kernels: what an op allocates while it runs, beyond its outputs.
+
+It is in no graph (attention and convolution backward, norm backward on strided inputs), so each distinct op is run once
+under the meter, on zeros of its real shapes, strides and dtypes, and remembered for the life of the process. Ops that
+cannot have any (the common pointwise ops, views, copies, matrix products) are not run.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from remat._torch import pytree
+from remat.measure import measure_cpu
+
+log = logging.getLogger("remat")
+aten = torch.ops.aten
+
+_EXACT = {
+    aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.cat.default, aten.clone.default,
+    aten.sum.dim_IntList, aten.sum.default, aten.mean.dim, aten.mean.default,
+    aten._to_copy.default, aten.copy_.default, aten.ones_like.default, aten.zeros_like.default, aten.full.default,
+    aten.new_zeros.default, aten.zeros.default, aten.arange.start, aten.arange.default, aten.arange.start_step,
+    aten.scalar_tensor.default, aten.slice_backward.default, aten.constant_pad_nd.default, aten.empty.memory_format,
+    aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar, aten.add.Scalar,
+    aten.neg.default, aten.gelu.default, aten.gelu_backward.default, aten.silu.default, aten.silu_backward.default,
+    aten.sigmoid.default, aten.tanh.default, aten.relu.default, aten.pow.Tensor_Scalar, aten.rsqrt.default, aten.where.self,
+    aten.threshold_backward.default, aten.exp.default,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorLike:
+    """A tensor's metadata, hashable."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> TensorLike:
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+
+    def zeros(self) -> torch.Tensor:
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device).zero_()
+
+
+@dataclass(frozen=True)
+class Call:
+    """An op and its arguments, tensors as `TensorLike`."""
+
+    op: Any
+    leaves: tuple[Any, ...]
+    spec: Any
+
+    @classmethod
+    def of(cls, op: Any, args: Any, kwargs: Any) -> Call | None:
+        """None for an op that has no scratch memory."""
+        if not isinstance(op, torch._ops.OpOverload) or op in _EXACT:
+            return None
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        return cls(op, tuple(TensorLike.of(x) if isinstance(x, torch.Tensor) else x for x in leaves), spec)
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return str(self.op), repr(self.leaves)
+
+
+_known: dict[tuple[str, str], int] = {}
+
+
+def workspace_bytes(call: Call | None) -> int:
+    """Bytes that the op allocates at its peak beyond what it returns; 0 on devices that allocate nothing (meta)."""
+    if call is None:
+        return 0
+    if call.key not in _known:
+        _known[call.key] = _measured(call)
+    return _known[call.key]
+
+
+def _measured(call: Call) -> int:
+    devices = {leaf.device for leaf in call.leaves if isinstance(leaf, TensorLike)}
+    if any(device.type not in ("cpu", "cuda") for device in devices):
+        return 0
+    results: list[Any] = []
+    try:
+        leaves = [leaf.zeros() if isinstance(leaf, TensorLike) else leaf for leaf in call.leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, call.spec)
+        with torch.no_grad():
+            run = lambda: results.append(call.op(*args, **kwargs))  # noqa: E731
+            peak = _peak_cuda(run) if any(d.type == "cuda" for d in devices) else measure_cpu(run)[0]
+    except (RuntimeError, IndexError) as error:  # zeros are no valid input for a few ops
+        log.debug("workspace of %s is unknown: %s", call.op, error)
+        return 0
+    outputs = [t for t in pytree.tree_leaves(results) if isinstance(t, torch.Tensor)]
+    return max(0, peak - sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in outputs}.values()))
+
+
+def _peak_cuda(run: Callable[[], None]) -> int:
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
