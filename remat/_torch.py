@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,10 @@ from torch._functorch._aot_autograd.descriptors import (
     PlainAOTOutput,
     TangentAOTInput,
 )
+from torch._functorch.partitioners import _extract_fwd_bwd_modules
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils import _pytree as pytree
+from torch.utils._ordered_set import OrderedSet
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -35,11 +37,13 @@ __all__ = [
     "TangentAOTInput",
     "TorchDispatchMode",
     "aot_module_simplified",
+    "extract_forward_backward",
     "flop_registry",
     "in_functorch",
     "joint_graph",
     "memory_events",
     "pytree",
+    "specializing",
     "storage_key",
     "watch_for_opaque_autograd",
 ]
@@ -63,6 +67,19 @@ def joint_graph(module: fx.GraphModule, inputs: tuple[Any, ...]) -> fx.GraphModu
         return aot_export_joint_with_descriptors(stack, module, inputs, decompositions={}).graph_module
 
 
+def extract_forward_backward(
+    joint: fx.GraphModule, saved: list[fx.Node], num_fwd_outputs: int, static_inputs: Sequence[int] | None
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """AOTAutograd's own split of a joint graph at the given saved values."""
+    placeholders = joint.graph.find_nodes(op="placeholder")
+    static = OrderedSet(placeholders[i] for i in static_inputs or ())
+    symbols = [node for node in saved if not isinstance(node.meta.get("val"), torch.Tensor)]
+    tensors = [node for node in saved if isinstance(node.meta.get("val"), torch.Tensor)]
+    return _extract_fwd_bwd_modules(
+        joint, tensors, symbols, num_fwd_outputs=num_fwd_outputs, static_lifetime_input_nodes=static
+    )
+
+
 def in_functorch() -> bool:
     """True inside a torch.func transform, where saved-tensor hooks do not work."""
     return torch._C._functorch.peek_interpreter_stack() is not None
@@ -74,6 +91,21 @@ class OpaqueAutograd(Exception):
     def __init__(self, what: str) -> None:
         super().__init__(what)
         self.what = what
+
+
+@contextlib.contextmanager
+def specializing() -> Iterator[None]:
+    """Let a model take its eager paths while it is exported.
+
+    Libraries ask `torch.compiler.is_exporting()` to choose slower code that serves any input (transformers: explicit causal
+    masks, repeated key and value heads). A captured graph here serves one kind of call and is never deployed.
+    """
+    asked = torch.compiler.is_exporting
+    torch.compiler.is_exporting = lambda: False
+    try:
+        yield
+    finally:
+        torch.compiler.is_exporting = asked
 
 
 @contextlib.contextmanager

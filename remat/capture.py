@@ -73,7 +73,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
     try:
-        with _torch.watch_for_opaque_autograd():
+        with _torch.watch_for_opaque_autograd(), _torch.specializing():
             return torch.export.export(model, args, kwargs, strict=False)
     except _torch.OpaqueAutograd as error:
         raise CaptureError(_opaque_message(error.what)) from error

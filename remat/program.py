@@ -38,7 +38,8 @@ class Value(NamedTuple):
 
     `op` produces it, `last_forward` is the last forward position that reads it. `reads` are the backward positions at
     which it is asked for; it is held until `release` (a position, -1 when backward never reads it). `pinned` says why it
-    can only be saved, "" when it may be recomputed.
+    can only be saved, "" when it may be recomputed. `passing_bytes` is what it occupies where it is not kept for backward;
+    None means `bytes`. A compiler that fuses its producer into its readers never stores it there: 0.
     """
 
     name: str
@@ -48,6 +49,11 @@ class Value(NamedTuple):
     reads: tuple[int, ...] = ()
     release: int = -1
     pinned: str = ""
+    passing_bytes: int | None = None
+
+    @property
+    def passing(self) -> int:
+        return self.bytes if self.passing_bytes is None else self.passing_bytes
 
 
 class Fixed(NamedTuple):

@@ -72,12 +72,13 @@ def simulate(program: Program, dropped: Collection[int]) -> Replay:
         release = when[value.release] if value.release >= 0 else -1
         dies = max(release, last_again.get(v, -1))
         if v in drop:
-            occupy(when[value.op], when[value.last_forward], value.bytes)
+            occupy(when[value.op], when[value.last_forward], value.passing)
             if v in born_again:
-                occupy(born_again[v], max(dies, born_again[v]), value.bytes)
+                occupy(born_again[v], max(dies, born_again[v]), value.passing)
             continue
-        occupy(when[value.op], max(dies, when[value.last_forward]), value.bytes)
-        if dies >= n_forward:
+        kept = dies >= n_forward
+        occupy(when[value.op], max(dies, when[value.last_forward]), value.bytes if kept else value.passing)
+        if kept:
             saved_bytes += value.bytes
     live = [base + size + program.resident_bytes for base, size in zip(accumulate(delta[:-1]), extra, strict=True)]
     moments = tuple(

@@ -65,6 +65,7 @@ def slice_program(program: Program, start: int, stop: int, back_start: int, back
                 tuple(place(p) for p in value.reads),
                 place(value.release) if value.release >= 0 else (length + back_stop - back_start if leaves else -1),
                 value.pinned or ("leaves the block" if leaves else ""),
+                value.passing_bytes,
             )
         )
     fixed, forward_offset, backward_offset = [], 0, 0
