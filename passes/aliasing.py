@@ -12,9 +12,11 @@ _UNMARKED_VIEWS = {torch.ops.aten._unsafe_view.default}  # a view whose schema d
 
 
 def is_view(node: fx.Node) -> bool:
-    """True if the node's result is a view of its first argument."""
+    """True if the node's result is a view of its first argument: views, and items of what `split` and its like return."""
     if node.op != "call_function":
         return False
+    if node.target is operator.getitem:
+        return is_view(node.all_input_nodes[0])
     if node.target in _UNMARKED_VIEWS:
         return True
     schema = getattr(node.target, "_schema", None)

@@ -8,6 +8,7 @@ The public names, on one screen:
 """
 
 from remat.api import explain, frontier, optimize, plan
+from remat.backend import CompiledPlan, plans
 from remat.errors import BudgetError, CaptureError, RematError, RewriteError
 from remat.measure import Measurement, measure
 from remat.plan import Activation, Block, Decision, Plan
@@ -19,6 +20,7 @@ __all__ = [
     "Block",
     "BudgetError",
     "CaptureError",
+    "CompiledPlan",
     "Decision",
     "Measurement",
     "Plan",
@@ -29,4 +31,5 @@ __all__ = [
     "measure",
     "optimize",
     "plan",
+    "plans",
 ]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx
+from torch._functorch import config as functorch_config
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors, aot_module_simplified
 from torch._functorch._aot_autograd.descriptors import (
     BufferAOTInput,
@@ -19,10 +20,13 @@ from torch._functorch._aot_autograd.descriptors import (
     TangentAOTInput,
 )
 from torch._functorch.partitioners import _extract_fwd_bwd_modules
+from torch._guards import CompileContext
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._ordered_set import OrderedSet
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import flop_registry
 
 __all__ = [
@@ -36,12 +40,17 @@ __all__ = [
     "PlainAOTOutput",
     "TangentAOTInput",
     "TorchDispatchMode",
-    "aot_module_simplified",
+    "aot_eager",
     "extract_forward_backward",
+    "compile_options",
+    "compile_with_inductor",
     "flop_registry",
+    "frame_id",
+    "has_graph_break",
     "in_functorch",
     "joint_graph",
     "memory_events",
+    "no_dispatch_modes",
     "pytree",
     "specializing",
     "storage_key",
@@ -78,6 +87,65 @@ def extract_forward_backward(
     return _extract_fwd_bwd_modules(
         joint, tensors, symbols, num_fwd_outputs=num_fwd_outputs, static_lifetime_input_nodes=static
     )
+
+
+class _Partitioner(CustomPartitionerFn):
+    """A partition function in the form that Inductor's configuration takes."""
+
+    def __init__(self, split: Callable[..., Any], uuid: str) -> None:
+        self.split, self._uuid = split, uuid
+
+    def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Any:
+        return self.split(gm, joint_inputs, **kwargs)
+
+    def uuid(self) -> str:
+        return self._uuid
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Partitioner:
+        return self  # Inductor copies its whole configuration now and then
+
+
+def compile_with_inductor(
+    gm: fx.GraphModule, inputs: Sequence[Any], split: Callable[..., Any], uuid: str
+) -> Callable[..., Any]:
+    """Inductor with our partition. AOTAutograd's own cache is off: it would skip the partition, and with it the plan."""
+    with functorch_config.patch(enable_autograd_cache=False):
+        return compile_fx(gm, inputs, config_patches={"custom_partitioner_fn": _Partitioner(split, uuid)})
+
+
+def aot_eager(
+    gm: fx.GraphModule, inputs: Sequence[Any], compiler: Callable[..., Any], split: Callable[..., Any]
+) -> Callable[..., Any]:
+    """AOTAutograd with our partition, the halves run by `compiler`."""
+    return aot_module_simplified(gm, inputs, fw_compiler=compiler, bw_compiler=compiler, partition_fn=split)
+
+
+def has_graph_break(gm: fx.GraphModule) -> bool:
+    """True if Dynamo cut the model after this graph, so that more graphs follow."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    return bool(reason is not None and reason.graph_break)
+
+
+def frame_id() -> int:
+    """The number of the Dynamo frame being compiled; frames of one step are numbered in running order."""
+    compile_id = CompileContext.current_compile_id()
+    return int(compile_id.frame_id) if compile_id is not None and compile_id.frame_id is not None else 0
+
+
+def compile_options(compiled: Any) -> tuple[Any] | None:
+    """The options object a module or function was compiled with, as a 1-tuple; None if its backend is not remat."""
+    call = getattr(compiled, "_compiled_call_impl", None) or compiled
+    context = getattr(compiled, "dynamo_ctx", None)
+    callback = context.callback if context is not None else getattr(call, "_torchdynamo_orig_backend", None)
+    backend = getattr(callback, "_torchdynamo_orig_backend", callback)
+    while backend is not None and not hasattr(backend, "compiler_name"):
+        backend = getattr(backend, "_torchdynamo_orig_backend", None)
+    if backend is None or backend.compiler_name != "remat":
+        return None
+    return (backend.kwargs.get("options"),)
+
+
+no_dispatch_modes = _disable_current_modes  # so that real tensors stay real while a compiler is tracing
 
 
 def in_functorch() -> bool:

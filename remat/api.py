@@ -87,7 +87,8 @@ class Traced:
             start = time.perf_counter()
 
     def describe(self, menus: Menus, solution: Solution, limit: int | None, seconds: float) -> Plan:
-        return describe(self.captured.graph, self.program, menus, solution, limit, seconds, str(self.device), "eager", self.fingerprint)
+        nodes = [node for node in self.captured.graph.nodes if node.op == "call_function"]
+        return describe(nodes, self.program, menus, solution, limit, seconds, str(self.device), "eager", self.fingerprint)
 
     def apply(self, plan: Plan) -> Plan:
         """A plan made earlier, checked against this graph."""

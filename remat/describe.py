@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 
 
 def describe(
-    graph: fx.Graph,
+    nodes: Sequence[fx.Node],
     program: Program,
     menus: Menus,
     solution: Solution,
@@ -28,8 +29,7 @@ def describe(
     door: str,
     fingerprint: str,
 ) -> Plan:
-    """Put a solution in the words of the user's model. `graph` is the forward graph that `program` was made from."""
-    nodes = [node for node in graph.nodes if node.op == "call_function"]
+    """Put a solution in the words of the user's model. `nodes[p]` is forward op p of `program`."""
     baseline = simulate(program, ())
     kept = _read_again(program, solution)
     blocks = tuple(
@@ -70,7 +70,7 @@ def _read_again(program: Program, solution: Solution) -> frozenset[int]:
 
 
 def _block(
-    index: int, nodes: list[fx.Node], program: Program, solution: Solution, kept: frozenset[int], start: int, stop: int
+    index: int, nodes: Sequence[fx.Node], program: Program, solution: Solution, kept: frozenset[int], start: int, stop: int
 ) -> Block:
     region = next((f"region_{i}" for i, (a, b) in enumerate(solution.regions) if a <= start and stop <= b), "")
     activations, saved = [], 0
@@ -134,7 +134,7 @@ def source_line(node: fx.Node) -> str:
     return f"{frames[-1][0].rsplit('/', 1)[-1]}:{frames[-1][1]}" if frames else ""
 
 
-def _common_module(nodes: list[fx.Node]) -> str:
+def _common_module(nodes: Sequence[fx.Node]) -> str:
     paths = [path.split(".") for path in map(module_path, nodes) if path]
     if not paths:
         return ""

@@ -18,6 +18,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 
+SCALARS_BYTES = 4096  # Python numbers that kernels wrap into tensors: a few bytes each, in no graph
+
+
 class Op(NamedTuple):
     """One kernel. `inputs` and `outputs` index `Program.values`.
 

@@ -22,12 +22,11 @@ from remat.capture import Captured
 from remat.cost import DeviceProfile, op_cost_us
 from remat.passes.pinning import why_pinned
 from remat.passes.randomness import is_random
-from remat.program import Fixed, Op, Program, Value
+from remat.program import SCALARS_BYTES, Fixed, Op, Program, Value
 from remat.runtime import bind, recompute_inputs
 from remat.workspace import Call, workspace_bytes
 
 aten = torch.ops.aten
-_SCALARS_BYTES = 4096  # Python numbers that kernels wrap into tensors: a few bytes each, in no graph
 
 
 @dataclass
@@ -244,7 +243,7 @@ def _program(
                 "an output of the model" if held else why_pinned(storage.node, mutated),
             )
         )
-    fixed.append(Fixed(0, end, _SCALARS_BYTES))
+    fixed.append(Fixed(0, end, SCALARS_BYTES))
     ops = []
     for position, node in enumerate(nodes):
         own = [index[id(s)] for s in produced[node] if id(s) in index and s.born == position]

@@ -8,12 +8,14 @@ cannot have any (the common pointwise ops, views, copies, matrix products) are n
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from remat import _torch
 from remat._torch import pytree
 from remat.measure import measure_cpu
 
@@ -46,6 +48,10 @@ class TensorLike:
     def of(cls, tensor: torch.Tensor) -> TensorLike:
         return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
 
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
     def zeros(self) -> torch.Tensor:
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device).zero_()
 
@@ -75,10 +81,15 @@ _known: dict[tuple[str, str], int] = {}
 
 
 def workspace_bytes(call: Call | None) -> int:
-    """Bytes that the op allocates at its peak beyond what it returns; 0 on devices that allocate nothing (meta)."""
+    """Bytes that the op allocates at its peak beyond what it returns; 0 on devices that allocate nothing (meta).
+
+    While somebody else's profiler runs, an op not measured before counts with its largest input.
+    """
     if call is None:
         return 0
     if call.key not in _known:
+        if torch.autograd._profiler_enabled():  # the meter is a profiler too, and two cannot run at once
+            return max((leaf.bytes for leaf in call.leaves if isinstance(leaf, TensorLike)), default=0)
         _known[call.key] = _measured(call)
     return _known[call.key]
 
@@ -87,16 +98,20 @@ def _measured(call: Call) -> int:
     devices = {leaf.device for leaf in call.leaves if isinstance(leaf, TensorLike)}
     if any(device.type not in ("cpu", "cuda") for device in devices):
         return 0
-    results: list[Any] = []
     try:
-        leaves = [leaf.zeros() if isinstance(leaf, TensorLike) else leaf for leaf in call.leaves]
-        args, kwargs = pytree.tree_unflatten(leaves, call.spec)
-        with torch.no_grad():
-            run = lambda: results.append(call.op(*args, **kwargs))  # noqa: E731
-            peak = _peak_cuda(run) if any(d.type == "cuda" for d in devices) else measure_cpu(run)[0]
+        return _run_once(call, devices)
     except (RuntimeError, IndexError) as error:  # zeros are no valid input for a few ops
         log.debug("workspace of %s is unknown: %s", call.op, error)
         return 0
+
+
+def _run_once(call: Call, devices: set[torch.device]) -> int:
+    results: list[Any] = []
+    with _torch.no_dispatch_modes(), torch.no_grad():
+        leaves = [leaf.zeros() if isinstance(leaf, TensorLike) else leaf for leaf in call.leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, call.spec)
+        run = lambda: results.append(call.op(*args, **kwargs))  # noqa: E731
+        peak = _peak_cuda(run) if any(d.type == "cuda" for d in devices) else measure_cpu(run)[0]
     outputs = [t for t in pytree.tree_leaves(results) if isinstance(t, torch.Tensor)]
     return max(0, peak - sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in outputs}.values()))
 

@@ -1,0 +1,198 @@
+"""Door 2: `torch.compile(model, backend="remat", options={"budget": ...})`.
+
+Dynamo hands over one graph at a time. AOTAutograd traces its joint graph, remat plans on it and partitions it, and the
+halves go to Inductor (default) or run as plain FX graphs (`"compiler": "eager"`). Where the model has graph breaks, what the
+earlier graphs keep for backward counts as resident for the later ones, and a graph that is known not to be the last takes
+half of the room above its own smallest peak.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from remat import _torch
+from remat.api import POLICIES
+from remat.budget import BudgetLike, parse_budget, resolve_budget
+from remat.cost import profile_of
+from remat.describe import describe
+from remat.errors import RematError
+from remat.passes.joint_program import JointHalves, joint_program, split_joint
+from remat.passes.partition import partition
+from remat.plan import Plan
+from remat.planner import Solution, make_menus, smallest_solution, solve
+from remat.program import Program
+from remat.simulate import simulate
+
+COMPILERS = ("inductor", "eager")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The backend's options, checked when made."""
+
+    budget: BudgetLike = None
+    compiler: str = "inductor"
+    policy: str = "auto"
+
+    @classmethod
+    def read(cls, options: Mapping[str, Any] | None) -> Options:
+        known = ("budget", "compiler", "policy")
+        for name in options or {}:
+            if name not in known:
+                raise RematError(f"unknown option {name!r} of backend 'remat'; there are {', '.join(map(repr, known))}")
+        read = cls(**dict(options or {}))
+        parse_budget(read.budget)
+        if read.compiler not in COMPILERS:
+            raise RematError(f"compiler={read.compiler!r} is unknown; there are {', '.join(map(repr, COMPILERS))}")
+        if read.policy not in POLICIES:
+            raise RematError(f"policy={read.policy!r} is unknown; there are {', '.join(map(repr, POLICIES))}")
+        return read
+
+
+@dataclass
+class CompiledPlan:
+    """One graph of a compiled model: its plan, and the forward and backward graphs that run it."""
+
+    plan: Plan
+    forward: fx.GraphModule
+    backward: fx.GraphModule
+    frame: int
+
+
+@dataclass
+class _Session:
+    """All graphs compiled under one `torch.compile` call, by Dynamo frame; they share the budget."""
+
+    options: Any
+    graphs: list[CompiledPlan] = field(default_factory=list)
+
+    def held_bytes(self, frame: int) -> int:
+        """What the graphs that run before `frame` keep for backward."""
+        latest = {graph.frame: graph for graph in self.graphs if graph.frame < frame}
+        return sum(graph.plan.saved_bytes for graph in latest.values())
+
+
+_sessions: dict[int, _Session] = {}
+
+
+def remat_backend(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """The Dynamo backend `remat`. Options: `budget` (as in `remat.optimize`), `compiler` ("inductor", "eager"), `policy`."""
+    if mode is not None:
+        raise RematError("backend 'remat' takes options, not mode; write options={'budget': ...}")
+    read = Options.read(options)
+    session = _sessions.setdefault(id(options), _Session(options))
+    partitioner = _Partitioner(read, session, example_inputs, _torch.has_graph_break(gm))
+    if read.compiler == "eager":
+        return _torch.aot_eager(gm, example_inputs, _run_as_is, partitioner.split)
+    return _torch.compile_with_inductor(gm, example_inputs, partitioner.split, partitioner.uuid())
+
+
+def _reset() -> None:
+    _sessions.clear()
+
+
+remat_backend.reset = _reset  # type: ignore[attr-defined]
+
+
+def plans(compiled: Any) -> list[CompiledPlan]:
+    """The plans of a model compiled with backend "remat", one per graph, with the rewritten forward and backward graphs.
+
+    Empty before its first call. Raises RematError for anything else.
+    """
+    options = _torch.compile_options(compiled)
+    if options is None:
+        raise RematError('this was not compiled with torch.compile(..., backend="remat")')
+    session = _sessions.get(id(options[0]))
+    return list(session.graphs) if session is not None else []
+
+
+def _run_as_is(module: fx.GraphModule, _: Sequence[Any]) -> Callable[[list[Any]], Any]:
+    def run(args: list[Any]) -> Any:
+        return fx.Interpreter(module).boxed_run(args)  # a fresh one each time: it holds on to its results
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+@dataclass(frozen=True)
+class _Partitioner:
+    """Plans one joint graph and splits it."""
+
+    options: Options
+    session: _Session
+    inputs: Sequence[Any]
+    more_graphs: bool
+
+    def uuid(self) -> str:
+        """Covers all that the partition depends on besides the graph itself."""
+        parts = (self.options, self.session.held_bytes(_torch.frame_id()), self.more_graphs, _gradient_bytes(self.inputs))
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def split(
+        self,
+        joint: fx.GraphModule,
+        joint_inputs: Sequence[Any],
+        *,
+        num_fwd_outputs: int,
+        static_lifetime_input_indices: Sequence[int] | None = None,
+        **_: Any,
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """AOTAutograd's partition function."""
+        fuses = self.options.compiler == "inductor"
+        halves = split_joint(joint.graph, num_fwd_outputs, fuses)
+        device = _device(joint)
+        program = joint_program(joint.graph, halves, profile_of(device), self._resident(joint, device), fuses)
+        start = time.perf_counter()
+        plan, dropped = self._plan(joint, halves, program, device, start)
+        forward, backward = partition(joint, halves, dropped, num_fwd_outputs, static_lifetime_input_indices)
+        self.session.graphs.append(CompiledPlan(plan, forward, backward, _torch.frame_id()))
+        return forward, backward
+
+    def _plan(
+        self, joint: fx.GraphModule, halves: JointHalves, program: Program, device: torch.device, start: float
+    ) -> tuple[Plan, frozenset[str]]:
+        baseline = simulate(program, ())
+        limit = resolve_budget(parse_budget(self.options.budget), device, program.resident_bytes, baseline.peak_bytes)
+        menus = make_menus(program)
+        target = None if self.options.policy == "none" else limit
+        if target is not None and self.more_graphs:
+            smallest = smallest_solution(program, menus).replay.peak_bytes
+            target = max(smallest, smallest + (target - smallest) // 2)
+        solution: Solution = solve(program, menus, target)
+        text = "\n".join(f"{n.name} {n.target}" for n in joint.graph.nodes)
+        fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
+        plan = describe(
+            halves.forward, program, menus, solution, limit, time.perf_counter() - start, str(device), "compiled", fingerprint
+        )
+        chosen = (halves.forward[p] for p in solution.dropped)
+        return plan, frozenset(node.name for node in (*chosen, *halves.inlined))
+
+    def _resident(self, joint: fx.GraphModule, device: torch.device) -> int:
+        if device.type == "cuda":
+            return torch.cuda.memory_allocated(device)  # with all that earlier graphs hold, and the optimizer's state
+        inputs = [n.meta["val"] for n in joint.graph.nodes if n.op == "placeholder" and "tangent" not in n.name]
+        own = sum(t.untyped_storage().nbytes() for t in inputs if isinstance(t, torch.Tensor))
+        return own + _gradient_bytes(self.inputs) + self.session.held_bytes(_torch.frame_id())
+
+
+def _gradient_bytes(inputs: Sequence[Any]) -> int:
+    leaves = [t for t in inputs if isinstance(t, torch.Tensor) and t.is_leaf and t.grad is not None]
+    return sum(t.grad.untyped_storage().nbytes() for t in leaves if t.grad is not None)
+
+
+def _device(joint: fx.GraphModule) -> torch.device:
+    tensors = [n.meta.get("val") for n in joint.graph.nodes if n.op == "placeholder"]
+    return next((t.device for t in tensors if isinstance(t, torch.Tensor)), torch.device("cpu"))
