@@ -21,6 +21,7 @@ from torch._functorch._aot_autograd.descriptors import (
 )
 from torch._functorch.partitioners import _extract_fwd_bwd_modules
 from torch._guards import CompileContext
+from torch._inductor.choices import InductorChoices
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -56,6 +57,9 @@ __all__ = [
     "storage_key",
     "watch_for_opaque_autograd",
 ]
+
+
+_FUSION_REACH = 10  # kernels
 
 
 def storage_key(tensor: torch.Tensor) -> int:
@@ -105,12 +109,31 @@ class _Partitioner(CustomPartitionerFn):
         return self  # Inductor copies its whole configuration now and then
 
 
+class LocalFusion(InductorChoices):
+    """Inductor's fusion choices, without horizontal fusion of kernels that are far apart in running order.
+
+    Such fusions share a read of some small table and pull the recompute of many layers to one moment, where all of it is
+    held (`Scheduler.are_long_distant_nodes` says as much of its own threshold, which is more than a layer).
+    """
+
+    def uuid(self) -> str:
+        return f"remat.LocalFusion.{_FUSION_REACH}"
+
+    @staticmethod
+    def can_fuse_horizontal(scheduler: Any, node1: Any, node2: Any, shared_data_score: int) -> bool:
+        distance = max(abs(node1.min_order - node2.max_order), abs(node2.min_order - node1.max_order))
+        if distance > _FUSION_REACH:
+            return False
+        return InductorChoices.can_fuse_horizontal(scheduler, node1, node2, shared_data_score)
+
+
 def compile_with_inductor(
     gm: fx.GraphModule, inputs: Sequence[Any], split: Callable[..., Any], uuid: str
 ) -> Callable[..., Any]:
     """Inductor with our partition. AOTAutograd's own cache is off: it would skip the partition, and with it the plan."""
     with functorch_config.patch(enable_autograd_cache=False):
-        return compile_fx(gm, inputs, config_patches={"custom_partitioner_fn": _Partitioner(split, uuid)})
+        patches = {"custom_partitioner_fn": _Partitioner(split, uuid), "inductor_choices_class": LocalFusion}
+        return compile_fx(gm, inputs, config_patches=patches)
 
 
 def aot_eager(

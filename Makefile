@@ -1,0 +1,46 @@
+# Every target sets up what it needs: a virtual environment in .venv with the versions of constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.ready
+
+export KINETO_LOG_LEVEL := 99
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench gpu
+
+help:
+	@echo "make demo    fine-tune a small Llama with and without a byte budget, through both doors (about 2 minutes)"
+	@echo "make test    run the tests"
+	@echo "make check   ruff and mypy"
+	@echo "make bench   speed and planning time, printed and written to benchmarks/results/ (about 10 minutes)"
+	@echo "make gpu     the tests that need a device, with the python3 that is there and no set-up"
+	@echo "make setup   only the set-up: .venv with the versions of constraints.txt"
+
+setup: $(STAMP)
+
+# torch first and by its own name: the pinned version decides which build comes, before anything else asks for torch.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit('Python 3.10 or newer is needed') if sys.version_info < (3, 10) else None"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: setup
+	$(BIN)/python examples/demo.py
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python benchmarks/planning.py
+	$(BIN)/python benchmarks/speed.py
+
+gpu:
+	PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu

@@ -1,0 +1,150 @@
+"""Train a byte-level Llama on the source files of Python's standard library, plain and within a byte budget.
+
+Five runs from the same weights on the same batches: the plain model, remat's door 1 (`remat.optimize`) and door 2 with its
+graphs run eagerly; then `torch.compile` alone and door 2 with Inductor. Exits with 1 if a measured peak is above its budget or
+a loss curve leaves its baseline's. Peaks are of forward and backward, with parameters, gradients and inputs. AdamW's state,
+twice the parameters, comes on top of each.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import sysconfig
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import remat
+
+STEPS, BATCH, LENGTH = 25, 8, 256
+BUDGET = 0.4  # of the unoptimized step's activation memory
+TOLERANCE = 1e-3  # between loss curves: compilers round differently, and Adam makes the difference grow
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A way to train. `prepare` returns what to call in place of the model, `plan_of` the plan behind that."""
+
+    name: str
+    baseline: str
+    prepare: Callable[[LlamaForCausalLM, Batch], Any]
+    plan_of: Callable[[Any], remat.Plan | None] = lambda _: None
+
+
+@dataclass(frozen=True)
+class Result:
+    losses: list[float]
+    step_s: float
+    peak_bytes: int
+    plan: remat.Plan | None
+
+
+def door_2(model: LlamaForCausalLM, compiler: str) -> Any:
+    return torch.compile(model, backend="remat", options={"budget": BUDGET, "compiler": compiler})
+
+
+RUNS = [
+    Run("plain", "plain", lambda model, _: model),
+    Run("door 1", "plain", lambda model, batch: remat.optimize(model, (), batch, budget=BUDGET), lambda m: m.plan),
+    Run("door 2, eager", "plain", lambda model, _: door_2(model, "eager"), lambda m: remat.plans(m)[0].plan),
+    Run("torch.compile", "torch.compile", lambda model, _: torch.compile(model)),
+    Run("door 2, Inductor", "torch.compile", lambda model, _: door_2(model, "inductor"), lambda m: remat.plans(m)[0].plan),
+]
+
+
+def main() -> int:
+    torch.manual_seed(0)
+    weights = new_model().state_dict()
+    batches = read_batches()
+    columns = (TextColumn("{task.description:16}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
+    results: dict[str, Result] = {}
+    with Progress(*columns, TimeElapsedColumn()) as progress:
+        for run in RUNS:
+            task = progress.add_task(run.name, total=STEPS, loss="capture, compile")
+            results[run.name] = train(
+                run, weights, batches, lambda loss, task=task: progress.update(task, advance=1, loss=f"loss {loss:.3f}")
+            )
+    return report(results)
+
+
+def new_model() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4, use_cache=False
+    )
+    return LlamaForCausalLM(config)
+
+
+def read_batches() -> list[Batch]:
+    """Random windows of the standard library's source text, a byte a token."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    text = torch.tensor(list(b"\n".join(file.read_bytes() for file in files)))
+    starts = torch.randint(len(text) - LENGTH, (STEPS, BATCH))
+    windows = text[starts.unsqueeze(-1) + torch.arange(LENGTH)]
+    return [{"input_ids": tokens, "labels": tokens} for tokens in windows]
+
+
+def train(run: Run, weights: dict[str, Any], batches: list[Batch], show: Callable[[float], None]) -> Result:
+    """Train for one pass over `batches`, then measure one more forward and backward."""
+    torch.compiler.reset()
+    model = new_model()
+    model.load_state_dict(weights)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    step = run.prepare(model, batches[0])
+    losses, times = [], []
+    for batch in batches:
+        start = time.perf_counter()
+        loss = step(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(time.perf_counter() - start)
+        losses.append(loss.item())
+        show(losses[-1])
+    measured = remat.measure(lambda: step(**batches[0]).loss.backward())
+    return Result(losses, statistics.median(times), measured.peak_bytes, run.plan_of(step))
+
+
+def report(results: dict[str, Result]) -> int:
+    """Print the table; 1 if a budget or a loss curve was missed."""
+    table = Table("run", "budget", "predicted peak", "measured peak", "step", "first loss", "last loss", "loss curve", "")
+    failed = False
+    for run in RUNS:
+        result, baseline = results[run.name], results[run.baseline]
+        plan = result.plan
+        apart = max(abs(a - b) for a, b in zip(result.losses, baseline.losses, strict=True))
+        over = plan is not None and plan.budget_bytes is not None and result.peak_bytes > plan.budget_bytes
+        wrong = [*["over budget"] * over, *["another curve"] * (not apart <= TOLERANCE)]
+        failed |= bool(wrong)
+        equal = "equal to the last bit" if apart == 0 else f"within {apart:.0e}"
+        table.add_row(
+            run.name,
+            mib(plan and plan.budget_bytes),
+            mib(plan and plan.peak_bytes),
+            mib(result.peak_bytes),
+            f"{result.step_s * 1e3:.0f} ms",
+            f"{result.losses[0]:.4f}",
+            f"{result.losses[-1]:.4f}",
+            "" if run.name == run.baseline else f"{equal} of {run.baseline}",
+            ", ".join(wrong) if plan is None or wrong else "ok",
+        )
+    Console(width=max(Console().width, 130)).print(table)
+    return int(failed)
+
+
+def mib(amount: int | None) -> str:
+    return "" if amount is None else f"{amount / 2**20:.1f} MiB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
