@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,9 +22,13 @@ from torch._functorch._aot_autograd.descriptors import (
 )
 from torch._functorch.partitioners import _extract_fwd_bwd_modules
 from torch._guards import CompileContext
+from torch._inductor import config as inductor_config
+from torch._inductor import memory as inductor_memory
 from torch._inductor.choices import InductorChoices
-from torch._inductor.compile_fx import compile_fx
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
+from torch._inductor.utils import BoxedBool
+from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._ordered_set import OrderedSet
@@ -53,6 +58,7 @@ __all__ = [
     "memory_events",
     "no_dispatch_modes",
     "pytree",
+    "scheduled_peak_bytes",
     "specializing",
     "storage_key",
     "watch_for_opaque_autograd",
@@ -125,6 +131,37 @@ class LocalFusion(InductorChoices):
         if distance > _FUSION_REACH:
             return False
         return InductorChoices.can_fuse_horizontal(scheduler, node1, node2, shared_data_score)
+
+
+class _Probed(Exception):
+    """Ends a trial compilation once its schedule is known."""
+
+
+def scheduled_peak_bytes(module: fx.GraphModule, is_backward: bool) -> int:
+    """Peak bytes of a graph as Inductor schedules it: freeable inputs, intermediates and outputs, without parameters.
+
+    Lowers, fuses and orders a copy of the graph as the real compilation will, and stops before any code is generated.
+    """
+    found: list[int] = []
+
+    def probe(nodes: list[Any]) -> list[Any]:
+        scheduler, graph = V.graph.scheduler, V.graph
+        inputs, outputs = OrderedSet(graph.graph_inputs.keys()), OrderedSet(graph.get_output_names())
+        args = (scheduler.name_to_buf, scheduler.name_to_fused_node, inputs, outputs)
+        nodes = inductor_memory.reorder_for_peak_memory(nodes, *args)
+        found.append(inductor_memory.prepare_planning_info(nodes, *args)[0])
+        raise _Probed
+
+    twin = copy.deepcopy(module)
+    inputs = [node.meta["val"] for node in twin.graph.find_nodes(op="placeholder")]
+    patches = {"_post_fusion_custom_pass": probe, "inductor_choices_class": LocalFusion, "fx_graph_cache": False}
+    try:
+        with inductor_config.patch(patches):
+            compile_fx_inner(twin, inputs, is_backward=is_backward, cudagraphs=BoxedBool(False), graph_id=0)
+    except Exception as error:  # the probe's own, wrapped by whatever Inductor wraps it in
+        if not found:
+            raise error
+    return found[0]
 
 
 def compile_with_inductor(

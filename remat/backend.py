@@ -8,6 +8,7 @@ half of the room above its own smallest peak.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,18 +20,21 @@ from torch import fx
 
 from remat import _torch
 from remat.api import POLICIES
-from remat.budget import BudgetLike, parse_budget, resolve_budget
+from remat.budget import BudgetLike, format_bytes, parse_budget, resolve_budget
 from remat.cost import profile_of
 from remat.describe import describe
-from remat.errors import RematError
-from remat.passes.joint_program import JointHalves, joint_program, split_joint
+from remat.errors import BudgetError, RematError
+from remat.passes.aliasing import storage_bytes
+from remat.passes.joint_program import joint_program, split_joint
 from remat.passes.partition import partition
 from remat.plan import Plan
-from remat.planner import Solution, make_menus, smallest_solution, solve
+from remat.planner import Menus, Solution, make_menus, smallest_solution, solve
 from remat.program import Program
 from remat.simulate import simulate
 
 COMPILERS = ("inductor", "eager")
+_TRIALS = 6
+_SCHEDULE_ERROR = 0.03  # how far a measured peak has been above Inductor's own estimate
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,57 @@ def _run_as_is(module: fx.GraphModule, _: Sequence[Any]) -> Callable[[list[Any]]
 
 
 @dataclass(frozen=True)
+class _Attempt:
+    """A solution, its two graphs, and their peak as Inductor schedules them (0: not asked)."""
+
+    solution: Solution
+    forward: fx.GraphModule
+    backward: fx.GraphModule
+    peak_bytes: int = 0
+
+
+def _fit_schedule(program: Program, menus: Menus, limit: int, apply: Callable[[Solution], _Attempt]) -> _Attempt:
+    """Plan, ask Inductor what it would allocate, and aim lower by the difference until that fits.
+
+    Fusion moves recompute, which no cost model sees beforehand. Raises BudgetError when nothing fits.
+    """
+    target, best = limit, None
+    for _ in range(_TRIALS):
+        try:
+            solution = solve(program, menus, target)
+        except BudgetError:
+            if best is None:
+                raise
+            solution = smallest_solution(program, menus)
+        attempt = apply(solution)
+        attempt = dataclasses.replace(attempt, peak_bytes=program.resident_bytes + _scheduled_peak(attempt))
+        if attempt.peak_bytes * (1 + _SCHEDULE_ERROR) <= limit:
+            return attempt
+        best = attempt if best is None or attempt.peak_bytes < best.peak_bytes else best
+        missed = attempt.peak_bytes * (1 + _SCHEDULE_ERROR) - limit
+        if solution.replay.peak_bytes > target:
+            break
+        target = min(target, solution.replay.peak_bytes) - int(missed)
+    minimum = int(best.peak_bytes * (1 + _SCHEDULE_ERROR)) + 1
+    raise BudgetError(
+        f"no plan fits in {format_bytes(limit)} as Inductor schedules it; the smallest found needs {format_bytes(minimum)} "
+        f"({minimum} bytes). Raise budget=, or use compiler='eager'.",
+        budget_bytes=limit,
+        minimum_bytes=minimum,
+        where="Inductor's schedule",
+    )
+
+
+def _scheduled_peak(attempt: _Attempt) -> int:
+    """Peak of either half above what is resident; the model's outputs are alive while backward runs."""
+    read_again = {node.name for node in attempt.backward.graph.find_nodes(op="placeholder")}
+    outputs = {n for n in attempt.forward.graph.output_node().all_input_nodes if n.op == "call_function"}
+    held = sum(storage_bytes(n.meta.get("val")) for n in outputs if n.name not in read_again)
+    forward = _torch.scheduled_peak_bytes(attempt.forward, is_backward=False)
+    return max(forward, held + _torch.scheduled_peak_bytes(attempt.backward, is_backward=True))
+
+
+@dataclass(frozen=True)
 class _Partitioner:
     """Plans one joint graph and splits it."""
 
@@ -154,31 +209,39 @@ class _Partitioner:
         fuses = self.options.compiler == "inductor"
         halves = split_joint(joint.graph, num_fwd_outputs, fuses)
         device = _device(joint)
-        program = joint_program(joint.graph, halves, profile_of(device), self._resident(joint, device), fuses)
         start = time.perf_counter()
-        plan, dropped = self._plan(joint, halves, program, device, start)
-        forward, backward = partition(joint, halves, dropped, num_fwd_outputs, static_lifetime_input_indices)
-        self.session.graphs.append(CompiledPlan(plan, forward, backward, _torch.frame_id()))
-        return forward, backward
-
-    def _plan(
-        self, joint: fx.GraphModule, halves: JointHalves, program: Program, device: torch.device, start: float
-    ) -> tuple[Plan, frozenset[str]]:
-        baseline = simulate(program, ())
-        limit = resolve_budget(parse_budget(self.options.budget), device, program.resident_bytes, baseline.peak_bytes)
+        program = joint_program(joint.graph, halves, profile_of(device), self._resident(joint, device), fuses)
         menus = make_menus(program)
-        target = None if self.options.policy == "none" else limit
-        if target is not None and self.more_graphs:
-            smallest = smallest_solution(program, menus).replay.peak_bytes
-            target = max(smallest, smallest + (target - smallest) // 2)
-        solution: Solution = solve(program, menus, target)
+        limit, target = self._limits(program, menus, device)
+
+        def apply(solution: Solution) -> _Attempt:
+            chosen = (halves.forward[p] for p in solution.dropped)
+            dropped = frozenset(node.name for node in (*chosen, *halves.inlined))
+            return _Attempt(solution, *partition(joint, halves, dropped, num_fwd_outputs, static_lifetime_input_indices))
+
+        if fuses and target is not None:
+            attempt = _fit_schedule(program, menus, target, apply)
+        else:
+            attempt = apply(solve(program, menus, target))
+        seconds = time.perf_counter() - start
         text = "\n".join(f"{n.name} {n.target}" for n in joint.graph.nodes)
         fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
-        plan = describe(
-            halves.forward, program, menus, solution, limit, time.perf_counter() - start, str(device), "compiled", fingerprint
-        )
-        chosen = (halves.forward[p] for p in solution.dropped)
-        return plan, frozenset(node.name for node in (*chosen, *halves.inlined))
+        nodes, solution = halves.forward, attempt.solution
+        plan = describe(nodes, program, menus, solution, limit, seconds, str(device), "compiled", fingerprint)
+        plan = dataclasses.replace(plan, peak_bytes=attempt.peak_bytes or plan.peak_bytes)
+        self.session.graphs.append(CompiledPlan(plan, attempt.forward, attempt.backward, _torch.frame_id()))
+        return attempt.forward, attempt.backward
+
+    def _limits(self, program: Program, menus: Menus, device: torch.device) -> tuple[int | None, int | None]:
+        """The budget in bytes, and what this graph may use of it."""
+        baseline = simulate(program, ())
+        limit = resolve_budget(parse_budget(self.options.budget), device, program.resident_bytes, baseline.peak_bytes)
+        if limit is None or self.options.policy == "none":
+            return limit, None
+        if not self.more_graphs:
+            return limit, limit
+        smallest = smallest_solution(program, menus).replay.peak_bytes
+        return limit, max(smallest, smallest + (limit - smallest) // 2)
 
     def _resident(self, joint: fx.GraphModule, device: torch.device) -> int:
         if device.type == "cuda":

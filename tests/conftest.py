@@ -9,19 +9,33 @@ os.environ["KINETO_LOG_LEVEL"] = "99"  # before torch is imported: the profiler 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
-import torch
 
-torch.set_num_threads(2)
+_NOT_OURS = (
+    # torch.utils.mkldnn, which importing Inductor brings in, still uses torch.jit
+    r"ignore:`torch\.jit\.:DeprecationWarning",
+    # transformers asks itself about its own old name while peft wraps a model
+    r"ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in _NOT_OURS:
+        config.addinivalue_line("filterwarnings", line)
 
 
 @pytest.fixture(autouse=True)
-def seed() -> None:
+def _seeded() -> None:
+    import torch
+
+    torch.set_num_threads(2)
     torch.manual_seed(0)
 
 
 @pytest.fixture
-def dynamo() -> Iterator[None]:
+def _dynamo() -> Iterator[None]:
     """No compiled graphs from other tests, and none left behind."""
+    import torch
+
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +53,7 @@ def run_step(model: Callable[..., Any], kwargs: dict[str, Any], disturb: bool = 
     step()
     model.zero_grad(set_to_none=True)
     seen.clear()
+    gc.collect()  # modules of earlier tests, whose release would count in this step
     torch.manual_seed(1)
     measured = remat.measure(step)
     rng = torch.get_rng_state()

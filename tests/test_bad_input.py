@@ -1,0 +1,391 @@
+"""Everything a person can get wrong: each works, or gives a clear error at the call, never a wrong number."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import remat
+from remat import budget as budgets
+from tests.models import Mlp, llama, mlp
+from tests.steps import assert_close_gradients, assert_same_gradients, gradients_of
+
+UNREADABLE = [0, -1, math.nan, math.inf, 0.0, -0.5, 1.5, "8 potatoes", "", "GiB", "-3GiB", "0%", "0 B", True, False, [1], b"1GiB"]
+
+
+def smallest(**shape: Any) -> tuple[nn.Module, torch.Tensor, nn.Module]:
+    """(original, input, rewritten at the smallest budget)."""
+    model, x = mlp(**shape)
+    budget = remat.frontier(model, (x,))[-1].peak_bytes
+    return model, x, remat.optimize(model, (x,), budget=budget)
+
+
+# ---- budgets ----
+
+
+@pytest.mark.parametrize("budget", UNREADABLE, ids=repr)
+def test_unreadable_budgets_are_refused_at_the_call(budget: Any) -> None:
+    model, x = mlp()
+    with pytest.raises(remat.BudgetError, match="use bytes as an int"):
+        remat.optimize(model, (x,), budget=budget)
+    with pytest.raises(remat.BudgetError):
+        remat.optimize(model, budget=budget)
+
+
+def test_budget_is_required() -> None:
+    model, x = mlp()
+    with pytest.raises(TypeError, match="budget"):
+        remat.optimize(model, (x,))  # type: ignore[call-arg]
+
+
+def test_a_budget_larger_than_the_device_is_allowed_and_said_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budgets, "_said", set())
+    model, x = mlp()
+    with caplog.at_level(logging.WARNING, logger="remat"):
+        for _ in range(2):
+            remat.optimize(model, (x,), budget="100TiB")
+    assert len([r for r in caplog.records if "larger than" in r.getMessage()]) == 1
+
+
+def test_a_budget_nobody_can_meet_names_the_smallest_that_works() -> None:
+    model, x = mlp()
+    with pytest.raises(remat.BudgetError) as caught:
+        remat.optimize(model, (x,), budget=1000)
+    error = caught.value
+    assert isinstance(error, ValueError)
+    assert error.budget_bytes == 1000
+    assert error.minimum_bytes is not None
+    assert error.where
+    assert error.where in str(error).replace(", at ", " at ")
+    assert str(error.minimum_bytes) in str(error)
+    assert remat.optimize(model, (x,), budget=error.minimum_bytes).plan.peak_bytes <= error.minimum_bytes  # type: ignore[union-attr]
+    with pytest.raises(remat.BudgetError):
+        remat.optimize(model, (x,), budget=int(0.99 * error.minimum_bytes))
+
+
+def test_policy_is_checked() -> None:
+    with pytest.raises(remat.RematError, match="'auto'"):
+        remat.optimize(mlp()[0], budget=None, policy="fast")
+
+
+# ---- models ----
+
+
+def test_a_model_on_several_devices() -> None:
+    model, x = mlp()
+    model.layers[1].to("meta")
+    with pytest.raises(remat.CaptureError, match="several devices.*cpu.*meta"):
+        remat.optimize(model, (x,), budget=None)
+
+
+def test_a_model_with_nothing_to_train() -> None:
+    model, x = mlp()
+    with pytest.raises(remat.RematError, match="requires grad"):
+        remat.optimize(model.requires_grad_(False), (x,), budget=None)
+
+
+def test_a_model_in_eval_mode() -> None:
+    model, x = mlp()
+    with pytest.raises(remat.RematError, match=r"model\.train\(\)"):
+        remat.optimize(model.eval(), (x,), budget=None)
+
+
+class Branching(Mlp):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if super().forward(x) > 0:  # the line that cannot be captured
+            x = x * 2
+        return super().forward(x)
+
+
+def test_data_dependent_control_flow_names_the_line_and_door_2() -> None:
+    with pytest.raises(remat.CaptureError) as caught:
+        remat.optimize(Branching().train(), (torch.randn(8, 32),), budget=None)
+    message = str(caught.value)
+    assert "test_bad_input.py" in message
+    assert "the line that cannot be captured" in message
+    assert 'backend="remat"' in message
+
+
+class CheckpointsItself(Mlp):
+    reentrant = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + checkpoint(layer, x, use_reentrant=self.reentrant)
+        return x.sum()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_model_that_checkpoints_itself_is_told_how_to_turn_it_off(reentrant: bool) -> None:
+    model = CheckpointsItself().train()
+    model.reentrant = reentrant
+    with pytest.raises(remat.CaptureError, match="checkpointing_disable"):
+        remat.optimize(model, (torch.randn(8, 32, requires_grad=True),), budget=None)
+
+
+def _switch_checkpointing(model: nn.Module, which: str) -> None:
+    """transformers renames gradient_checkpointing_* to activation_checkpointing_* in 5.x."""
+    names = (f"{kind}_checkpointing_{which}" for kind in ("activation", "gradient"))
+    next(getattr(model, name) for name in names if hasattr(model, name))()
+
+
+def test_transformers_gradient_checkpointing_is_detected() -> None:
+    model, kwargs = llama(layers=1)
+    model.train()
+    _switch_checkpointing(model, "enable")
+    with pytest.raises(remat.CaptureError, match="checkpointing_disable"):
+        remat.optimize(model, (), kwargs, budget=None)
+    _switch_checkpointing(model, "disable")
+    remat.optimize(model, (), kwargs, budget=None)
+
+
+class Straight(torch.autograd.Function):
+    """Rounds, with the identity as its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return grad
+
+
+class Quantized(Mlp):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(Straight.apply(self.layers[0](x)))
+
+
+def test_a_custom_autograd_function_is_refused() -> None:
+    with pytest.raises(remat.CaptureError, match="Straight"):
+        remat.optimize(Quantized().train(), (torch.randn(8, 32),), budget=None)
+
+
+def test_autograd_functions_work_again_after_a_refused_capture() -> None:
+    with pytest.raises(remat.CaptureError):
+        remat.optimize(Quantized().train(), (torch.randn(8, 32),), budget=None)
+    x = torch.full((3,), 0.4, requires_grad=True)
+    Straight.apply(x).sum().backward()
+    assert torch.equal(x.grad, torch.ones(3))
+
+
+class Raising(Mlp):
+    broken = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.broken:
+            raise ValueError("broken on purpose")
+        return super().forward(x)
+
+
+def test_an_exception_inside_forward_leaves_everything_usable() -> None:
+    model, x = Raising().train(), torch.randn(16, 32)
+    expected = gradients_of(model, x)
+    module = remat.optimize(model, budget=None)  # captures at the first call
+    model.broken = True
+    with pytest.raises((ValueError, remat.CaptureError), match="broken on purpose"):
+        module(x)
+    model.broken = False
+    module(x)
+    assert_same_gradients(gradients_of(module, x), expected)
+    with pytest.raises(remat.CaptureError, match="31"):
+        module(torch.randn(16, 31))
+    assert_same_gradients(gradients_of(module, x), expected)
+
+
+# ---- what a step may do with the graph ----
+
+
+def test_retain_graph_gives_the_same_gradients_twice() -> None:
+    _, x, module = smallest()
+    torch.manual_seed(1)
+    loss = module(x)
+    loss.backward(retain_graph=True)
+    first = {n: p.grad.clone() for n, p in module.named_parameters()}
+    module.zero_grad(set_to_none=True)
+    torch.rand(3)
+    loss.backward()
+    assert_same_gradients({n: p.grad for n, p in module.named_parameters()}, first)
+
+
+def test_backward_twice_without_retain_raises_as_torch_does() -> None:
+    _, x, module = smallest()
+    loss = module(x)
+    loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def second_order(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Gradients of a gradient penalty."""
+    torch.manual_seed(1)
+    x = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(model(x), x, create_graph=True)
+    torch.rand(3)
+    (slope.square().sum() * 1e4).backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def test_double_backward_equals_the_original() -> None:
+    model, x, module = smallest()
+    assert_close_gradients(second_order(module, x), second_order(model, x), 1e-5)
+
+
+def hessian_times_ones(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """Second derivatives with respect to the parameters, through dropped values and what they are recomputed from."""
+    torch.manual_seed(1)
+    parameters = list(model.parameters())
+    first = torch.autograd.grad(model(x), parameters, create_graph=True)
+    return list(torch.autograd.grad(sum(g.sum() for g in first), parameters, allow_unused=True))
+
+
+def test_second_derivatives_of_parameters_equal_the_original() -> None:
+    model, x, module = smallest(dropout=0.0)
+    for a, b in zip(hessian_times_ones(module, x), hessian_times_ones(model, x), strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_partial_backward() -> None:
+    model, x, module = smallest()
+    torch.manual_seed(1)
+    expected = torch.autograd.grad(model(x), [model.layers[2][1].weight, model.layers[0][3].bias])
+    torch.manual_seed(1)
+    loss = module(x)
+    wanted = [module.layers[2][1].weight, module.layers[0][3].bias]
+    (last,) = torch.autograd.grad(loss, wanted[:1], retain_graph=True)
+    (first,) = torch.autograd.grad(loss, wanted[1:])
+    assert torch.equal(last, expected[0])
+    assert torch.equal(first, expected[1])
+
+
+def test_a_graph_that_is_never_run_backward_is_freed() -> None:
+    _, x, module = smallest()
+    expected = gradients_of(module, x)
+    for _ in range(3):
+        module(x)
+    assert_same_gradients(gradients_of(module, x), expected)
+
+
+def test_two_forwards_then_two_backwards() -> None:
+    model, x, module = smallest()
+    y = torch.randn_like(x)
+
+    def both(m: nn.Module) -> dict[str, torch.Tensor]:
+        torch.manual_seed(1)
+        first, second = m(x), m(y)
+        first.backward()
+        second.backward()
+        found = {n: p.grad for n, p in m.named_parameters()}
+        m.zero_grad(set_to_none=True)
+        return found
+
+    assert_close_gradients(both(module), both(model), 1e-6)
+
+
+def weight_changed(model: nn.Module, x: torch.Tensor) -> None:
+    loss = model(x)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+    loss.backward()
+
+
+def test_a_parameter_changed_in_place_between_forward_and_backward_is_an_error() -> None:
+    model, x, module = smallest()
+    with pytest.raises(RuntimeError, match="modified"):
+        weight_changed(model, x)
+    with pytest.raises(RuntimeError, match="modified"):
+        weight_changed(module, x)
+
+
+def test_an_input_changed_in_place_between_forward_and_backward_is_an_error() -> None:
+    _, x, module = smallest()
+    loss = module(x)
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="modified"):
+        loss.backward()
+
+
+def test_inference_mode_runs_the_original() -> None:
+    model, x, module = smallest(dropout=0.0)
+    with torch.inference_mode():
+        assert torch.equal(module(x), model(x))
+    gradients_of(module, x)
+
+
+def test_an_inference_tensor_as_input_behaves_as_with_the_original() -> None:
+    model, x, module = smallest()
+    with torch.inference_mode():
+        y = x.clone()
+    expected = _outcome(lambda: gradients_of(model, y))
+    found = _outcome(lambda: gradients_of(module, y))
+    if isinstance(expected, dict) and isinstance(found, dict):
+        assert_close_gradients(found, expected, 1e-6)
+    else:
+        assert isinstance(found, RuntimeError | remat.RematError | dict)
+
+
+def _outcome(call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except (RuntimeError, remat.RematError) as error:
+        return error
+
+
+# ---- torch.func ----
+
+
+def functional_gradients(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    parameters = {n: p.detach() for n, p in model.named_parameters()}
+    return torch.func.grad(lambda p: torch.func.functional_call(model, p, (x,)))(parameters)
+
+
+@pytest.mark.parametrize("constrained", [False, True])
+def test_func_grad_works_or_says_no(constrained: bool) -> None:
+    model, x, module = smallest(dropout=0.0)
+    if not constrained:
+        module = remat.optimize(model, (x,), budget=None)
+    try:
+        found = functional_gradients(module, x)
+    except remat.RematError as error:
+        assert "torch.func" in str(error)
+        return
+    assert_close_gradients(found, functional_gradients(model, x), 1e-6)
+
+
+@pytest.mark.parametrize("constrained", [False, True])
+def test_vmap_works_or_says_no(constrained: bool) -> None:
+    model, x, module = smallest(dropout=0.0)
+    if not constrained:
+        module = remat.optimize(model, (x,), budget=None)
+    batch = torch.stack([x, 2 * x])
+    try:
+        found = torch.func.vmap(module)(batch)
+    except remat.RematError as error:
+        assert "torch.func" in str(error)
+        return
+    assert torch.allclose(found, torch.stack([model(x), model(2 * x)]))
+
+
+def test_functional_call_uses_the_parameters_given() -> None:
+    model, x, module = smallest(dropout=0.0)
+    other = {n: (2 * p.detach()).requires_grad_() for n, p in model.named_parameters()}
+    expected = torch.func.functional_call(model, other, (x,))
+    wanted = torch.autograd.grad(expected, list(other.values()))
+    found = torch.func.functional_call(module, other, (x,))
+    assert torch.equal(found, expected)
+    for a, b in zip(torch.autograd.grad(found, list(other.values())), wanted, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
