@@ -11,6 +11,7 @@ import copy
 import functools
 import inspect
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +19,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
 from remat._torch import pytree
 from remat.capture import Captured
 from remat.errors import RematError
+from remat.passes.aliasing import is_view
 from remat.passes.regions import RegionGraph
 from remat.plan import Plan
 from remat.runtime import compile_region, run_region
@@ -38,7 +42,7 @@ class Region(fx.GraphModule):
         self.region_name = region.name
         self.dropped = region.dropped
         self.program = compile_region(region.graph, region.dropped)
-        self.policies = tuple(node.name in region.dropped for node in region.graph.nodes if node.op == "call_function")
+        self.saved = _saved_calls(region)
         self.body = fx.GraphModule({}, copy.deepcopy(region.graph))
 
     def recompile(self) -> Any:
@@ -53,9 +57,32 @@ class Region(fx.GraphModule):
 
 
 def _checkpointed(region: Region, inputs: tuple[Any, ...]) -> Any:
-    from torch.utils.checkpoint import checkpoint
+    contexts = functools.partial(_selective_contexts, region.saved)
+    return checkpoint(region.body, *inputs, use_reentrant=False, context_fn=contexts)
 
-    return checkpoint(region.body, *inputs, use_reentrant=False)
+
+def _selective_contexts(saved: frozenset[tuple[str, int]]) -> Any:
+    """Contexts for `checkpoint` that save the given calls, as (op, how many of that op ran before), and recompute the rest."""
+    seen: Counter[tuple[bool, str]] = Counter()
+
+    def policy(context: Any, op: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+        call = (context.is_recompute, str(op))
+        seen[call] += 1
+        keep = (str(op), seen[call] - 1) in saved
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+def _saved_calls(region: RegionGraph) -> frozenset[tuple[str, int]]:
+    seen: Counter[str] = Counter()
+    saved = set()
+    for node in region.graph.nodes:
+        if node.op == "call_function":
+            if node.name not in region.dropped and not is_view(node):
+                saved.add((str(node.target), seen[str(node.target)]))
+            seen[str(node.target)] += 1
+    return frozenset(saved)
 
 
 def _recompile_text_only(module: fx.GraphModule) -> Any:
@@ -65,6 +92,11 @@ def _recompile_text_only(module: fx.GraphModule) -> Any:
     module._lineno_map = code._lineno_map
     module._prologue_start = code._prologue_start
     return code
+
+
+def flatten_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
+    """A call's leaves and their structure; keyword arguments in order of name."""
+    return pytree.tree_flatten((args, {name: kwargs[name] for name in sorted(kwargs)}))
 
 
 def adopt(owner: nn.Module, original: nn.Module) -> None:
@@ -124,7 +156,7 @@ class RematModule(fx.GraphModule):
         if not self.training or not torch.is_grad_enabled():
             self._say("eval", "runs the original forward in eval mode and without grad: nothing is saved there")
             return self._original(*args, **kwargs)
-        flat, spec = pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
+        flat, spec = flatten_call(args, kwargs)
         variant = self._find(flat, spec)
         if variant is None:
             variant = self.capture(args, kwargs)
@@ -141,7 +173,7 @@ class RematModule(fx.GraphModule):
         if self._variants:
             self._say("again", "captures and plans again: the inputs differ from those captured before")
         captured, plan, outer, regions = self._build(self._original, args, kwargs)
-        flat, spec = pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
+        flat, spec = flatten_call(args, kwargs)
         variant = Variant(self._key(flat, spec), captured, plan, outer, regions, _runnable(self._original, captured, outer, regions))
         self._variants.append(variant)
         self._show(variant)

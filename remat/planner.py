@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from remat.budget import format_bytes
 from remat.errors import BudgetError
@@ -33,6 +34,7 @@ class Menus:
     slices: dict[tuple[int, int], Slice]
     options: dict[tuple[int, int], tuple[Option, ...]]
 
+    @cached_property
     def choices(self) -> dict[tuple[int, int], list[Choice]]:
         return {
             key: [
@@ -124,7 +126,7 @@ def frontier_solutions(program: Program, menus: Menus, points: int) -> list[Solu
 
 def _attempt(program: Program, menus: Menus, budget_bytes: int, tighten: bool = True) -> Solution | None:
     """Select, and where the replay of the whole step disagrees with the sum of its blocks, aim lower by the difference."""
-    choices, target = menus.choices(), budget_bytes - program.resident_bytes
+    choices, target = menus.choices, budget_bytes - program.resident_bytes
     for _ in range(8):
         path = select(choices, len(menus.cuts) - 1, target)
         if path is None:

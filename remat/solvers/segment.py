@@ -11,7 +11,7 @@ from itertools import accumulate
 
 from remat.program import Program
 
-_PROMINENCE = 1.4  # between two cuts the curve must rise by this factor
+_PROMINENCE = 1.8  # between two cuts the curve must rise by this factor
 
 
 def find_cuts(program: Program) -> tuple[int, ...]:

@@ -31,33 +31,30 @@ def select(choices: Mapping[tuple[int, int], Sequence[Choice]], n_blocks: int, b
 
     `budget_bytes` is what the blocks may use: resident memory is already taken off.
     """
-    saved = [np.zeros(0, dtype=np.int64)] * (n_blocks + 1)
+    empty = np.zeros(0, dtype=np.int64)
+    saved, back = [empty] * (n_blocks + 1), [np.zeros((0, 3), dtype=np.int64)] * (n_blocks + 1)
     time = [np.zeros(0)] * (n_blocks + 1)
-    back: list[list[tuple[int, int, int]]] = [[] for _ in range(n_blocks + 1)]
-    saved[0], time[0], back[0] = np.zeros(1, dtype=np.int64), np.zeros(1), [(-1, -1, -1)]
+    saved[0], time[0] = np.zeros(1, dtype=np.int64), np.zeros(1)
     arriving: dict[int, list[tuple[int, Choice]]] = {}
     for (i, j), menu in choices.items():
         arriving.setdefault(j, []).extend((i, choice) for choice in menu)
     for j in range(1, n_blocks + 1):
-        parts = []
+        bytes_here, time_here, origin = [empty], [np.zeros(0)], [np.zeros((0, 3), dtype=np.int64)]
         for i, choice in arriving.get(j, ()):
             room = budget_bytes - max(choice.forward_bytes, choice.backward_bytes)
-            states = np.flatnonzero(saved[i] <= room)
-            if states.size:
-                parts.append((i, choice.index, states, saved[i][states] + choice.saved_bytes, time[i][states] + choice.recompute_us))
-        if not parts:
-            continue
-        all_saved = np.concatenate([part[3] for part in parts])
-        all_time = np.concatenate([part[4] for part in parts])
-        origin = [(part[0], part[1], int(state)) for part in parts for state in part[2]]
+            fits = int(np.searchsorted(saved[i], room, side="right"))  # states are in order of saved bytes
+            if fits:
+                bytes_here.append(saved[i][:fits] + choice.saved_bytes)
+                time_here.append(time[i][:fits] + choice.recompute_us)
+                origin.append(np.column_stack((np.full(fits, i), np.full(fits, choice.index), np.arange(fits))))
+        all_saved, all_time = np.concatenate(bytes_here), np.concatenate(time_here)
         keep = _undominated(all_saved, all_time)
-        saved[j], time[j] = all_saved[keep], all_time[keep]
-        back[j] = [origin[k] for k in keep]
+        saved[j], time[j], back[j] = all_saved[keep], all_time[keep], np.concatenate(origin)[keep]
     if not time[n_blocks].size:
         return None
     state, j, path = int(np.argmin(time[n_blocks])), n_blocks, []
     while j > 0:
-        i, option, before = back[j][state]
+        i, option, before = (int(x) for x in back[j][state])
         path.append((i, j, option))
         j, state = i, before
     return path[::-1]

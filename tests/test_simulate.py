@@ -1,0 +1,205 @@
+"""The referee: made-up steps whose peaks are worked out by hand, and a second, naive replay that shares nothing with it."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from remat.program import Fixed, Op, Program, Value
+from remat.simulate import simulate
+from tests.programs import programs
+
+
+def chain() -> Program:
+    """Three forward ops a → b → c, each 100 bytes, backward in reverse; every value read by its own backward op."""
+    forward = (
+        Op("a", 1.0, 0, (), (0,)),
+        Op("b", 2.0, 0, (0,), (1,)),
+        Op("c", 4.0, 0, (1,), (2,)),
+    )
+    backward = (Op("c'", 1.0, 0), Op("b'", 1.0, 0), Op("a'", 1.0, 0))
+    values = (
+        Value("a", 100, 0, 1, (5,), 5),
+        Value("b", 100, 1, 2, (4,), 4),
+        Value("c", 100, 2, 2, (3,), 3),
+    )
+    return Program(forward, backward, values, (), resident_bytes=1000)
+
+
+def live(program: Program, dropped: tuple[int, ...]) -> list[tuple[str, str, int]]:
+    return [(m.phase, m.name, m.live_bytes - program.resident_bytes) for m in simulate(program, dropped).moments]
+
+
+def test_everything_saved() -> None:
+    assert live(chain(), ()) == [
+        ("forward", "a", 100),
+        ("forward", "b", 200),
+        ("forward", "c", 300),
+        ("backward", "c'", 300),
+        ("backward", "b'", 200),
+        ("backward", "a'", 100),
+    ]
+    replay = simulate(chain(), ())
+    assert (replay.peak_bytes, replay.saved_bytes, replay.recompute_us, replay.recomputed) == (1300, 300, 0.0, ())
+
+
+def test_a_dropped_value_is_recomputed_just_in_time() -> None:
+    assert live(chain(), (1,)) == [
+        ("forward", "a", 100),
+        ("forward", "b", 200),
+        ("forward", "c", 300),  # c reads b while it makes its own result
+        ("backward", "c'", 200),
+        ("recompute", "b", 200),
+        ("backward", "b'", 200),
+        ("backward", "a'", 100),
+    ]
+
+
+def test_a_dropped_chain_is_recomputed_from_its_source_and_held_to_its_last_reader() -> None:
+    assert live(chain(), (0, 1, 2)) == [
+        ("forward", "a", 100),
+        ("forward", "b", 200),
+        ("forward", "c", 200),  # a is gone: nobody in forward reads it any more
+        ("recompute", "a", 100),
+        ("recompute", "b", 200),
+        ("recompute", "c", 300),
+        ("backward", "c'", 300),
+        ("backward", "b'", 200),
+        ("backward", "a'", 100),
+    ]
+    replay = simulate(chain(), (0, 1, 2))
+    assert replay.recomputed == (0, 1, 2)
+    assert replay.recompute_us == 7.0
+    assert replay.saved_bytes == 0
+
+
+def test_launch_time_counts_for_each_recomputed_op() -> None:
+    program = chain()
+    forward = tuple(op._replace(launch_us=0.5) for op in program.forward)
+    slower = Program(forward, program.backward, program.values, (), 0)
+    assert simulate(slower, (1, 2)).recompute_us == 2.0 + 4.0 + 2 * 0.5
+
+
+def test_scratch_memory_counts_each_time_the_op_runs() -> None:
+    program = chain()
+    forward = (program.forward[0], program.forward[1]._replace(workspace_bytes=50), program.forward[2])
+    backward = (program.backward[0], program.backward[1], program.backward[2]._replace(workspace_bytes=7))
+    busy = Program(forward, backward, program.values, (), 1000)
+    assert [b for _, _, b in live(busy, (1,))] == [100, 250, 300, 200, 250, 200, 107]
+
+
+def test_random_state_is_kept_until_the_op_runs_again() -> None:
+    program = chain()
+    forward = (program.forward[0], program.forward[1]._replace(state_bytes=10), program.forward[2])
+    drawing = Program(forward, program.backward, program.values, (), 1000)
+    assert [b for _, _, b in live(drawing, ())] == [100, 200, 300, 300, 200, 100]
+    # kept from b on, and while b runs again the present state lies beside it
+    assert [b for _, _, b in live(drawing, (1,))] == [100, 210, 310, 210, 220, 200, 100]
+
+
+def test_fixed_storages_move_with_their_ops() -> None:
+    program = chain()
+    gradient = Fixed(3, 4, 40)
+    output = Fixed(2, 5, 1)
+    fixed = Program(program.forward, program.backward, program.values, (gradient, output), 1000)
+    assert [b for _, _, b in live(fixed, (1,))] == [100, 200, 301, 241, 241, 241, 101]
+
+
+def test_a_value_that_backward_never_reads_dies_in_forward() -> None:
+    program = Program((Op("a", 1.0, 0, (), (0,)), Op("b", 1.0, 0, (0,), (1,))), (Op("b'", 1.0, 0),), (
+        Value("a", 100, 0, 1), Value("b", 10, 1, 1, (2,), 2)), (), 0)  # fmt: skip
+    assert [b for _, _, b in live(program, ())] == [100, 110, 10]
+    # to recompute b, a has to be there: it is kept, as if saved
+    assert [b for _, _, b in live(program, (1,))] == [100, 110, 110, 10]
+    assert simulate(program, (1,)).saved_bytes == 100
+
+
+def test_a_value_fused_into_its_readers_occupies_only_what_it_passes() -> None:
+    values = (Value("a", 100, 0, 1, (2,), 2, passing_bytes=0), Value("b", 10, 1, 1, (2,), 2))
+    program = Program((Op("a", 1.0, 0, (), (0,)), Op("b", 1.0, 0, (0,), (1,))), (Op("b'", 1.0, 0),), values, (), 0)
+    assert [b for _, _, b in live(program, ())] == [100, 110, 110]
+    assert [b for _, _, b in live(program, (0,))] == [0, 10, 10, 10]
+
+
+def test_the_peak_is_named() -> None:
+    moment = simulate(chain(), ()).peak_at
+    assert (moment.phase, moment.name, moment.live_bytes) == ("forward", "c", 1300)
+
+
+def naive_peak(program: Program, dropped: frozenset[int]) -> tuple[int, int, float]:
+    """(peak, saved bytes, recompute time) by running the step with a set of live values, one op after another."""
+    n = len(program.forward)
+    producer = {v: p for p, op in enumerate(program.forward) for v in op.outputs}
+    script: list[tuple[str, int]] = [("forward", p) for p in range(n)]
+    made: set[int] = set()
+
+    def make(op: int) -> None:
+        if op in made or op not in dropped:
+            return
+        for v in program.forward[op].inputs:
+            make(producer[v])
+        made.add(op)
+        script.append(("again", op))
+
+    for b in range(len(program.backward)):
+        for v, value in enumerate(program.values):
+            if n + b in value.reads:
+                make(producer[v])
+        script.append(("backward", n + b))
+
+    def uses(v: int, step: tuple[str, int]) -> bool:
+        phase, p = step
+        value = program.values[v]
+        if phase == "forward":
+            return value.op <= p <= value.last_forward
+        if phase == "again":
+            return v in program.forward[p].inputs or v in program.forward[p].outputs
+        return value.release >= p
+
+    peak, saved, live_now = program.resident_bytes, set(), set()
+    for at, step in enumerate(script):
+        phase, p = step
+        if phase != "backward":
+            live_now |= set(program.forward[p].outputs)
+        if phase == "backward" or phase == "again":
+            saved |= {v for v in live_now if producer[v] not in made}
+        extra = program.forward[p].workspace_bytes if p < n else program.backward[p - n].workspace_bytes
+        here = sum(program.values[v].bytes for v in live_now) + extra + program.resident_bytes
+        running = p if phase != "again" else next(q for f, q in script[at:] if f == "backward")
+        here += sum(f.bytes for f in program.fixed if _alive(f, phase, running, p))
+        peak = max(peak, here)
+        rest = script[at + 1 :]
+        dropped_now = {v for v in live_now if producer[v] in dropped and phase == "forward"}
+        live_now = {
+            v
+            for v in live_now
+            if any(uses(v, s) for s in (rest if v not in dropped_now else _until_backward(rest)))
+        }
+    return peak, sum(program.values[v].bytes for v in saved), sum(
+        program.forward[p].cost_us + program.forward[p].launch_us for p in made
+    )
+
+
+def _until_backward(rest: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    return [step for step in rest if step[0] == "forward"]
+
+
+def _alive(fixed: Fixed, phase: str, running: int, position: int) -> bool:
+    """A recompute runs between two backward ops: what is there both before and after it is alive."""
+    if phase != "again":
+        return fixed.born <= position <= fixed.dies
+    return fixed.born < running <= fixed.dies
+
+
+@settings(max_examples=300, deadline=None)
+@given(program=programs(), data=st.data())
+def test_it_agrees_with_a_naive_replay(program: Program, data: st.DataObject) -> None:
+    free = [p for p, op in enumerate(program.forward) if op.outputs]
+    dropped = frozenset(data.draw(st.sets(st.sampled_from(free)))) if free else frozenset()
+    replay = simulate(program, dropped)
+    peak, saved, recompute_us = naive_peak(program, dropped)
+    assert replay.peak_bytes == peak
+    assert replay.saved_bytes == saved
+    assert replay.recompute_us == pytest.approx(recompute_us)
+    assert replay.peak_bytes == replay.peak_at.live_bytes
