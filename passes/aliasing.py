@@ -11,6 +11,12 @@ from torch import fx
 _UNMARKED_VIEWS = {torch.ops.aten._unsafe_view.default}  # a view whose schema does not say so
 
 
+def results(graph: fx.Graph) -> tuple[Any, ...]:
+    """What a graph with a flat output returns: nodes, and None or constants between them."""
+    flat = graph.output_node().args[0]
+    return tuple(flat) if isinstance(flat, tuple | list) else (flat,)
+
+
 def is_view(node: fx.Node) -> bool:
     """True if the node's result is a view of its first argument: views, and items of what `split` and its like return."""
     if node.op != "call_function":

@@ -10,14 +10,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
 from remat.cost import DeviceProfile, op_cost_us
-from remat.passes.aliasing import is_view, storage_bytes
+from remat.passes.aliasing import is_view, results, storage_bytes
 from remat.passes.pinning import why_pinned
 from remat.passes.randomness import is_random
 from remat.program import SCALARS_BYTES, Fixed, Op, Program, Value
@@ -46,7 +45,7 @@ class JointHalves:
 
 def split_joint(graph: fx.Graph, num_fwd_outputs: int, fuses: bool) -> JointHalves:
     """Tell forward from backward: forward is what the first `num_fwd_outputs` outputs need."""
-    outputs = [o for o in graph.output_node().args[0]]
+    outputs = results(graph)
     forward_outputs = tuple(o for o in outputs[:num_fwd_outputs] if isinstance(o, fx.Node))
     backward_outputs = tuple(o for o in outputs[num_fwd_outputs:] if isinstance(o, fx.Node))
     forward = _ancestors(forward_outputs)
@@ -80,7 +79,9 @@ def joint_program(graph: fx.Graph, halves: JointHalves, device: DeviceProfile, r
     readers = _storage_readers(graph, inlined)
     escaping = {_owner(node) for node in halves.forward_outputs}
     grads = {_owner(node) for node in halves.backward_outputs}
-    values, outputs, fixed = [], {}, []
+    values: list[Value] = []
+    outputs: dict[int, list[int]] = {}
+    fixed: list[Fixed] = []
     for node in (*halves.forward, *halves.backward):
         if is_view(node) or node.target is operator.getitem or node in inlined:
             continue
@@ -113,7 +114,13 @@ def joint_program(graph: fx.Graph, halves: JointHalves, device: DeviceProfile, r
     fixed.append(Fixed(0, end, SCALARS_BYTES))
     stored = {value.name for value in values}
     forward = tuple(
-        _op(node, tuple(outputs.get(p, ())), [index[name] for name in _sources(node, inlined) if name in stored], device, fuses)
+        _op(
+            node,
+            tuple(outputs.get(p, ())),
+            [index[name] for name in _sources(node, inlined) if name in stored],
+            device,
+            fuses,
+        )
         for p, node in enumerate(halves.forward)
     )
     backward = tuple(_op(node, (), [], device, fuses) for node in halves.backward)
@@ -199,9 +206,27 @@ def _fuses_into(user: fx.Node, outputs: set[fx.Node]) -> bool:
     return is_pointwise(user) or is_reduction(user)
 
 
-_POINTWISE_ANYWAY = {"where", "_to_copy", "clone", "full", "iota", "scalar_tensor", "cat", "constant_pad_nd", "convert_element_type",
-                     "inductor_random", "inductor_lookup_seed", "gather", "index", "embedding", "slice_scatter", "full_like"}  # fmt: skip
-_REDUCTIONS = {"sum", "mean", "amax", "amin", "var", "var_mean", "any", "all", "prod", "argmax", "argmin"}
+_POINTWISE_ANYWAY = frozenset(
+    [
+        "where",
+        "_to_copy",
+        "clone",
+        "full",
+        "full_like",
+        "iota",
+        "scalar_tensor",
+        "cat",
+        "constant_pad_nd",
+        "convert_element_type",
+        "inductor_random",
+        "inductor_lookup_seed",
+        "gather",
+        "index",
+        "embedding",
+        "slice_scatter",
+    ]
+)
+_REDUCTIONS = frozenset(["sum", "mean", "amax", "amin", "var", "var_mean", "any", "all", "prod", "argmax", "argmin"])
 
 
 def is_pointwise(node: fx.Node) -> bool:

@@ -105,5 +105,3 @@ def _reached_by_tangents(graph: fx.Graph) -> set[fx.Node]:
         elif node.op == "call_function" and any(source in reached for source in node.all_input_nodes):
             reached.add(node)
     return reached
-
-

@@ -38,7 +38,9 @@ def form_regions(graph: fx.Graph, stretches: Sequence[Stretch]) -> tuple[fx.Grap
     Every node of both carries its decision in `meta["recompute"]`, where `print_readable` and tlparse look.
     """
     home = {name: i for i, stretch in enumerate(stretches) for name in stretch.nodes}
-    outer, copies, regions = fx.Graph(), {}, []
+    outer = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    regions: list[RegionGraph] = []
     nodes = list(graph.nodes)
     for node in nodes:
         index = home.get(node.name)
@@ -60,7 +62,8 @@ def form_regions(graph: fx.Graph, stretches: Sequence[Stretch]) -> tuple[fx.Grap
 
 
 def _cut_out(name: str, members: list[fx.Node], dropped: frozenset[str]) -> RegionGraph:
-    inner, copies = fx.Graph(), {}
+    inner = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
     inputs, outputs = _inputs(members), _outputs(members)
     for node in inputs:
         copies[node] = inner.placeholder(node.name)
@@ -92,8 +95,3 @@ def _inputs(members: list[fx.Node]) -> list[fx.Node]:
 def _outputs(members: list[fx.Node]) -> list[fx.Node]:
     inside = set(members)
     return [node for node in members if any(user not in inside for user in node.users)]
-
-
-
-
-

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._C._autograd import DeviceType, _profiler_enabled
 from torch._functorch import config as functorch_config
-from torch._functorch.aot_autograd import aot_export_joint_with_descriptors, aot_module_simplified
 from torch._functorch._aot_autograd.descriptors import (
     BufferAOTInput,
     GradAOTOutput,
@@ -20,6 +20,7 @@ from torch._functorch._aot_autograd.descriptors import (
     PlainAOTOutput,
     TangentAOTInput,
 )
+from torch._functorch.aot_autograd import aot_export_joint_with_descriptors, aot_module_simplified
 from torch._functorch.partitioners import _extract_fwd_bwd_modules
 from torch._guards import CompileContext
 from torch._inductor import config as inductor_config
@@ -47,9 +48,9 @@ __all__ = [
     "TangentAOTInput",
     "TorchDispatchMode",
     "aot_eager",
-    "extract_forward_backward",
     "compile_options",
     "compile_with_inductor",
+    "extract_forward_backward",
     "flop_registry",
     "frame_id",
     "has_graph_break",
@@ -57,6 +58,7 @@ __all__ = [
     "joint_graph",
     "memory_events",
     "no_dispatch_modes",
+    "profiler_is_running",
     "pytree",
     "scheduled_peak_bytes",
     "specializing",
@@ -76,8 +78,8 @@ def storage_key(tensor: torch.Tensor) -> int:
 def memory_events(profile: torch.profiler.profile) -> Iterator[int]:
     """Bytes of each CPU allocation (positive) and release (negative) that a profile saw, in order."""
     events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
-    found = [event for event in events if event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU]
-    return (event.nbytes() for event in sorted(found, key=lambda event: event.start_ns()))
+    found = [event for event in events if event.name() == "[memory]" and event.device_type() == DeviceType.CPU]
+    return (event.nbytes() for event in sorted(found, key=lambda event: event.start_ns()))  # type: ignore[union-attr]
 
 
 def joint_graph(module: fx.GraphModule, inputs: tuple[Any, ...]) -> fx.GraphModule:
@@ -170,7 +172,7 @@ def compile_with_inductor(
     """Inductor with our partition. AOTAutograd's own cache is off: it would skip the partition, and with it the plan."""
     with functorch_config.patch(enable_autograd_cache=False):
         patches = {"custom_partitioner_fn": _Partitioner(split, uuid), "inductor_choices_class": LocalFusion}
-        return compile_fx(gm, inputs, config_patches=patches)
+        return compile_fx(gm, inputs, config_patches=patches)  # type: ignore[return-value]
 
 
 def aot_eager(
@@ -206,6 +208,11 @@ def compile_options(compiled: Any) -> tuple[Any] | None:
 
 
 no_dispatch_modes = _disable_current_modes  # so that real tensors stay real while a compiler is tracing
+
+
+def profiler_is_running() -> bool:
+    """True inside any torch profiler; two cannot run at once."""
+    return _profiler_enabled()
 
 
 def in_functorch() -> bool:

@@ -140,7 +140,11 @@ def placeholder_tensors(
     named = dict(itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)))
     flat = pytree.tree_leaves((args, dict(sorted(kwargs.items()))))
     return [
-        flat[source.index] if source.kind == "input" else captured.constants[source.name] if source.kind == "constant" else named[source.name]
+        flat[source.index]
+        if source.kind == "input"
+        else captured.constants[source.name]
+        if source.kind == "constant"
+        else named[source.name]
         for source in captured.sources
     ]
 
@@ -218,7 +222,9 @@ def frontier(
     return [p for p in plans if limit is None or p.peak_bytes <= limit]
 
 
-def explain(model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None, *, budget: BudgetLike = None) -> Plan:
+def explain(
+    model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None, *, budget: BudgetLike = None
+) -> Plan:
     """What would be saved, recomputed and why, as data whose `str` is the table. A module from `optimize` explains itself."""
     if isinstance(model, RematModule) and model.plan is not None and not args and not kwargs:
         return model.plan

@@ -146,7 +146,8 @@ def _fit_schedule(program: Program, menus: Menus, limit: int, apply: Callable[[S
 
     Fusion moves recompute, which no cost model sees beforehand. Raises BudgetError when nothing fits.
     """
-    target, best = limit, None
+    target = limit
+    best: _Attempt | None = None
     for _ in range(_TRIALS):
         try:
             solution = solve(program, menus, target)
@@ -163,6 +164,7 @@ def _fit_schedule(program: Program, menus: Menus, limit: int, apply: Callable[[S
         if solution.replay.peak_bytes > target:
             break
         target = min(target, solution.replay.peak_bytes) - int(missed)
+    assert best is not None
     minimum = int(best.peak_bytes * (1 + _SCHEDULE_ERROR)) + 1
     raise BudgetError(
         f"no plan fits in {format_bytes(limit)} as Inductor schedules it; the smallest found needs {format_bytes(minimum)} "
@@ -193,7 +195,12 @@ class _Partitioner:
 
     def uuid(self) -> str:
         """Covers all that the partition depends on besides the graph itself."""
-        parts = (self.options, self.session.held_bytes(_torch.frame_id()), self.more_graphs, _gradient_bytes(self.inputs))
+        parts = (
+            self.options,
+            self.session.held_bytes(_torch.frame_id()),
+            self.more_graphs,
+            _gradient_bytes(self.inputs),
+        )
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def split(

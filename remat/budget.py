@@ -62,7 +62,7 @@ def _parse_text(text: str) -> Budget:
         return Budget(auto=True)
     if match := _PERCENT.fullmatch(text):
         share = float(match[1]) / 100
-        if not 0.0 < share:
+        if not share > 0.0:
             raise BudgetError(f"budget={text!r} must be above 0%; {_FORMS}")
         return Budget(share_of_device=share)
     match = _SIZE.fullmatch(text)

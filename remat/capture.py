@@ -19,6 +19,7 @@ from torch import fx, nn
 from remat import _torch
 from remat._torch import pytree
 from remat.errors import CaptureError
+from remat.passes.aliasing import results
 
 _DOOR_2 = 'torch.compile(model, backend="remat", options={"budget": ...}) handles this'
 _BATCH_NORM = torch.ops.aten._native_batch_norm_legit_functional.default
@@ -103,7 +104,9 @@ def _find(error: BaseException | None, kind: type[_torch.OpaqueAutograd]) -> _to
 
 
 def _user_line(error: BaseException) -> str:
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename and "/remat/" not in f.filename]
+    frames = [
+        f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename and "/remat/" not in f.filename
+    ]
     return f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else "an unknown line"
 
 
@@ -140,7 +143,7 @@ def _inline_grad_modes(module: fx.GraphModule) -> None:
             for user in list(node.users):
                 with module.graph.inserting_after(user):
                     cut = module.graph.call_function(torch.ops.aten.detach.default, (user,))
-                user.replace_all_uses_with(cut, delete_user_cb=lambda other, cut=cut: other is not cut)  # type: ignore[misc]
+                user.replace_all_uses_with(cut, delete_user_cb=lambda other, cut=cut: other is not cut)
 
 
 def _forward_half(
@@ -153,7 +156,10 @@ def _forward_half(
     constant_outputs: dict[int, Any],
 ) -> Captured:
     positions = [i for i, leaf in enumerate(flat) if isinstance(leaf, torch.Tensor)]
-    graph, sources, constants, copied = fx.Graph(), [], {}, {}
+    graph = fx.Graph()
+    sources: list[Source] = []
+    constants: dict[str, torch.Tensor] = {}
+    copied: dict[fx.Node, fx.Node] = {}
     for node in joint.graph.nodes:
         if node.op == "placeholder":
             source = _source(node.meta["desc"], positions)
@@ -170,21 +176,23 @@ def _forward_half(
             copied[node] = graph.node_copy(node, lambda n: copied[n])
             if node.target is _BATCH_NORM:
                 _free_running_statistics(copied[node])
-    results, mutations, by_index = [], [], {}
+    kept: list[fx.Node] = []
+    mutations: list[tuple[int, Source]] = []
+    by_index: dict[int, int] = {}
     outputs = joint.graph.output_node()
-    for node, desc in zip(outputs.args[0], outputs.meta["desc"], strict=True):
+    for node, desc in zip(results(joint.graph), outputs.meta["desc"], strict=True):
         if isinstance(desc, _torch.GradAOTOutput):
             continue
         if isinstance(desc, _torch.InputMutationAOTOutput):
             source = _source(desc.mutated_input, positions)
             assert source is not None
-            mutations.append((len(results), source))
+            mutations.append((len(kept), source))
         elif isinstance(desc, _torch.PlainAOTOutput):
-            by_index[desc.idx] = len(results)
+            by_index[desc.idx] = len(kept)
         else:
             continue
-        results.append(copied[node])
-    graph.output(tuple(results))
+        kept.append(copied[node])
+    graph.output(tuple(kept))
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     tensors = itertools.count()
     flat_outputs = tuple(

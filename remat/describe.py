@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -61,7 +62,7 @@ def _spans(menus: Menus, solution: Solution) -> list[tuple[int, int]]:
     """The plan's blocks: its regions, and the blocks between them that run inline."""
     inside = {cut for start, stop in solution.regions for cut in menus.cuts if start < cut < stop}
     cuts = [cut for cut in menus.cuts if cut not in inside]
-    return list(zip(cuts[:-1], cuts[1:], strict=True))
+    return list(itertools.pairwise(cuts))
 
 
 def _read_again(program: Program, solution: Solution) -> frozenset[int]:
@@ -70,7 +71,13 @@ def _read_again(program: Program, solution: Solution) -> frozenset[int]:
 
 
 def _block(
-    index: int, nodes: Sequence[fx.Node], program: Program, solution: Solution, kept: frozenset[int], start: int, stop: int
+    index: int,
+    nodes: Sequence[fx.Node],
+    program: Program,
+    solution: Solution,
+    kept: frozenset[int],
+    start: int,
+    stop: int,
 ) -> Block:
     region = next((f"region_{i}" for i, (a, b) in enumerate(solution.regions) if a <= start and stop <= b), "")
     activations, saved = [], 0

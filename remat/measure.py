@@ -21,7 +21,7 @@ from remat._torch import memory_events
 
 @dataclass(frozen=True)
 class Measurement:
-    """`peak_bytes` is the allocator's peak while `fn` ran, `resident_bytes` what was allocated before; `time_s` its wall time."""
+    """`peak_bytes` is the allocator's peak while `fn` ran, `resident_bytes` what was there before; `time_s` is wall time."""
 
     peak_bytes: int
     resident_bytes: int
@@ -109,7 +109,6 @@ def _names(code: types.CodeType) -> set[str]:
 
 def _filled(cell: types.CellType) -> bool:
     try:
-        cell.cell_contents
-    except ValueError:
+        return cell.cell_contents is not None
+    except ValueError:  # a variable not assigned yet
         return False
-    return True

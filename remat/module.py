@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from remat._torch import pytree
@@ -34,7 +33,7 @@ aten = torch.ops.aten
 
 
 class Region(fx.GraphModule):
-    """A checkpoint region. Eager: `runtime.run_region`. Under torch.compile: `torch.utils.checkpoint`, which AOT backends honour."""
+    """A checkpoint region: `runtime.run_region` in eager, `torch.utils.checkpoint` under torch.compile (AOT honours it)."""
 
     def __init__(self, region: RegionGraph) -> None:
         self.region_name = region.name
@@ -174,7 +173,9 @@ class RematModule(fx.GraphModule):
             self._say("again", "captures and plans again: the inputs differ from those captured before")
         captured, plan, outer, regions = self._build(self._original, args, kwargs)
         flat, spec = flatten_call(args, kwargs)
-        variant = Variant(self._key(flat, spec), captured, plan, outer, regions, _runnable(self._original, captured, outer, regions))
+        variant = Variant(
+            self._key(flat, spec), captured, plan, outer, regions, _runnable(self._original, captured, outer, regions)
+        )
         self._variants.append(variant)
         self._show(variant)
         return variant
@@ -253,9 +254,7 @@ def _device_type(module: nn.Module) -> str:
     return parameter.device.type if parameter is not None else "cpu"
 
 
-def _runnable(
-    original: nn.Module, captured: Captured, outer: fx.Graph, regions: tuple[RegionGraph, ...]
-) -> fx.GraphModule:
+def _runnable(original: nn.Module, captured: Captured, outer: fx.Graph, regions: tuple[RegionGraph, ...]) -> fx.GraphModule:
     """The outer graph as a module over the flat tensor inputs: parameters are attributes, buffers are written back."""
     root = nn.Module()
     adopt(root, original)

@@ -159,5 +159,3 @@ def _dropped(menus: Menus, path: list[tuple[int, int, int]]) -> frozenset[int]:
 def _regions(menus: Menus, path: list[tuple[int, int, int]], dropped: frozenset[int]) -> tuple[tuple[int, int], ...]:
     spans = [(menus.cuts[i], menus.cuts[j]) for i, j, _ in path]
     return tuple((a, b) for a, b in spans if any(a <= p < b for p in dropped))
-
-

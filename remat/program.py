@@ -17,7 +17,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-
 SCALARS_BYTES = 4096  # Python numbers that kernels wrap into tensors: a few bytes each, in no graph
 
 

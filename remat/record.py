@@ -20,6 +20,7 @@ from remat import _torch
 from remat._torch import pytree
 from remat.capture import Captured
 from remat.cost import DeviceProfile, op_cost_us
+from remat.passes.aliasing import results
 from remat.passes.pinning import why_pinned
 from remat.passes.randomness import is_random
 from remat.program import SCALARS_BYTES, Fixed, Op, Program, Value
@@ -169,9 +170,9 @@ def _forward(
             constant = captured.constants[str(node.target)]
             env[node] = _fake_like(constant)
             recorder.know(env[node])
-    final = captured.graph.output_node()
     last = {source: node for node in captured.graph.nodes for source in node.all_input_nodes}
-    costs, produced = [], {}
+    costs: list[tuple[float, Call | None]] = []
+    produced: dict[fx.Node, tuple[_Storage, ...]] = {}
     for position, node in enumerate(nodes):
         recorder.position = position
         call, order = bind(node)
@@ -193,7 +194,7 @@ def _forward(
                 del env[source]
         if node not in last:
             del env[node]
-    return [env[node] for node in final.args[0]], costs, produced
+    return [env[node] for node in results(captured.graph)], costs, produced
 
 
 def _node_cost(node: fx.Node, values: list[Any], out: Any, device: DeviceProfile) -> tuple[float, Call | None]:
@@ -224,7 +225,9 @@ def _program(
     n_forward, end = len(nodes), recorder.position - 1
     mutated = _mutated_inputs(captured)
     escaping = {id(s) for node in captured.graph.output_node().all_input_nodes for s in produced.get(node, ())}
-    values, fixed, index = [], [], {}
+    values: list[Value] = []
+    fixed: list[Fixed] = []
+    index: dict[int, int] = {}
     for storage in recorder.all:
         dies = end if storage.dies < 0 else storage.dies
         if storage.node is None or storage.born >= n_forward:

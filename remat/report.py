@@ -14,7 +14,7 @@ _INDEX = re.compile(r"\.(\d+)(?=\.|$)")
 def summary(plan: Plan) -> str:
     """The table behind `print(plan.summary())`."""
     lines = [*_headline(plan), ""]
-    rows = [("value", "shape", "dtype", "bytes", "decision", "reason", "source", "module")]
+    rows: list[tuple[str, ...]] = [("value", "shape", "dtype", "bytes", "decision", "reason", "source", "module")]
     for blocks in _merge(plan.blocks):
         rows.append((_title(blocks), *[""] * 7))
         rows.extend(_row(activation) for activation in blocks[0].activations)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,7 +30,7 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
         return _bytes(t for t in pytree.tree_leaves(dict(optimizer.state)) if isinstance(t, torch.Tensor))
     with _torch.FakeTensorMode():
         groups = [{**group, "params": [_fake_trained(p) for p in group["params"]]} for group in optimizer.param_groups]
-        twin = type(optimizer)(groups)
+        twin: Any = type(optimizer)(groups, **optimizer.defaults)
         with contextlib.suppress(_torch.DataDependentOutputException):  # state is made before any value is read
             twin.step()
         return _bytes(t for t in pytree.tree_leaves(dict(twin.state)) if isinstance(t, torch.Tensor))

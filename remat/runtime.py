@@ -24,7 +24,7 @@ from torch import fx
 from remat import _torch
 from remat._torch import pytree
 from remat.errors import RewriteError
-from remat.passes.aliasing import is_view
+from remat.passes.aliasing import results
 from remat.passes.randomness import is_random
 
 aten = torch.ops.aten
@@ -159,7 +159,7 @@ class Handle:
         base = self.cell.force()
         dtype, shape, stride, offset = self.layout
         if base.dtype == dtype and base.shape == shape and base.stride() == stride and base.storage_offset() == offset:
-            return base  # type: ignore[no-any-return]
+            return base
         view = torch.empty(0, dtype=dtype, device=base.device)
         return view.set_(base.untyped_storage(), offset, shape, stride)
 
@@ -174,7 +174,7 @@ def unpack(packed: Any) -> torch.Tensor:
             f"a saved tensor of shape {tuple(tensor.shape)} was modified in place between forward and backward "
             f"(version {tensor._version}, expected {version})"
         )
-    return tensor  # type: ignore[no-any-return]
+    return tensor
 
 
 @dataclass
@@ -208,7 +208,7 @@ class _Run:
 
     def clear(self) -> None:
         for part in (self.env, self.cells, self.kept, self.owners):
-            part.clear()  # type: ignore[attr-defined]
+            part.clear()
 
     def source(self, slot: int) -> Any:
         """What a cell reads for a slot: another cell, or the tensor without its autograd history."""
@@ -239,7 +239,7 @@ class _Run:
             for part, leaf in zip(parts, value, strict=True):
                 if isinstance(leaf, torch.Tensor) and leaf.numel():
                     self._own(leaf, part)
-            cell = parts  # type: ignore[assignment]
+            cell = parts
         assert self.pending is not None
         for handle in self.pending:
             assert handle.kept is not None
@@ -286,12 +286,15 @@ def compile_region(graph: fx.Graph, dropped: frozenset[str]) -> RegionProgram:
     nodes = [node for node in graph.nodes if node.op == "call_function"]
     for node in nodes:
         slots[node] = len(slots)
-    output = graph.output_node()
-    outputs = tuple(slots[node] for node in output.args[0])
+    outputs = tuple(slots[node] for node in results(graph))
     last = {source: node for node in nodes for source in node.all_input_nodes}
     steps = []
     for node in nodes:
-        dead = tuple(slots[s] for s in dict.fromkeys([*node.all_input_nodes, node]) if last.get(s, node) is node and slots[s] not in outputs)
+        dead = tuple(
+            slots[s]
+            for s in dict.fromkeys([*node.all_input_nodes, node])
+            if last.get(s, node) is node and slots[s] not in outputs
+        )
         is_dropped = node.name in dropped
         call, order = bind(node)
         again, again_order = _bind_again(node)

@@ -15,7 +15,7 @@ from remat.program import Program
 
 @dataclass(frozen=True)
 class Moment:
-    """One op of the replay: `phase` is "forward", "recompute" or "backward"; `live_bytes` is what is allocated while it runs."""
+    """One op of the replay: `phase` is "forward", "recompute" or "backward"; `live_bytes` is allocated while it runs."""
 
     phase: str
     name: str

@@ -88,7 +88,7 @@ def workspace_bytes(call: Call | None) -> int:
     if call is None:
         return 0
     if call.key not in _known:
-        if torch.autograd._profiler_enabled():  # the meter is a profiler too, and two cannot run at once
+        if _torch.profiler_is_running():  # the meter is a profiler too, and two cannot run at once
             return max((leaf.bytes for leaf in call.leaves if isinstance(leaf, TensorLike)), default=0)
         _known[call.key] = _measured(call)
     return _known[call.key]

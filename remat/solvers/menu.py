@@ -49,7 +49,11 @@ def slice_program(program: Program, start: int, stop: int, back_start: int, back
     inside = [v for op in program.forward[start:stop] for v in op.outputs]
     index = {v: i for i, v in enumerate(inside)}
     ops = tuple(
-        op._replace(name="", inputs=tuple(index[v] for v in op.inputs if v in index), outputs=tuple(index[v] for v in op.outputs))
+        op._replace(
+            name="",
+            inputs=tuple(index[v] for v in op.inputs if v in index),
+            outputs=tuple(index[v] for v in op.outputs),
+        )
         for op in program.forward[start:stop]
     )
     values = []
@@ -121,7 +125,10 @@ def _items(block: Program) -> tuple[Items, list[int]]:
     outputs = [[block.values[v] for v in block.forward[p].outputs] for p in positions]
     return (
         Items(
-            bytes=[max(sum(v.bytes for v in vs if v.reads), max(v.bytes for v in vs) if not any(v.reads for v in vs) else 0) for vs in outputs],
+            bytes=[
+                max(sum(v.bytes for v in vs if v.reads), max(v.bytes for v in vs) if not any(v.reads for v in vs) else 0)
+                for vs in outputs
+            ],
             cost_us=[block.forward[p].cost_us + block.forward[p].launch_us for p in positions],
             inputs=[[index[block.values[v].op] for v in block.forward[p].inputs] for p in positions],
             needed=[any(v.reads for v in vs) for vs in outputs],

@@ -26,7 +26,9 @@ class Choice:
     index: int
 
 
-def select(choices: Mapping[tuple[int, int], Sequence[Choice]], n_blocks: int, budget_bytes: int) -> list[tuple[int, int, int]] | None:
+def select(
+    choices: Mapping[tuple[int, int], Sequence[Choice]], n_blocks: int, budget_bytes: int
+) -> list[tuple[int, int, int]] | None:
     """The cheapest way through blocks 0 … n_blocks-1 as (first, last + 1, option index) triples; None if nothing fits.
 
     `budget_bytes` is what the blocks may use: resident memory is already taken off.

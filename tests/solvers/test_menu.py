@@ -43,13 +43,14 @@ def test_a_menu_runs_from_fastest_to_smallest() -> None:
 
 
 def test_what_is_live_all_through_is_an_offset() -> None:
-    program = stack(blocks=2)
-    with_outside = Program(program.forward, program.backward, program.values, (Fixed(0, 11, 7), Fixed(6, 11, 3)), 0)
-    second = slice_program(with_outside, 3, 6, 6, 9)
-    assert second.forward_offset_bytes == 7
-    assert second.backward_offset_bytes == 0
-    first = slice_program(with_outside, 0, 3, 9, 12)
-    assert first.backward_offset_bytes == 3
+    program = stack(blocks=3)
+    with_outside = Program(program.forward, program.backward, program.values, (Fixed(0, 17, 7), Fixed(9, 17, 3)), 0)
+    middle = slice_program(with_outside, 3, 6, 12, 15)
+    assert (middle.forward_offset_bytes, middle.backward_offset_bytes) == (7, 10)
+    assert middle.program.fixed == ()
+    last = slice_program(with_outside, 6, 9, 9, 12)  # 3 bytes are born in its own backward
+    assert (last.forward_offset_bytes, last.backward_offset_bytes) == (7, 7)
+    assert [item.bytes for item in last.program.fixed] == [3]
 
 
 @settings(max_examples=100, deadline=None)

@@ -1,0 +1,81 @@
+"""What must never run twice."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+
+from remat.passes.pinning import why_pinned
+
+aten = torch.ops.aten
+NOTHING: frozenset[fx.Node] = frozenset()
+
+
+def node(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    return graph.call_function(target, tuple(x if a is ... else a for a in args), kwargs)
+
+
+@pytest.mark.parametrize(
+    ("target", "args", "reason"),
+    [
+        (aten.topk.default, (..., 2), "routing"),
+        (aten.sort.default, (...,), "routing"),
+        (aten.argmax.default, (...,), "routing"),
+        (aten.nonzero.default, (...,), "depends on data"),
+        (aten.masked_select.default, (..., ...), "depends on data"),
+        (aten.unique_dim.default, (..., 0), "depends on data"),
+        (aten._local_scalar_dense.default, (...,), "depends on data"),
+        (aten.add_.Tensor, (..., 1), "writes to an input"),
+        (aten.copy_.default, (..., ...), "writes to an input"),
+        (torch.ops.higher_order.cond, (..., None, None, []), "higher-order"),
+    ],
+    ids=str,
+)
+def test_pinned(target: Any, args: tuple[Any, ...], reason: str) -> None:
+    assert reason in why_pinned(node(target, *args), NOTHING)
+
+
+@pytest.mark.parametrize(
+    ("target", "args"),
+    [
+        (aten.mm.default, (..., ...)),
+        (aten.native_dropout.default, (..., 0.1, True)),  # replayed with its random state
+        (aten.native_layer_norm.default, (..., [4], None, None, 1e-5)),
+        (aten.view.default, (..., [4])),
+        (operator.getitem, (..., 0)),
+        (aten._native_batch_norm_legit_functional.default, (..., None, None, ..., ..., True, 0.1, 1e-5)),
+    ],
+    ids=str,
+)
+def test_free(target: Any, args: tuple[Any, ...]) -> None:
+    assert why_pinned(node(target, *args), NOTHING) == ""
+
+
+def test_a_collective_is_pinned() -> None:
+    target = torch.ops._c10d_functional.all_reduce.default
+    assert why_pinned(node(target, ..., "sum", "0"), NOTHING) == "collective"
+
+
+def test_a_reader_of_an_updated_buffer_is_pinned() -> None:
+    graph = fx.Graph()
+    buffer, x = graph.placeholder("buffer"), graph.placeholder("x")
+    reads = graph.call_function(aten.mul.Tensor, (x, buffer))
+    rest = graph.call_function(aten.mul.Tensor, (x, x))
+    assert "buffer" in why_pinned(reads, frozenset({buffer}))
+    assert why_pinned(rest, frozenset({buffer})) == ""
+
+
+def test_batch_norm_in_training_reads_its_batch_not_its_statistics() -> None:
+    graph = fx.Graph()
+    x, mean, var = (graph.placeholder(name) for name in ("x", "mean", "var"))
+    target = aten._native_batch_norm_legit_functional.default
+    training = graph.call_function(target, (x, None, None, mean, var, True, 0.1, 1e-5))
+    frozen = graph.call_function(target, (x, None, None, mean, var, False, 0.1, 1e-5))
+    assert why_pinned(training, frozenset({mean, var})) == ""
+    assert "buffer" in why_pinned(frozen, frozenset({mean, var}))

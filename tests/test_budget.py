@@ -1,0 +1,103 @@
+"""What a person writes as a budget, and the bytes it means."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import remat
+from remat import budget as budgets
+from remat.budget import Budget, format_bytes, parse_budget, resolve_budget
+
+CPU = torch.device("cpu")
+GIB = 1024**3
+
+
+@pytest.mark.parametrize(
+    ("text", "amount"),
+    [
+        ("1GiB", GIB),
+        ("1 GB", 10**9),
+        ("1.5GiB", 3 * GIB // 2),
+        ("24gib", 24 * GIB),
+        (" 24 GiB ", 24 * GIB),
+        ("512MiB", 512 * 1024**2),
+        ("300 kb", 300_000),
+        ("300KiB", 300 * 1024),
+        ("2TB", 2 * 10**12),
+        ("100B", 100),
+    ],
+)
+def test_sizes(text: str, amount: int) -> None:
+    assert parse_budget(text) == Budget(bytes=amount)
+
+
+@pytest.mark.parametrize(
+    ("budget", "meaning"),
+    [
+        (None, Budget()),
+        (1, Budget(bytes=1)),
+        (0.5, Budget(share_of_activations=0.5)),
+        (1.0, Budget(share_of_activations=1.0)),
+        ("80%", Budget(share_of_device=0.8)),
+        ("12.5 %", Budget(share_of_device=0.125)),
+        ("auto", Budget(auto=True)),
+        (" AUTO ", Budget(auto=True)),
+    ],
+)
+def test_other_forms(budget: budgets.BudgetLike, meaning: Budget) -> None:
+    assert parse_budget(budget) == meaning
+
+
+@given(st.integers(1, 10**15))
+def test_bytes_are_taken_as_they_are(amount: int) -> None:
+    assert resolve_budget(parse_budget(amount), CPU, 0, 1) == amount
+
+
+@given(st.one_of(st.text(max_size=12), st.floats(), st.integers(), st.booleans(), st.none()))
+def test_anything_else_is_a_budget_error(budget: budgets.BudgetLike) -> None:
+    try:
+        read = parse_budget(budget)
+    except remat.BudgetError as error:
+        assert "use bytes as an int" in str(error)
+    else:
+        assert isinstance(read, Budget)
+
+
+def test_a_share_is_of_what_lies_above_resident_memory() -> None:
+    assert resolve_budget(Budget(share_of_activations=0.25), CPU, 1000, 5000) == 2000
+
+
+def test_a_percentage_is_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budgets, "device_bytes", lambda device: 1000)
+    assert resolve_budget(Budget(share_of_device=0.8), CPU, 10, 20) == 800
+
+
+def test_auto_is_what_is_free_and_what_is_there_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budgets, "free_bytes", lambda device: 1000)
+    assert resolve_budget(Budget(auto=True), CPU, 50, 20) == 1050
+
+
+def test_none_allows_any_peak() -> None:
+    assert resolve_budget(Budget(), CPU, 10, 20) is None
+
+
+def test_the_machine_has_memory() -> None:
+    assert 0 < budgets.free_bytes(CPU) <= budgets.device_bytes(CPU)
+
+
+@pytest.mark.parametrize(
+    ("amount", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (6 * GIB, "6.00 GiB"), (3 * 1024**4, "3.00 TiB")],
+)
+def test_formatting(amount: int, text: str) -> None:
+    assert format_bytes(amount) == text
+
+
+@given(st.integers(1, 2**50))
+def test_what_is_printed_can_be_read(amount: int) -> None:
+    read = parse_budget(format_bytes(amount)).bytes
+    assert read is not None
+    assert abs(read - amount) <= 0.006 * amount

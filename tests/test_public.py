@@ -1,0 +1,84 @@
+"""The public surface, frozen."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+
+import pytest
+import torch
+
+import remat
+
+
+def test_names() -> None:
+    assert remat.__all__ == [
+        "Activation",
+        "Block",
+        "BudgetError",
+        "CaptureError",
+        "CompiledPlan",
+        "Decision",
+        "Measurement",
+        "Plan",
+        "RematError",
+        "RewriteError",
+        "explain",
+        "frontier",
+        "measure",
+        "optimize",
+        "plan",
+        "plans",
+    ]
+    assert all(hasattr(remat, name) for name in remat.__all__)
+
+
+def parameters(function: object) -> str:
+    """Names and defaults, without annotations."""
+    signature = inspect.signature(function)  # type: ignore[arg-type]
+    plain = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    return str(inspect.Signature(plain))
+
+
+COMMON = "(model, args=(), kwargs=None, *, budget, policy='auto', optimizer=None, dynamic_shapes=None, plan=None)"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("optimize", COMMON),
+        ("plan", COMMON),
+        ("frontier", COMMON.replace("budget", "budget=None").replace("plan=None)", "plan=None, points=12)")),
+        ("measure", "(fn)"),
+        ("plans", "(compiled)"),
+        ("explain", "(model, args=(), kwargs=None, *, budget=None)"),
+    ],
+)
+def test_signatures(name: str, expected: str) -> None:
+    assert parameters(getattr(remat, name)) == expected
+
+
+def test_a_plan_has_what_was_promised() -> None:
+    promised = {
+        "budget_bytes", "peak_bytes", "baseline_peak_bytes", "resident_bytes", "saved_bytes", "recompute_us", "step_us",
+        "baseline_step_us", "planning_seconds", "blocks", "timeline",
+    }  # fmt: skip
+    assert promised <= {field.name for field in dataclasses.fields(remat.Plan)}
+    for name in ("decisions", "summary", "to_json", "from_json"):
+        assert hasattr(remat.Plan, name)
+
+
+def test_the_error_tree() -> None:
+    for error in (remat.BudgetError, remat.CaptureError, remat.RewriteError):
+        assert issubclass(error, remat.RematError)
+    assert issubclass(remat.BudgetError, ValueError)
+    error = remat.BudgetError("text", budget_bytes=1, minimum_bytes=2, where="mm")
+    assert (error.budget_bytes, error.minimum_bytes, error.where) == (1, 2, "mm")
+
+
+def test_decisions_are_the_words_of_torch() -> None:
+    assert [decision.name for decision in remat.Decision] == ["SAVE", "RECOMPUTE", "OFFLOAD"]
+
+
+def test_the_backend_is_registered() -> None:
+    assert "remat" in torch._dynamo.list_backends()
