@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 from remat.program import Program
@@ -25,17 +26,44 @@ class Moment:
 
 @dataclass(frozen=True)
 class Replay:
-    """The outcome of one step: peaks and live bytes include what is resident; `recompute_us` is the time added."""
+    """The outcome of one step: peaks and live bytes include what is resident; `recompute_us` is the time added.
 
-    moments: tuple[Moment, ...]
-    peak_bytes: int
+    `schedule` lists the ops in running order as (position, is it a recompute), `live_bytes` what is allocated during each.
+    """
+
+    program: Program
+    schedule: tuple[tuple[int, bool], ...]
+    live_bytes: tuple[int, ...]
     saved_bytes: int
     recompute_us: float
-    recomputed: tuple[int, ...]
+
+    @cached_property
+    def peak_bytes(self) -> int:
+        return max(self.live_bytes, default=self.program.resident_bytes)
+
+    @cached_property
+    def forward_peak_bytes(self) -> int:
+        return max(self.live_bytes[: len(self.program.forward)], default=self.program.resident_bytes)
+
+    @cached_property
+    def backward_peak_bytes(self) -> int:
+        return max(self.live_bytes[len(self.program.forward) :], default=self.program.resident_bytes)
+
+    @cached_property
+    def recomputed(self) -> tuple[int, ...]:
+        return tuple(position for position, again in self.schedule if again)
+
+    @cached_property
+    def moments(self) -> tuple[Moment, ...]:
+        n = len(self.program.forward)
+        return tuple(
+            Moment("recompute" if again else "forward" if p < n else "backward", self.program.name_at(p), live, p)
+            for (p, again), live in zip(self.schedule, self.live_bytes, strict=True)
+        )
 
     @property
     def peak_at(self) -> Moment:
-        return max(self.moments, key=lambda moment: moment.live_bytes)
+        return self.moments[max(range(len(self.live_bytes)), key=self.live_bytes.__getitem__)]
 
 
 def simulate(program: Program, dropped: Collection[int]) -> Replay:
@@ -81,23 +109,9 @@ def simulate(program: Program, dropped: Collection[int]) -> Replay:
         if kept:
             saved_bytes += value.bytes
     live = [base + size + program.resident_bytes for base, size in zip(accumulate(delta[:-1]), extra, strict=True)]
-    moments = tuple(
-        Moment(
-            "recompute" if again else "forward" if position < n_forward else "backward",
-            program.name_at(position),
-            live[index],
-            position,
-        )
-        for index, (position, again) in enumerate(schedule)
-    )
-    recomputed = tuple(position for position, again in schedule if again)
-    return Replay(
-        moments,
-        max(live, default=program.resident_bytes),
-        saved_bytes,
-        sum(program.forward[p].cost_us + program.forward[p].launch_us for p in recomputed),
-        recomputed,
-    )
+    recomputed = [program.forward[position] for position, again in schedule if again]
+    recompute_us = sum(op.cost_us + op.launch_us for op in recomputed)
+    return Replay(program, tuple(schedule), tuple(live), saved_bytes, recompute_us)
 
 
 def _schedule(program: Program, drop: set[int]) -> list[tuple[int, bool]]:

@@ -29,9 +29,9 @@ def improve(program: Program, dropped: frozenset[int], budget_bytes: int) -> fro
 
 
 def _fill(program: Program, dropped: frozenset[int], replay: Replay, budget_bytes: int) -> frozenset[int]:
-    live = np.array([moment.live_bytes for moment in replay.moments])
-    first = {p: i for i, p in enumerate(m.position for m in replay.moments) if replay.moments[i].phase == "forward"}
-    again = {m.position: i for i, m in enumerate(replay.moments) if m.phase == "recompute"}
+    live = np.array(replay.live_bytes)
+    first = {p: i for i, (p, repeated) in enumerate(replay.schedule) if not repeated}
+    again = {p: i for i, (p, repeated) in enumerate(replay.schedule) if repeated}
     left = set(dropped)
     order = sorted(again, key=lambda p: -_gain(program, p))
     for op in order:

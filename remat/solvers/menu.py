@@ -8,10 +8,16 @@ layers of a deep model are solved once.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
 
 from remat.program import Fixed, Op, Program, Value
 from remat.simulate import simulate
 from remat.solvers.mincut import Items, closure, hull
+
+
+FixedTable: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,13 @@ class Slice:
     backward_offset_bytes: int
 
 
-def slice_program(program: Program, start: int, stop: int, back_start: int, back_stop: int) -> Slice:
+def fixed_table(program: Program) -> FixedTable:
+    """The program's fixed storages as arrays (born, dies, bytes), for `slice_program`."""
+    table = np.array(program.fixed, dtype=np.int64).reshape(-1, 3)
+    return table[:, 0], table[:, 1], table[:, 2]
+
+
+def slice_program(program: Program, table: FixedTable, start: int, stop: int, back_start: int, back_stop: int) -> Slice:
     """The block of forward positions [start, stop) and backward positions [back_start, back_stop)."""
     length = stop - start
 
@@ -72,18 +84,16 @@ def slice_program(program: Program, start: int, stop: int, back_start: int, back
                 value.passing_bytes,
             )
         )
-    fixed, forward_offset, backward_offset = [], 0, 0
-    for item in program.fixed:
-        if item.born < stop and item.dies >= start:
-            if item.born < start and item.dies >= stop:
-                forward_offset += item.bytes
-            else:
-                fixed.append(Fixed(place(max(item.born, start)), place(min(item.dies, stop - 1)), item.bytes))
-        if item.born < back_stop and item.dies >= back_start and item.dies >= len(program.forward):
-            if item.born < back_start and item.dies >= back_stop:
-                backward_offset += item.bytes
-            else:
-                fixed.append(Fixed(place(max(item.born, back_start)), place(min(item.dies, back_stop - 1)), item.bytes))
+    fixed: list[Fixed] = []
+    born, dies, size = table
+    around = (born < start) & (dies >= stop)
+    forward_offset = int(size[around].sum())
+    for k in np.flatnonzero((born < stop) & (dies >= start) & ~around):
+        fixed.append(Fixed(place(max(int(born[k]), start)), place(min(int(dies[k]), stop - 1)), int(size[k])))
+    around = (born < back_start) & (dies >= back_stop)
+    backward_offset = int(size[around].sum())
+    for k in np.flatnonzero((born < back_stop) & (dies >= max(back_start, len(program.forward))) & ~around):
+        fixed.append(Fixed(place(max(int(born[k]), back_start)), place(min(int(dies[k]), back_stop - 1)), int(size[k])))
     backward = tuple(Op("", 0.0, op.workspace_bytes) for op in _backward_ops(program, back_start, back_stop))
     sliced = Program(ops, (*backward, Op("", 0.0, 0)), tuple(values), tuple(sorted(fixed)), 0)
     return Slice(sliced, start, forward_offset, backward_offset)
@@ -108,9 +118,7 @@ def make_menu(block: Program) -> tuple[Option, ...]:
 
 def _option(block: Program, dropped: frozenset[int]) -> Option:
     replay = simulate(block, dropped)
-    forward = max((m.live_bytes for m in replay.moments if m.phase == "forward"), default=0)
-    backward = max((m.live_bytes for m in replay.moments if m.phase != "forward"), default=0)
-    return Option(dropped, replay.saved_bytes, forward, backward, replay.recompute_us)
+    return Option(dropped, replay.saved_bytes, replay.forward_peak_bytes, replay.backward_peak_bytes, replay.recompute_us)
 
 
 def _better(a: Option, b: Option) -> bool:

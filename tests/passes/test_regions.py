@@ -15,11 +15,11 @@ def graph() -> fx.Graph:
     """(relu(x @ w)).t() @ v, and the row sums of relu as a second result."""
     g = fx.Graph()
     x, w, v = (g.placeholder(name) for name in "xwv")
-    mm = g.call_function(aten.mm.default, (x, w))
-    relu = g.call_function(aten.relu.default, (mm,))
-    turned = g.call_function(aten.t.default, (relu,))
-    second = g.call_function(aten.mm.default, (turned, v))
-    total = g.call_function(aten.sum.dim_IntList, (relu, [1]))
+    mm = g.call_function(aten.mm.default, (x, w), name="mm")
+    relu = g.call_function(aten.relu.default, (mm,), name="relu")
+    turned = g.call_function(aten.t.default, (relu,), name="t")
+    second = g.call_function(aten.mm.default, (turned, v), name="mm_1")
+    total = g.call_function(aten.sum.dim_IntList, (relu, [1]), name="sum_1")
     g.output((second, total))
     return g
 

@@ -1,0 +1,312 @@
+"""Door 2 with plain FX graphs: on every model the gradients of the unplanned step, within the budget."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import remat
+from tests.models import MODELS, Mlp, build, mlp
+from tests.steps import Outcome, assert_close_gradients, assert_same, assert_same_gradients, gradients_of, run_step
+
+pytestmark = pytest.mark.usefixtures("_dynamo")
+
+
+def compiled(model: nn.Module, budget: Any = None, **options: Any) -> Any:
+    return torch.compile(model, backend="remat", options={"budget": budget, "compiler": "eager", **options})
+
+
+def cause(error: BaseException | None) -> remat.RematError:
+    """The error of remat behind what Dynamo made of it."""
+    while error is not None and not isinstance(error, remat.RematError):
+        error = error.__cause__ or getattr(error, "inner_exception", None)
+    assert error is not None, "no RematError behind it"
+    return error
+
+
+def refused(model: Any, *args: Any, **kwargs: Any) -> remat.RematError:
+    with pytest.raises(Exception) as caught:  # noqa: PT011  Dynamo wraps what a backend raises
+        model(*args, **kwargs)
+    return cause(caught.value)
+
+
+# ---- every model ----
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The step without a budget, and the smallest budget that works."""
+
+    outcome: Outcome
+    peak_bytes: int
+    minimum_bytes: int
+
+
+@functools.cache
+def reference(name: str) -> Reference:
+    model, kwargs = build(name)
+    module = compiled(model)
+    outcome = run_step(module, kwargs)
+    (graph,) = remat.plans(module)
+    torch._dynamo.reset()
+    error = refused(compiled(model, budget=1), **kwargs)
+    assert isinstance(error, remat.BudgetError)
+    assert error.minimum_bytes is not None
+    torch._dynamo.reset()
+    return Reference(outcome, graph.plan.peak_bytes, error.minimum_bytes)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5], ids=["smallest", "middle"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_budget_holds_and_changes_nothing(name: str, share: float) -> None:
+    found = reference(name)
+    budget = int(found.minimum_bytes + share * (found.peak_bytes - found.minimum_bytes))
+    model, kwargs = build(name)
+    module = compiled(model, budget)
+    outcome = run_step(module, kwargs)
+    assert_same(outcome, found.outcome)
+    assert outcome.peak_bytes <= budget
+    (graph,) = remat.plans(module)
+    assert graph.plan.budget_bytes == budget
+    assert graph.plan.peak_bytes <= budget
+    assert graph.plan.peak_bytes <= outcome.peak_bytes * 1.05
+
+
+@pytest.mark.parametrize("name", ["llama", "vit", "resnet"])
+def test_without_dropout_gradients_are_those_of_the_original(name: str) -> None:
+    model, kwargs = build(name)
+    expected = run_step(model, kwargs)
+    assert_close_gradients(reference(name).outcome.gradients, expected.gradients, 1e-5)
+    assert reference(name).outcome.output_type is expected.output_type
+
+
+# ---- options ----
+
+
+def test_unknown_options_are_listed_with_the_known_ones() -> None:
+    model, x = mlp()
+    error = refused(torch.compile(model, backend="remat", options={"budgett": 1}), x)
+    for word in ("budgett", "budget", "compiler", "policy"):
+        assert repr(word) in str(error)
+
+
+def test_other_values_are_refused() -> None:
+    model, x = mlp()
+    assert "'eager'" in str(refused(compiled(model, compiler="nvcc"), x))
+    assert "'auto'" in str(refused(compiled(model, policy="fast"), x))
+    assert isinstance(refused(compiled(model, budget="8 potatoes"), x), remat.BudgetError)
+
+
+def test_a_mode_is_refused() -> None:
+    model, x = mlp()
+    assert "options" in str(refused(torch.compile(model, backend="remat", mode="max-autotune"), x))
+
+
+def test_a_budget_nobody_can_meet_says_so() -> None:
+    model, x = mlp()
+    error = refused(compiled(model, budget=1000), x)
+    assert isinstance(error, remat.BudgetError)
+    assert error.budget_bytes == 1000
+    assert error.where
+    assert str(error.minimum_bytes) in str(error)
+
+
+def test_the_policy_none_saves_everything() -> None:
+    model, x = mlp()
+    module = compiled(model, budget=1000, policy="none")
+    module(x).backward()
+    assert not remat.plans(module)[0].plan.dropped
+
+
+@pytest.mark.parametrize("budget", [0.8, "1GiB", "50%", "auto"])
+def test_budgets_in_any_form(budget: Any) -> None:
+    model, x = mlp()
+    module = compiled(model, budget)
+    module(x).backward()
+    (graph,) = remat.plans(module)
+    assert graph.plan.peak_bytes <= graph.plan.budget_bytes  # type: ignore[operator]
+
+
+def test_no_import_of_remat_is_needed() -> None:
+    program = """
+import torch
+model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU(), torch.nn.Linear(8, 8))
+compiled = torch.compile(model, backend="remat", options={"budget": "1GiB", "compiler": "eager"})
+compiled(torch.ones(2, 8)).sum().backward()
+assert model[0].weight.grad is not None
+print("fine")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "fine", done.stderr
+
+
+# ---- plans ----
+
+
+def test_plans_show_what_was_decided_and_the_graphs_that_run() -> None:
+    model, x = mlp()
+    module = compiled(model, 0.8)
+    assert remat.plans(module) == []
+    module(x).backward()
+    (graph,) = remat.plans(module)
+    assert isinstance(graph, remat.CompiledPlan)
+    assert graph.plan.door == "compiled"
+    assert graph.plan.dropped
+    assert remat.Plan.from_json(graph.plan.to_json()) == graph.plan
+    assert "recompute" in graph.plan.summary()
+    names = {node.name for node in graph.backward.graph.nodes}
+    again = {moment.name for moment in graph.plan.timeline if moment.phase == "recompute"}
+    assert again
+    assert again <= names
+    for half in (graph.forward, graph.backward):
+        half.graph.lint()
+        assert "def forward" in half.print_readable(print_output=False)
+
+
+def test_plans_of_something_else() -> None:
+    model, x = mlp()
+    for other in (model, torch.compile(model, backend="eager"), torch.compile(model, backend="aot_eager")):
+        with pytest.raises(remat.RematError, match='backend="remat"'):
+            remat.plans(other)
+
+
+def test_plans_of_a_compiled_function() -> None:
+    model, x = mlp()
+
+    @torch.compile(backend="remat", options={"compiler": "eager"})
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return model(x) * 2
+
+    loss(x).backward()
+    assert len(remat.plans(loss)) == 1
+
+
+def test_models_that_share_their_options_have_their_own_plans() -> None:
+    options = {"budget": 0.8, "compiler": "eager"}
+    first, x = mlp()
+    second = copy.deepcopy(first)
+    modules = [torch.compile(model, backend="remat", options=options) for model in (first, second)]
+    for module in modules:
+        module(x).backward()
+    plans = [remat.plans(module) for module in modules]
+    assert [len(found) for found in plans] == [1, 1]
+    assert plans[0][0].plan.peak_bytes == plans[1][0].plan.peak_bytes
+
+
+def test_models_without_options_have_their_own_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = mlp()
+    other, _ = mlp(layers=2)
+    modules = [torch.compile(m, backend="remat", options={"compiler": "eager"}) for m in (model, other)]
+    for module in modules:
+        module(x).backward()
+    assert [len(remat.plans(module)) for module in modules] == [1, 1]
+
+
+# ---- several graphs ----
+
+
+def test_other_shapes_are_planned_again() -> None:
+    model, x = mlp()
+    module = torch.compile(model, backend="remat", options={"budget": 0.8, "compiler": "eager"}, dynamic=False)
+    for rows in (64, 32, 64):
+        module(x[:rows])
+        found = gradients_of(module, x[:rows])
+        assert {n.removeprefix("_orig_mod."): g.shape for n, g in found.items()} == {
+            n: p.shape for n, p in model.named_parameters()
+        }
+    large, small = remat.plans(module)
+    assert small.plan.peak_bytes < large.plan.peak_bytes
+    assert small.plan.dropped
+
+
+class Broken(Mlp):
+    """A graph break between two halves."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for i, layer in enumerate(self.layers):
+            if i == len(self.layers) // 2:
+                torch._dynamo.graph_break()
+            x = x + layer(x)
+        return x.square().mean()
+
+
+def broken() -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    return Broken(layers=8).train(), torch.randn(64, 32)
+
+
+def test_graphs_of_one_model_share_the_budget() -> None:
+    model, x = broken()
+    reference = compiled(model)
+    expected = run_step(reference, {"x": x})
+    first, second = remat.plans(reference)
+    assert second.plan.resident_bytes > first.plan.saved_bytes
+    unconstrained = max(first.plan.peak_bytes, second.plan.peak_bytes)
+    torch._dynamo.reset()
+    model, x = broken()
+    budget = int(0.8 * unconstrained)
+    module = compiled(model, budget)
+    outcome = run_step(module, {"x": x})
+    assert_same(outcome, expected)
+    assert outcome.peak_bytes <= budget
+    assert len(remat.plans(module)) == 2
+
+
+def test_eval_and_no_grad() -> None:
+    model, x = mlp()
+    module = compiled(model, 0.8)
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(module(x), model(x))
+
+
+def test_training_with_an_optimizer() -> None:
+    model, x = mlp(dropout=0.0)
+    twin = copy.deepcopy(model)
+    module = compiled(model, 0.8)
+    for m in (module, twin):
+        optimizer = torch.optim.AdamW(m.parameters(), lr=1e-2)
+        for _ in range(3):
+            m(x).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_backward_twice() -> None:
+    model, x = mlp()
+    module = compiled(model, 0.8)
+    loss = module(x)
+    loss.backward(retain_graph=True)
+    first = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    torch.rand(3)
+    loss.backward()
+    assert_same_gradients({n: p.grad for n, p in model.named_parameters()}, first)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+# ---- door 1's result under torch.compile ----
+
+
+def test_a_rewritten_module_compiles_without_a_break() -> None:
+    model, kwargs = build("llama")
+    unconstrained = remat.plan(model, (), kwargs, budget=None)
+    budget = remat.frontier(model, (), kwargs)[-1].peak_bytes
+    module = remat.optimize(model, (), kwargs, budget=budget)
+    expected = run_step(module, kwargs)
+    outcome = run_step(torch.compile(module, backend="aot_eager", fullgraph=True), kwargs)
+    assert_close_gradients(outcome.gradients, expected.gradients, 1e-5)
+    gradients = sum(g.nbytes for g in outcome.gradients.values())
+    assert outcome.peak_bytes <= 1.1 * expected.peak_bytes + gradients
+    assert outcome.peak_bytes < unconstrained.peak_bytes
