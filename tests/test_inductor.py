@@ -1,0 +1,98 @@
+"""Door 2 with Inductor, on a few small models: compiling takes long."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import remat
+from tests.models import build, mlp
+from tests.steps import assert_close_gradients, run_step
+
+pytestmark = pytest.mark.usefixtures("_dynamo", "_own_cache")
+
+
+@pytest.fixture
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs that other runs left in Inductor's cache stay out, so that each run compiles and plans."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+
+
+def compiled(model: nn.Module, budget: Any) -> Any:
+    return torch.compile(model, backend="remat", options={"budget": budget})
+
+
+def between(plan: remat.Plan, share: float) -> int:
+    return int(plan.resident_bytes + share * (plan.peak_bytes - plan.resident_bytes))
+
+
+def test_llama_within_a_budget() -> None:
+    model, kwargs = build("llama")
+    reference = compiled(model, None)
+    expected = run_step(reference, kwargs)
+    (unconstrained,) = remat.plans(reference)
+    torch._dynamo.reset()
+    budget = between(unconstrained.plan, 0.8)
+    module = compiled(model, budget)
+    outcome = run_step(module, kwargs)
+    (graph,) = remat.plans(module)
+    assert graph.plan.dropped
+    assert_close_gradients(outcome.gradients, expected.gradients, 1e-4)
+    assert torch.allclose(outcome.loss, expected.loss, rtol=1e-5)
+    assert outcome.peak_bytes <= budget
+    assert graph.plan.peak_bytes <= budget
+    assert abs(graph.plan.peak_bytes / outcome.peak_bytes - 1) <= 0.1
+    assert outcome.output_type is expected.output_type
+
+
+def test_dropout_is_replayed() -> None:
+    model, x = mlp(dropout=0.3, width=64)
+    expected = run_step(compiled(model, None), {"x": x})
+    torch._dynamo.reset()
+    module = compiled(model, 0.85)
+    outcome = run_step(module, {"x": x})
+    (graph,) = remat.plans(module)
+    assert_close_gradients(outcome.gradients, expected.gradients, 1e-4)
+    assert torch.allclose(outcome.loss, expected.loss, rtol=1e-5)
+    assert graph.plan.budget_bytes is not None
+    assert outcome.peak_bytes <= graph.plan.budget_bytes
+
+
+def test_a_graph_from_the_cache_is_that_of_its_budget() -> None:
+    model, x = mlp(layers=2, width=64)
+    peaks = []
+    for budget in (1.0, 0.9, 1.0, 0.9):
+        module = compiled(model, budget)
+        outcome = run_step(module, {"x": x})
+        (graph,) = remat.plans(module)
+        assert outcome.peak_bytes <= graph.plan.budget_bytes  # type: ignore[operator]
+        peaks.append(outcome.peak_bytes)
+        torch._dynamo.reset()
+    assert peaks[:2] == peaks[2:]
+    assert peaks[1] < peaks[0]
+
+
+def test_a_model_without_options_is_compiled_with_inductor_and_saves_what_is_fastest() -> None:
+    first, x = mlp(layers=1)
+    second, y = mlp(layers=2, width=16)
+    modules = [(torch.compile(model, backend="remat"), z) for model, z in ((first, x), (second, y))]
+    for module, z in modules:
+        module(z).backward()
+    found = [remat.plans(module) for module, _ in modules]
+    assert [len(plans) for plans in found] == [1, 1]
+    assert all(graph.plan.budget_bytes is None for plans in found for graph in plans)
+
+
+def test_a_rewritten_module_under_inductor() -> None:
+    model, x = mlp(layers=4, width=64, dropout=0.0)
+    budget = remat.frontier(model, (x,))[-1].peak_bytes
+    module = remat.optimize(model, (x,), budget=budget)
+    expected = run_step(module, {"x": x})
+    outcome = run_step(torch.compile(module, fullgraph=True), {"x": x})
+    assert_close_gradients(outcome.gradients, expected.gradients, 1e-4)
+    gradients = sum(g.nbytes for g in outcome.gradients.values())
+    assert outcome.peak_bytes <= 1.1 * expected.peak_bytes + gradients
