@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._C._autograd import DeviceType, _profiler_enabled
+from torch._C._autograd import _profiler_enabled
+from torch._C._profiler import _EventType
+from torch._dynamo.exc import ShortenTraceback
 from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd.descriptors import (
     BufferAOTInput,
@@ -58,6 +60,7 @@ __all__ = [
     "joint_graph",
     "memory_events",
     "no_dispatch_modes",
+    "past_dynamo",
     "profiler_is_running",
     "pytree",
     "scheduled_peak_bytes",
@@ -75,11 +78,26 @@ def storage_key(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def memory_events(profile: torch.profiler.profile) -> Iterator[int]:
-    """Bytes of each CPU allocation (positive) and release (negative) that a profile saw, in order."""
-    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
-    found = [event for event in events if event.name() == "[memory]" and event.device_type() == DeviceType.CPU]
-    return (event.nbytes() for event in sorted(found, key=lambda event: event.start_ns()))  # type: ignore[union-attr]
+def memory_events(profile: torch.profiler.profile) -> Iterator[tuple[int, int]]:
+    """(time in ns, bytes) of each CPU allocation (positive) that a profile saw and of its release (negative), in order.
+
+    Releases of what was allocated before the profile are left out: not all of them are reported.
+    """
+    found, stack = [], list(profile.profiler.kineto_results.experimental_event_tree())  # type: ignore[union-attr]
+    while stack:
+        event = stack.pop()
+        stack.extend(event.children)
+        if event.tag == _EventType.Allocation and event.extra_fields.device.type == "cpu":
+            found.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+    own: set[int] = set()
+    for time_ns, address, size in sorted(found, key=lambda entry: entry[0]):
+        if size > 0:
+            own.add(address)
+        elif address not in own:
+            continue
+        else:
+            own.discard(address)
+        yield time_ns, size
 
 
 def joint_graph(module: fx.GraphModule, inputs: tuple[Any, ...]) -> fx.GraphModule:
@@ -180,6 +198,16 @@ def aot_eager(
 ) -> Callable[..., Any]:
     """AOTAutograd with our partition, the halves run by `compiler`."""
     return aot_module_simplified(gm, inputs, fw_compiler=compiler, bw_compiler=compiler, partition_fn=split)
+
+
+def past_dynamo(error: Exception) -> Exception:
+    """The same error in a form that Dynamo raises as it is, instead of as BackendCompilerFailed."""
+    kind = type(error)
+    passing = type(kind.__name__, (kind, ShortenTraceback), {"__module__": kind.__module__})
+    twin: Exception = passing.__new__(passing, *error.args)
+    twin.args = error.args
+    twin.__dict__.update(error.__dict__, first_useful_frame=None)
+    return twin
 
 
 def has_graph_break(gm: fx.GraphModule) -> bool:

@@ -95,7 +95,14 @@ def remat_backend(
 ) -> Callable[..., Any]:
     """The Dynamo backend `remat`. Options: `budget` (as in `remat.optimize`), `compiler` ("inductor", "eager"), `policy`."""
     if mode is not None:
-        raise RematError("backend 'remat' takes options, not mode; write options={'budget': ...}")
+        raise _torch.past_dynamo(RematError("backend 'remat' takes options, not mode; write options={'budget': ...}"))
+    try:
+        return _compile(gm, example_inputs, options)
+    except RematError as error:
+        raise _torch.past_dynamo(error) from error.__cause__
+
+
+def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Mapping[str, Any] | None) -> Callable[..., Any]:
     read = Options.read(options)
     session = _sessions.setdefault(id(options), _Session(options))
     partitioner = _Partitioner(read, session, example_inputs, _torch.has_graph_break(gm))

@@ -11,12 +11,13 @@ import functools
 import os
 import time
 import types
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from remat._torch import memory_events
+from remat._torch import memory_events, storage_key
 
 
 @dataclass(frozen=True)
@@ -36,20 +37,35 @@ def measure(fn: Callable[[], object]) -> Measurement:
     """Run `fn()` once, in place, and count what the allocator did. On CUDA the peak statistics are reset first."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return _measure_cuda(fn)
-    resident = _reachable_bytes(fn)
-    above, seconds = measure_cpu(fn)
-    return Measurement(resident + above, resident, seconds)
+    resident = _reachable_storages(fn)
+    released: list[tuple[int, int]] = []
+    watches = [weakref.finalize(s, _note, released, s.nbytes()) for s in resident]
+    total = sum(storage.nbytes() for storage in resident)
+    resident.clear()
+    try:
+        above, seconds = measure_cpu(fn, released)
+    finally:
+        for watch in watches:
+            watch.detach()
+    return Measurement(total + above, total, seconds)
 
 
-def measure_cpu(fn: Callable[[], object]) -> tuple[int, float]:
-    """Peak bytes allocated above the start while `fn` runs, and its wall time in seconds."""
+def _note(released: list[tuple[int, int]], size: int) -> None:
+    released.append((time.time_ns(), -size))
+
+
+def measure_cpu(fn: Callable[[], object], released: Sequence[tuple[int, int]] = ()) -> tuple[int, float]:
+    """Peak bytes allocated above the start while `fn` runs, and its wall time in seconds.
+
+    released: (time in ns, -bytes) of memory that was there before and went meanwhile; `fn` may add to it.
+    """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports its own start and stop on stderr otherwise
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         start = time.perf_counter()
         fn()
         seconds = time.perf_counter() - start
     live = peak = 0
-    for amount in memory_events(profile):
+    for _, amount in sorted([*memory_events(profile), *released], key=lambda event: event[0]):
         live += amount
         peak = max(peak, live)
     return peak, seconds
@@ -65,8 +81,8 @@ def _measure_cuda(fn: Callable[[], object]) -> Measurement:
     return Measurement(torch.cuda.max_memory_allocated(), resident, time.perf_counter() - start)
 
 
-def _reachable_bytes(fn: Callable[[], object]) -> int:
-    storages: dict[int, int] = {}
+def _reachable_storages(fn: Callable[[], object]) -> list[torch.UntypedStorage]:
+    storages: dict[int, torch.UntypedStorage] = {}
     seen: set[int] = set()
     stack: list[object] = [fn]
     while stack:
@@ -76,12 +92,12 @@ def _reachable_bytes(fn: Callable[[], object]) -> int:
         seen.add(id(item))
         if isinstance(item, torch.Tensor):
             if item.device.type == "cpu":
-                storages[item.untyped_storage()._cdata] = item.untyped_storage().nbytes()
+                storages[storage_key(item)] = item.untyped_storage()
             if item.is_leaf and item.grad is not None:
                 stack.append(item.grad)
             continue
         stack.extend(_referents(item))
-    return sum(storages.values())
+    return list(storages.values())
 
 
 def _referents(item: object) -> Iterable[object]:

@@ -244,7 +244,7 @@ def _with_signature(forward: Any, signature: inspect.Signature) -> Any:
     def wrapped(self: RematModule, *args: Any, **kwargs: Any) -> Any:
         return RematModule.forward(self, *args, **kwargs)
 
-    parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD), *signature.parameters.values()]
+    parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY), *signature.parameters.values()]
     wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return wrapped
 

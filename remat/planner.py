@@ -10,7 +10,7 @@ from remat.errors import BudgetError
 from remat.program import Program
 from remat.simulate import Replay, simulate
 from remat.solvers.improve import improve
-from remat.solvers.menu import Option, Slice, fixed_table, make_menu, slice_program
+from remat.solvers.menu import Option, Slice, make_menu, slice_program
 from remat.solvers.segment import backward_cuts, find_cuts
 from remat.solvers.select import Choice, select
 
@@ -55,7 +55,6 @@ def make_menus(program: Program) -> Menus:
     """Segment the forward pass and solve each distinct stretch of blocks once."""
     cuts = find_cuts(program)
     back = backward_cuts(program, cuts)
-    table = fixed_table(program)
     n_blocks = len(cuts) - 1
     slices, options, solved = {}, {}, {}
     for i in range(n_blocks):
@@ -63,7 +62,7 @@ def make_menus(program: Program) -> Menus:
             j = i + width
             if j > n_blocks:
                 break
-            part = slices[i, j] = slice_program(program, table, cuts[i], cuts[j], back[j], back[i])
+            part = slices[i, j] = slice_program(program, cuts[i], cuts[j], back[j], back[i])
             key = part.program
             if key not in solved:
                 solved[key] = make_menu(part.program)

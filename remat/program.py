@@ -15,7 +15,10 @@ No torch in here, and none needed to test what is built on it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
+
+import numpy as np
 
 SCALARS_BYTES = 4096  # Python numbers that kernels wrap into tensors: a few bytes each, in no graph
 
@@ -75,6 +78,12 @@ class Program:
     values: tuple[Value, ...]
     fixed: tuple[Fixed, ...]
     resident_bytes: int
+
+    @cached_property
+    def fixed_table(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`fixed` as arrays: born, dies, bytes."""
+        table = np.array(self.fixed, dtype=np.int64).reshape(-1, 3)
+        return table[:, 0], table[:, 1], table[:, 2]
 
     @property
     def step_us(self) -> float:

@@ -30,7 +30,8 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
         return _bytes(t for t in pytree.tree_leaves(dict(optimizer.state)) if isinstance(t, torch.Tensor))
     with _torch.FakeTensorMode():
         groups = [{**group, "params": [_fake_trained(p) for p in group["params"]]} for group in optimizer.param_groups]
-        twin: Any = type(optimizer)(groups, **optimizer.defaults)
+        make: Any = type(optimizer)  # each group carries its hyperparameters
+        twin = make(groups)
         with contextlib.suppress(_torch.DataDependentOutputException):  # state is made before any value is read
             twin.step()
         return _bytes(t for t in pytree.tree_leaves(dict(twin.state)) if isinstance(t, torch.Tensor))

@@ -107,11 +107,12 @@ def _measured(call: Call) -> int:
 
 def _run_once(call: Call, devices: set[torch.device]) -> int:
     results: list[Any] = []
-    with _torch.no_dispatch_modes(), torch.no_grad():
+    cuda = [device for device in devices if device.type == "cuda"]
+    with _torch.no_dispatch_modes(), torch.no_grad(), torch.random.fork_rng(cuda):
         leaves = [leaf.zeros() if isinstance(leaf, TensorLike) else leaf for leaf in call.leaves]
         args, kwargs = pytree.tree_unflatten(leaves, call.spec)
         run = lambda: results.append(call.op(*args, **kwargs))  # noqa: E731
-        peak = _peak_cuda(run) if any(d.type == "cuda" for d in devices) else measure_cpu(run)[0]
+        peak = _peak_cuda(run) if cuda else measure_cpu(run)[0]
     outputs = [t for t in pytree.tree_leaves(results) if isinstance(t, torch.Tensor)]
     return max(0, peak - sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in outputs}.values()))
 

@@ -6,12 +6,10 @@ from collections import Counter
 from typing import Any
 
 import pytest
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import remat
-from tests.models import mlp
-from tests.models import build
+from tests.models import build, mlp
 from tests.steps import loss_of
 
 FREE = {"aten.detach", "aten.view", "aten.t", "aten.transpose", "aten.expand", "aten._unsafe_view", "aten.unsqueeze"}

@@ -8,16 +8,12 @@ layers of a deep model are solved once.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
 
 from remat.program import Fixed, Op, Program, Value
 from remat.simulate import simulate
 from remat.solvers.mincut import Items, closure, hull
-
-
-FixedTable: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -45,13 +41,7 @@ class Slice:
     backward_offset_bytes: int
 
 
-def fixed_table(program: Program) -> FixedTable:
-    """The program's fixed storages as arrays (born, dies, bytes), for `slice_program`."""
-    table = np.array(program.fixed, dtype=np.int64).reshape(-1, 3)
-    return table[:, 0], table[:, 1], table[:, 2]
-
-
-def slice_program(program: Program, table: FixedTable, start: int, stop: int, back_start: int, back_stop: int) -> Slice:
+def slice_program(program: Program, start: int, stop: int, back_start: int, back_stop: int) -> Slice:
     """The block of forward positions [start, stop) and backward positions [back_start, back_stop)."""
     length = stop - start
 
@@ -85,7 +75,7 @@ def slice_program(program: Program, table: FixedTable, start: int, stop: int, ba
             )
         )
     fixed: list[Fixed] = []
-    born, dies, size = table
+    born, dies, size = program.fixed_table
     around = (born < start) & (dies >= stop)
     forward_offset = int(size[around].sum())
     for k in np.flatnonzero((born < stop) & (dies >= start) & ~around):

@@ -66,7 +66,7 @@ def cheapest(items: Items, price: float) -> frozenset[int]:
         columns.append(head)
         capacities.append(min(capacity, _INFINITE))
 
-    scale = _SCALE / (sum(items.cost_us) + 1e-9)
+    scale = _SCALE / (max(sum(items.cost_us), price * sum(items.bytes)) + 1e-9)
     for v in range(n):
         arc(source, v, _INFINITE if items.banned[v] else round(items.cost_us[v] * scale))
         arc(v, n + v, round(price * items.bytes[v] * scale))
@@ -86,7 +86,9 @@ def cheapest(items: Items, price: float) -> frozenset[int]:
 def hull(items: Items, most: int = 24) -> list[frozenset[int]]:
     """Recompute sets at the corners of the convex hull of (saved bytes, recompute time), from save-all to save-least."""
     nothing: frozenset[int] = frozenset()
-    everything = cheapest(items, 1e6)
+    total = sum(items.bytes)
+    smallest = max(min((b for b in items.bytes if b), default=1), total * 1e-5)
+    everything = cheapest(items, sum(items.cost_us) / smallest)  # dear enough that bytes alone decide
     corners = {nothing, everything}
     stack = [(nothing, everything)]
     while stack and len(corners) < most:
@@ -100,4 +102,4 @@ def hull(items: Items, most: int = 24) -> list[frozenset[int]]:
         if middle_us + price * middle_bytes < (left_us + price * left_bytes) * (1 - 1e-6) - 1e-9:
             corners.add(middle)
             stack += [(left, middle), (middle, right)]
-    return sorted(corners, key=lambda r: -totals(items, r)[0])
+    return sorted(corners, key=lambda r: (-totals(items, r)[0], totals(items, r)[1]))
