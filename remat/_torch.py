@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -60,6 +62,7 @@ __all__ = [
     "joint_graph",
     "memory_events",
     "no_dispatch_modes",
+    "outermost_module",
     "past_dynamo",
     "profiler_is_running",
     "pytree",
@@ -200,6 +203,17 @@ def aot_eager(
     return aot_module_simplified(gm, inputs, fw_compiler=compiler, bw_compiler=compiler, partition_fn=split)
 
 
+def outermost_module() -> torch.nn.Module | None:
+    """The module whose call led to this compilation: the outermost on the Python stack, None outside of any."""
+    frame, found = sys._getframe(), None
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, torch.nn.Module) and not isinstance(owner, fx.GraphModule):
+            found = owner
+        frame = frame.f_back  # type: ignore[assignment]
+    return found
+
+
 def past_dynamo(error: Exception) -> Exception:
     """The same error in a form that Dynamo raises as it is, instead of as BackendCompilerFailed."""
     kind = type(error)
@@ -224,12 +238,16 @@ def frame_id() -> int:
 
 def compile_options(compiled: Any) -> tuple[Any] | None:
     """The options object a module or function was compiled with, as a 1-tuple; None if its backend is not remat."""
-    call = getattr(compiled, "_compiled_call_impl", None) or compiled
-    context = getattr(compiled, "dynamo_ctx", None)
-    callback = context.callback if context is not None else getattr(call, "_torchdynamo_orig_backend", None)
-    backend = getattr(callback, "_torchdynamo_orig_backend", callback)
-    while backend is not None and not hasattr(backend, "compiler_name"):
-        backend = getattr(backend, "_torchdynamo_orig_backend", None)
+    for wrapper in (compiled, getattr(compiled, "_compiled_call_impl", None)):
+        context = getattr(wrapper, "dynamo_ctx", None)
+        if context is None:
+            cells = inspect.getclosurevars(wrapper).nonlocals if inspect.isfunction(wrapper) else {}
+            context = cells.get("self")
+        backend = getattr(context, "callback", None)
+        while backend is not None and not hasattr(backend, "compiler_name"):
+            backend = getattr(backend, "_torchdynamo_orig_backend", None)
+        if backend is not None:
+            break
     if backend is None or backend.compiler_name != "remat":
         return None
     return (backend.kwargs.get("options"),)

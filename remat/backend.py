@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from remat import _torch
 from remat.api import POLICIES
@@ -261,8 +261,21 @@ class _Partitioner:
         if device.type == "cuda":
             return torch.cuda.memory_allocated(device)  # with all that earlier graphs hold, and the optimizer's state
         inputs = [n.meta["val"] for n in joint.graph.nodes if n.op == "placeholder" and "tangent" not in n.name]
-        own = sum(t.untyped_storage().nbytes() for t in inputs if isinstance(t, torch.Tensor))
-        return own + _gradient_bytes(self.inputs) + self.session.held_bytes(_torch.frame_id())
+        tensors = [t for t in inputs if isinstance(t, torch.Tensor)]
+        own = sum(t.untyped_storage().nbytes() for t in tensors)
+        return own + _gradient_bytes(self.inputs) + self.session.held_bytes(_torch.frame_id()) + self._rest_of_model(tensors)
+
+    def _rest_of_model(self, tensors: Sequence[torch.Tensor]) -> int:
+        """Parameters that other graphs read; and before the last graph their gradients, which backward reaches first."""
+        model = _torch.outermost_module()
+        if model is None:
+            return 0
+        here = [t for t in tensors if isinstance(t, nn.Parameter)]
+        rest = sum(p.nbytes for p in model.parameters()) - sum(p.nbytes for p in here)
+        if self.more_graphs:
+            trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+            rest += trained - sum(p.nbytes for p in here if p.requires_grad)
+        return max(rest, 0)
 
 
 def _gradient_bytes(inputs: Sequence[Any]) -> int:

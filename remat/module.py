@@ -171,6 +171,7 @@ class RematModule(fx.GraphModule):
             raise RematError("this module has not captured a call like this; call it once before torch.compile")
         if self._variants:
             self._say("again", "captures and plans again: the inputs differ from those captured before")
+        inspect.signature(self._original.forward).bind(*args, **kwargs)  # a wrong call is a TypeError, as it always was
         captured, plan, outer, regions = self._build(self._original, args, kwargs)
         flat, spec = flatten_call(args, kwargs)
         variant = Variant(

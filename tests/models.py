@@ -29,9 +29,10 @@ def _decoder(**more: Any) -> dict[str, Any]:
     return {**common, "num_key_value_heads": 2, "intermediate_size": 192, "use_cache": False, "pad_token_id": None, **more}
 
 
-def llama(layers: int = 2) -> Built:
-    ids = _ids()
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**_decoder(num_hidden_layers=layers)))
+def llama(layers: int = 2, width: int = WIDTH, length: int = LENGTH) -> Built:
+    ids = _ids(length)
+    shape = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": 3 * width}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**_decoder(**shape)))
     return model, {"input_ids": ids, "labels": ids}
 
 
@@ -117,8 +118,7 @@ def encoder() -> Built:
 
 
 MODELS: dict[str, Callable[[], Built]] = {
-    builder.__name__: builder
-    for builder in (llama, gpt2, bert, vit, qwen3, t5, mixtral, lora, resnet, convnext, encoder)
+    builder.__name__: builder for builder in (llama, gpt2, bert, vit, qwen3, t5, mixtral, lora, resnet, convnext, encoder)
 }
 
 
@@ -146,6 +146,6 @@ class Mlp(nn.Module):
         return x.square().mean()
 
 
-def mlp(**shape: Any) -> tuple[nn.Module, torch.Tensor]:
+def mlp(rows: int = 64, **shape: Any) -> tuple[nn.Module, torch.Tensor]:
     torch.manual_seed(0)
-    return Mlp(**shape).train(), torch.randn(64, shape.get("width", 32))
+    return Mlp(**shape).train(), torch.randn(rows, shape.get("width", 32))

@@ -17,7 +17,25 @@ from remat import budget as budgets
 from tests.models import Mlp, llama, mlp
 from tests.steps import assert_close_gradients, assert_same_gradients, gradients_of
 
-UNREADABLE = [0, -1, math.nan, math.inf, 0.0, -0.5, 1.5, "8 potatoes", "", "GiB", "-3GiB", "0%", "0 B", True, False, [1], b"1GiB"]
+UNREADABLE = [
+    0,
+    -1,
+    math.nan,
+    math.inf,
+    0.0,
+    -0.5,
+    1.5,
+    "8 potatoes",
+    "",
+    "GiB",
+    "-3GiB",
+    "0%",
+    "0 B",
+    True,
+    False,
+    [1],
+    b"1GiB",
+]
 
 
 def smallest(**shape: Any) -> tuple[nn.Module, torch.Tensor, nn.Module]:

@@ -234,7 +234,9 @@ def test_kwargs_in_another_order_are_the_same_call() -> None:
     batch = {"x": torch.randn(32, 16)}
     module = remat.optimize(model, (batch,), {"mode": "shift", "extra": torch.ones(16)}, budget=None)
     captured = module.plan
-    assert torch.equal(module(batch, extra=torch.ones(16), mode="shift")[0], model(batch, mode="shift", extra=torch.ones(16))[0])
+    assert torch.equal(
+        module(batch, extra=torch.ones(16), mode="shift")[0], model(batch, mode="shift", extra=torch.ones(16))[0]
+    )
     assert module.plan is captured
 
 

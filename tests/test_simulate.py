@@ -171,13 +171,11 @@ def naive_peak(program: Program, dropped: frozenset[int]) -> tuple[int, int, flo
         peak = max(peak, here)
         rest = script[at + 1 :]
         dropped_now = {v for v in live_now if producer[v] in dropped and phase == "forward"}
-        live_now = {
-            v
-            for v in live_now
-            if any(uses(v, s) for s in (rest if v not in dropped_now else _until_backward(rest)))
-        }
-    return peak, sum(program.values[v].bytes for v in saved), sum(
-        program.forward[p].cost_us + program.forward[p].launch_us for p in made
+        live_now = {v for v in live_now if any(uses(v, s) for s in (rest if v not in dropped_now else _until_backward(rest)))}
+    return (
+        peak,
+        sum(program.values[v].bytes for v in saved),
+        sum(program.forward[p].cost_us + program.forward[p].launch_us for p in made),
     )
 
 

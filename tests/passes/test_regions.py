@@ -37,7 +37,9 @@ def formed() -> tuple[fx.Graph, tuple[RegionGraph, ...]]:
 
 
 def test_before_and_after() -> None:
-    assert text(graph()) == """\
+    assert (
+        text(graph())
+        == """\
 %x : [num_users=1] = placeholder[target=x]
 %w : [num_users=1] = placeholder[target=w]
 %v : [num_users=1] = placeholder[target=v]
@@ -47,8 +49,11 @@ def test_before_and_after() -> None:
 %mm_1 : [num_users=1] = call_function[target=aten.mm.default](args = (%t, %v), kwargs = {})
 %sum_1 : [num_users=1] = call_function[target=aten.sum.dim_IntList](args = (%relu, [1]), kwargs = {})
 """
+    )
     outer, (region,) = formed()
-    assert text(outer) == """\
+    assert (
+        text(outer)
+        == """\
 %x : [num_users=1] = placeholder[target=x]
 %w : [num_users=1] = placeholder[target=w]
 %v : [num_users=1] = placeholder[target=v]
@@ -58,13 +63,17 @@ def test_before_and_after() -> None:
 %mm_1 : [num_users=1] = call_function[target=aten.mm.default](args = (%t, %v), kwargs = {})
 %sum_1 : [num_users=1] = call_function[target=aten.sum.dim_IntList](args = (%relu, [1]), kwargs = {})
 """
-    assert text(region.graph) == """\
+    )
+    assert (
+        text(region.graph)
+        == """\
 %x : [num_users=1] = placeholder[target=x]
 %w : [num_users=1] = placeholder[target=w]
 %mm : [num_users=1] = call_function[target=aten.mm.default](args = (%x, %w), kwargs = {})
 %relu : [num_users=2] = call_function[target=aten.relu.default](args = (%mm,), kwargs = {})
 %t : [num_users=1] = call_function[target=aten.t.default](args = (%relu,), kwargs = {})
 """
+    )
 
 
 def test_a_region_knows_its_inputs_outputs_and_decisions() -> None:

@@ -21,7 +21,13 @@ def choices(draw: st.DrawFn) -> tuple[dict[tuple[int, int], list[Choice]], int]:
         for j in range(i + 1, min(i + 2, n) + 1):
             size = draw(st.integers(1, 3)) if j == i + 1 else draw(st.integers(0, 2))
             table[i, j] = [
-                Choice(draw(st.integers(0, 9)), draw(st.integers(0, 12)), draw(st.integers(0, 12)), float(draw(st.integers(0, 9))), k)
+                Choice(
+                    draw(st.integers(0, 9)),
+                    draw(st.integers(0, 12)),
+                    draw(st.integers(0, 12)),
+                    float(draw(st.integers(0, 9))),
+                    k,
+                )
                 for k in range(size)
             ]
     return table, n
@@ -53,9 +59,7 @@ def price(table: Choices, way: list[tuple[int, int, int]]) -> tuple[int, float]:
 
 @settings(max_examples=200, deadline=None)
 @given(problem=choices(), budget=st.integers(0, 40))
-def test_select_finds_the_fastest_way_that_fits(
-    problem: tuple[dict[tuple[int, int], list[Choice]], int], budget: int
-) -> None:
+def test_select_finds_the_fastest_way_that_fits(problem: tuple[dict[tuple[int, int], list[Choice]], int], budget: int) -> None:
     table, n = problem
     fitting = [way for way in ways(table, n) if price(table, way)[0] <= budget]
     found = select(table, n, budget)
