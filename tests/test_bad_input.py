@@ -101,7 +101,7 @@ def test_policy_is_checked() -> None:
 def test_a_model_on_several_devices() -> None:
     model, x = mlp()
     model.layers[1].to("meta")
-    with pytest.raises(remat.CaptureError, match="several devices.*cpu.*meta"):
+    with pytest.raises(remat.CaptureError, match=r"several devices.*cpu.*meta"):
         remat.optimize(model, (x,), budget=None)
 
 

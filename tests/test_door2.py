@@ -172,7 +172,7 @@ def test_plans_show_what_was_decided_and_the_graphs_that_run() -> None:
 
 
 def test_plans_of_something_else() -> None:
-    model, x = mlp()
+    model, _x = mlp()
     for other in (model, torch.compile(model, backend="eager"), torch.compile(model, backend="aot_eager")):
         with pytest.raises(remat.RematError, match='backend="remat"'):
             remat.plans(other)
