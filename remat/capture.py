@@ -8,8 +8,11 @@ custom autograd functions) is refused here.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import logging
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +23,8 @@ from remat import _torch
 from remat._torch import pytree
 from remat.errors import CaptureError
 from remat.passes.aliasing import results
+
+log = logging.getLogger("remat")
 
 _DOOR_2 = 'torch.compile(model, backend="remat", options={"budget": ...}) handles this'
 _BATCH_NORM = torch.ops.aten._native_batch_norm_legit_functional.default
@@ -74,7 +79,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
     try:
-        with _torch.watch_for_opaque_autograd(), _torch.specializing():
+        with _torch.watch_for_opaque_autograd(), _torch.specializing(), _without_cache(model):
             return torch.export.export(model, args, kwargs, strict=False)
     except _torch.OpaqueAutograd as error:
         raise CaptureError(_opaque_message(error.what)) from error
@@ -84,6 +89,22 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             raise CaptureError(_opaque_message(cause.what)) from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CaptureError(f"{reason}\n  at {_user_line(error)}\n  One graph cannot hold this; {_DOOR_2}.") from error
+
+
+@contextlib.contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """Leave a generation cache (transformers: `config.use_cache`) out of the training step: nothing there reads it."""
+    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs: dict[int, Any] = {id(c): c for c in found if getattr(c, "use_cache", None) is True}
+    if configs:
+        log.info("%s: the key-value cache is left out of training steps", type(model).__name__)
+    for config in configs.values():
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in configs.values():
+            config.use_cache = True
 
 
 def _opaque_message(what: str) -> str:

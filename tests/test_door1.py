@@ -13,6 +13,9 @@ from tests.models import MODELS, build
 from tests.steps import Outcome, assert_close_gradients, assert_same, run_step
 
 
+SHARES = {"smallest": 0.0, "middle": 0.5, "95%": 1.0}
+
+
 @dataclass(frozen=True)
 class Reference:
     """The original module, the captured graph without remat, and the trade-off."""
@@ -20,7 +23,12 @@ class Reference:
     original: Outcome
     captured: Outcome
     unconstrained: remat.Plan
-    smallest_bytes: int
+    frontier: tuple[remat.Plan, ...]
+
+    def budget(self, share: float) -> int:
+        """From the smallest that works to 95% of the unconstrained peak."""
+        smallest, largest = self.frontier[-1].peak_bytes, 0.95 * self.unconstrained.peak_bytes
+        return int(smallest + share * max(largest - smallest, 0))
 
 
 @functools.cache
@@ -31,7 +39,15 @@ def reference(name: str) -> Reference:
     captured = remat.optimize(model, (), kwargs, budget=None)
     outcome = run_step(captured, kwargs)
     assert captured.plan is not None
-    return Reference(original, outcome, captured.plan, remat.frontier(model, (), kwargs)[-1].peak_bytes)
+    return Reference(original, outcome, captured.plan, tuple(remat.frontier(model, (), kwargs, points=5)))
+
+
+@functools.cache
+def within_budget(name: str, share: float) -> tuple[remat.Plan, Outcome]:
+    model, kwargs = build(name)
+    module = remat.optimize(model, (), kwargs, budget=reference(name).budget(share))
+    assert module.plan is not None
+    return module.plan, run_step(module, kwargs)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -44,32 +60,30 @@ def test_without_a_budget_the_step_is_the_original(name: str) -> None:
     assert set(found.unconstrained.decisions.values()) == {remat.Decision.SAVE}
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0], ids=["smallest", "middle", "95%"])
+@pytest.mark.parametrize("share", SHARES.values(), ids=SHARES)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_budget_holds_and_changes_nothing(name: str, share: float) -> None:
-    found = reference(name)
-    largest = 0.95 * found.unconstrained.peak_bytes
-    budget = int(found.smallest_bytes + share * max(largest - found.smallest_bytes, 0))
-    model, kwargs = build(name)
-    module = remat.optimize(model, (), kwargs, budget=budget)
-    outcome = run_step(module, kwargs)
-    assert_same(outcome, found.captured)
-    assert outcome.output_type is found.original.output_type
-    assert module.plan is not None
+    budget = reference(name).budget(share)
+    plan, outcome = within_budget(name, share)
+    assert_same(outcome, reference(name).captured)
+    assert outcome.output_type is reference(name).original.output_type
     assert outcome.peak_bytes <= budget
-    assert module.plan.peak_bytes <= budget
-    tolerance = 0.04 if name == "encoder" else 0.03  # how long the output and its gradient live is up to the caller's loss
-    assert abs(module.plan.peak_bytes / outcome.peak_bytes - 1) <= tolerance
+    assert plan.peak_bytes <= budget
+    assert plan.budget_bytes == budget
+    tolerance = 0.04 if name == "encoder" else 0.03  # how long its output and its gradient live is up to the caller's loss
+    assert abs(plan.peak_bytes / outcome.peak_bytes - 1) <= tolerance
 
 
-@pytest.mark.parametrize("name", ["llama", "resnet"])
+@pytest.mark.parametrize("name", MODELS)
 def test_a_smaller_budget_never_measures_a_higher_peak(name: str) -> None:
-    model, kwargs = build(name)
-    frontier = remat.frontier(model, (), kwargs, points=4)
-    assert [p.peak_bytes for p in frontier] == sorted((p.peak_bytes for p in frontier), reverse=True)
+    peaks = [within_budget(name, share)[1].peak_bytes for share in SHARES.values()]
+    assert sorted(peaks) == peaks
+    assert peaks[-1] <= reference(name).captured.peak_bytes
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_along_the_frontier_peaks_shrink_and_steps_grow(name: str) -> None:
+    frontier = reference(name).frontier
+    assert frontier[0].peak_bytes == reference(name).unconstrained.peak_bytes
+    assert [p.peak_bytes for p in frontier] == sorted({p.peak_bytes for p in frontier}, reverse=True)
     assert [p.step_us for p in frontier] == sorted(p.step_us for p in frontier)
-    peaks = []
-    for plan in frontier:
-        model, kwargs = build(name)
-        peaks.append(run_step(remat.optimize(model, (), kwargs, budget=None, plan=plan), kwargs).peak_bytes)
-    assert peaks == sorted(peaks, reverse=True)

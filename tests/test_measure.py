@@ -62,8 +62,7 @@ def test_optimizer_state_and_bound_methods_are_reached() -> None:
     assert 4 * parameters <= found.resident_bytes <= 4 * parameters + 64
 
 
-def test_the_release_of_resident_memory_is_never_counted_twice() -> None:
-    """The profiler does not see blocks go that were there before it ever ran: the peak may be too high, never too low."""
+def test_memory_freed_by_the_step_makes_room() -> None:
     held = [ones(8)]
 
     def step() -> None:
@@ -72,7 +71,7 @@ def test_the_release_of_resident_memory_is_never_counted_twice() -> None:
 
     found = remat.measure(step)
     assert found.resident_bytes == 8 * MIB
-    assert 8 * MIB <= found.peak_bytes <= 10 * MIB
+    assert found.peak_bytes == 8 * MIB
 
 
 def test_a_peak_before_the_release_counts() -> None:

@@ -417,3 +417,11 @@ def test_two_modules_from_one_model_share_its_weights() -> None:
     model, x, module = small()
     other = remat.optimize(model, (x,), budget=None)
     assert_same_gradients(gradients_of(module, x), gradients_of(other, x))
+
+
+def test_a_generation_cache_is_left_out_of_training() -> None:
+    model, kwargs = build("llama")
+    model.config.use_cache = True
+    module = remat.optimize(model, (), kwargs, budget=None)
+    assert module(**kwargs).past_key_values is None
+    assert model.config.use_cache
