@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._C._autograd import _profiler_enabled
-from torch._C._profiler import _EventType
+from torch._C._autograd import DeviceType, _profiler_enabled
 from torch._dynamo.exc import ShortenTraceback
 from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd.descriptors import (
@@ -84,23 +83,11 @@ def storage_key(tensor: torch.Tensor) -> int:
 def memory_events(profile: torch.profiler.profile) -> Iterator[tuple[int, int]]:
     """(time in ns, bytes) of each CPU allocation (positive) that a profile saw and of its release (negative), in order.
 
-    Releases of what was allocated before the profile are left out: not all of them are reported.
+    Releases of what was allocated before the profile are in it only if an earlier profile saw the allocation.
     """
-    found, stack = [], list(profile.profiler.kineto_results.experimental_event_tree())  # type: ignore[union-attr]
-    while stack:
-        event = stack.pop()
-        stack.extend(event.children)
-        if event.tag == _EventType.Allocation and event.extra_fields.device.type == "cpu":
-            found.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
-    own: set[int] = set()
-    for time_ns, address, size in sorted(found, key=lambda entry: entry[0]):
-        if size > 0:
-            own.add(address)
-        elif address not in own:
-            continue
-        else:
-            own.discard(address)
-        yield time_ns, size
+    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    found = [event for event in events if event.name() == "[memory]" and event.device_type() == DeviceType.CPU]
+    return ((event.start_ns(), event.nbytes()) for event in sorted(found, key=lambda event: event.start_ns()))  # type: ignore[union-attr]
 
 
 def joint_graph(module: fx.GraphModule, inputs: tuple[Any, ...]) -> fx.GraphModule:

@@ -11,12 +11,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from remat import _torch
 from remat.api import POLICIES
@@ -270,12 +271,15 @@ class _Partitioner:
         model = _torch.outermost_module()
         if model is None:
             return 0
-        here = [t for t in tensors if isinstance(t, nn.Parameter)]
-        rest = sum(p.nbytes for p in model.parameters()) - sum(p.nbytes for p in here)
-        if self.more_graphs:
-            trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-            rest += trained - sum(p.nbytes for p in here if p.requires_grad)
-        return max(rest, 0)
+        here = Counter((tuple(t.shape), t.dtype) for t in tensors)
+        rest = 0
+        for parameter in model.parameters():
+            kind = (tuple(parameter.shape), parameter.dtype)
+            if here[kind]:
+                here[kind] -= 1
+                continue
+            rest += parameter.nbytes * (2 if self.more_graphs and parameter.requires_grad else 1)
+        return rest
 
 
 def _gradient_bytes(inputs: Sequence[Any]) -> int:

@@ -39,7 +39,7 @@ def measure(fn: Callable[[], object]) -> Measurement:
         return _measure_cuda(fn)
     resident = _reachable_storages(fn)
     released: list[tuple[int, int]] = []
-    watches = [weakref.finalize(s, _note, released, s.nbytes()) for s in resident]
+    watches = [weakref.finalize(storage, _note, released, storage.nbytes()) for storage in resident]
     total = sum(storage.nbytes() for storage in resident)
     resident.clear()
     try:
@@ -64,10 +64,12 @@ def measure_cpu(fn: Callable[[], object], released: Sequence[tuple[int, int]] = 
         start = time.perf_counter()
         fn()
         seconds = time.perf_counter() - start
-    live = peak = 0
-    for _, amount in sorted([*memory_events(profile), *released], key=lambda event: event[0]):
-        live += amount
-        peak = max(peak, live)
+    own = ((at, amount, 0) for at, amount in memory_events(profile))
+    live = before = peak = 0
+    for _, amount, gone in sorted([*own, *((at, 0, amount) for at, amount in released)], key=lambda event: event[0]):
+        live = max(0, live + amount)  # below zero it is memory of an earlier profile that goes
+        before += gone
+        peak = max(peak, live + before)
     return peak, seconds
 
 

@@ -12,7 +12,6 @@ import remat
 from tests.models import MODELS, build
 from tests.steps import Outcome, assert_close_gradients, assert_same, run_step
 
-
 SHARES = {"smallest": 0.0, "middle": 0.5, "95%": 1.0}
 
 
