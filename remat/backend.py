@@ -253,10 +253,14 @@ class _Partitioner:
         limit = resolve_budget(parse_budget(self.options.budget), device, program.resident_bytes, baseline.peak_bytes)
         if limit is None or self.options.policy == "none":
             return limit, None
+        if self.more_graphs or self.session.graphs:
+            target = limit - limit // 50  # what passes between graphs is in none of them
+        else:
+            target = limit
         if not self.more_graphs:
-            return limit, limit
+            return limit, target
         smallest = smallest_solution(program, menus).replay.peak_bytes
-        return limit, max(smallest, smallest + (limit - smallest) // 2)
+        return limit, max(smallest, smallest + (target - smallest) // 2)
 
     def _resident(self, joint: fx.GraphModule, device: torch.device) -> int:
         if device.type == "cuda":
