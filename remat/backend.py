@@ -253,10 +253,8 @@ class _Partitioner:
         limit = resolve_budget(parse_budget(self.options.budget), device, program.resident_bytes, baseline.peak_bytes)
         if limit is None or self.options.policy == "none":
             return limit, None
-        if self.more_graphs or self.session.graphs:
-            target = limit - limit // 50  # what passes between graphs is in none of them
-        else:
-            target = limit
+        between = limit // 50 if self.more_graphs or self.session.graphs else 0  # passes between graphs, and is in none
+        target = limit - between
         if not self.more_graphs:
             return limit, target
         smallest = smallest_solution(program, menus).replay.peak_bytes
