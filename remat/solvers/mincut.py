@@ -86,9 +86,8 @@ def cheapest(items: Items, price: float) -> frozenset[int]:
 def hull(items: Items, most: int = 24) -> list[frozenset[int]]:
     """Recompute sets at the corners of the convex hull of (saved bytes, recompute time), from save-all to save-least."""
     nothing: frozenset[int] = frozenset()
-    total = sum(items.bytes)
-    smallest = max(min((b for b in items.bytes if b), default=1), total * 1e-5)
-    everything = cheapest(items, sum(items.cost_us) / smallest)  # dear enough that bytes alone decide
+    least = max(1.0, sum(items.bytes) * 1e-5)  # differences below this are rounding
+    everything = cheapest(items, 2 * sum(items.cost_us) / least)  # dear enough that bytes alone decide
     corners = {nothing, everything}
     stack = [(nothing, everything)]
     while stack and len(corners) < most:
