@@ -1,6 +1,7 @@
 """The referee: replay a step under a set of decisions, and say how many bytes are live at each moment.
 
-It decides nothing; the solvers call it, never the other way round. Recompute is just in time: when backward reads a dropped value, the value and the dropped
+It decides nothing: the solvers call it, never the other way round.
+Recompute is just in time: when backward reads a dropped value, the value and the dropped
 inputs it needs are computed then, once, and each is held until its last reader is done.
 """
 
