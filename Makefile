@@ -7,12 +7,11 @@ export KINETO_LOG_LEVEL := 99
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-inductor check bench gpu
+.PHONY: help setup demo test check bench gpu
 
 help:
 	@echo "make demo    fine-tune a small Llama with and without a byte budget, through both doors (about 2 minutes)"
 	@echo "make test    run the tests"
-	@echo "make test-inductor   the tests that compile with Inductor (minutes each on a slow machine)"
 	@echo "make check   ruff and mypy"
 	@echo "make bench   speed and planning time, printed and written to benchmarks/results/ (about 10 minutes)"
 	@echo "make gpu     the tests that need a device, with the python3 that is there and no set-up"
@@ -33,9 +32,6 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -q
-
-test-inductor: setup
-	$(BIN)/python -m pytest -q -m inductor
 
 check: setup
 	$(BIN)/ruff check .

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -27,8 +26,11 @@ from torch._functorch.aot_autograd import aot_export_joint_with_descriptors, aot
 from torch._functorch.partitioners import _extract_fwd_bwd_modules
 from torch._guards import CompileContext
 from torch._inductor import config as inductor_config
-from torch._inductor import memory as inductor_memory
+from torch._inductor import graph as inductor_graph
+from torch._inductor import ir as inductor_ir
 from torch._inductor.choices import InductorChoices
+from torch._inductor.codegen import wrapper as wrapper_code
+from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.utils import BoxedBool
@@ -40,24 +42,35 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils.flop_counter import flop_registry
 
 __all__ = [
+    "BoxedBool",
     "BufferAOTInput",
+    "CustomPartitionerFn",
     "DataDependentOutputException",
     "FakeTensorMode",
     "GradAOTOutput",
+    "InductorChoices",
     "InputMutationAOTOutput",
     "ParamAOTInput",
     "PlainAOTInput",
     "PlainAOTOutput",
+    "Probed",
     "TangentAOTInput",
     "TorchDispatchMode",
+    "V",
     "aot_eager",
-    "compile_options",
-    "compile_with_inductor",
+    "buffer_bytes",
+    "compile_call",
+    "compile_call_of",
+    "compile_fx",
+    "compile_fx_inner",
     "extract_forward_backward",
     "flop_registry",
     "frame_id",
+    "functorch_config",
     "has_graph_break",
     "in_functorch",
+    "inductor_config",
+    "inductor_ir",
     "joint_graph",
     "memory_events",
     "no_dispatch_modes",
@@ -65,14 +78,12 @@ __all__ = [
     "past_dynamo",
     "profiler_is_running",
     "pytree",
-    "scheduled_peak_bytes",
+    "reading_wrapper_code",
     "specializing",
     "storage_key",
     "watch_for_opaque_autograd",
+    "wrapper_code",
 ]
-
-
-_FUSION_REACH = 10  # kernels
 
 
 def storage_key(tensor: torch.Tensor) -> int:
@@ -109,78 +120,37 @@ def extract_forward_backward(
     )
 
 
-class _Partitioner(CustomPartitionerFn):
-    """A partition function in the form that Inductor's configuration takes."""
-
-    def __init__(self, split: Callable[..., Any], uuid: str) -> None:
-        self.split, self._uuid = split, uuid
-
-    def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Any:
-        return self.split(gm, joint_inputs, **kwargs)
-
-    def uuid(self) -> str:
-        return self._uuid
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Partitioner:
-        return self  # Inductor copies its whole configuration now and then
+class Probed(Exception):
+    """Ends a trial compilation once its wrapper code has been read."""
 
 
-class LocalFusion(InductorChoices):
-    """Inductor's fusion choices, without horizontal fusion of kernels that are far apart in running order.
+@contextlib.contextmanager
+def reading_wrapper_code(read: Callable[[Sequence[Any]], None], donated: list[int]) -> Iterator[None]:
+    """Inductor hands the lines of its wrapper code to `read` once it has planned their allocations.
 
-    Such fusions share a read of some small table and pull the recompute of many layers to one moment, where all of it is
-    held (`Scheduler.are_long_distant_nodes` says as much of its own threshold, which is more than a layer).
+    `donated` are the inputs whose memory it may use again, which AOTAutograd finds out only after the partition.
     """
+    plan, indices = PythonWrapperCodegen.memory_plan_reuse, inductor_graph.get_donated_idxs  # type: ignore[attr-defined]
 
-    def uuid(self) -> str:
-        return f"remat.LocalFusion.{_FUSION_REACH}"
+    def plan_and_read(self: PythonWrapperCodegen) -> None:
+        plan(self)
+        read(self.lines)
 
-    @staticmethod
-    def can_fuse_horizontal(scheduler: Any, node1: Any, node2: Any, shared_data_score: int) -> bool:
-        distance = max(abs(node1.min_order - node2.max_order), abs(node2.min_order - node1.max_order))
-        if distance > _FUSION_REACH:
-            return False
-        return InductorChoices.can_fuse_horizontal(scheduler, node1, node2, shared_data_score)
-
-
-class _Probed(Exception):
-    """Ends a trial compilation once its schedule is known."""
-
-
-def scheduled_peak_bytes(module: fx.GraphModule, is_backward: bool) -> int:
-    """Peak bytes of a graph as Inductor schedules it: freeable inputs, intermediates and outputs, without parameters.
-
-    Lowers, fuses and orders a copy of the graph as the real compilation will, and stops before any code is generated.
-    """
-    found: list[int] = []
-
-    def probe(nodes: list[Any]) -> list[Any]:
-        scheduler, graph = V.graph.scheduler, V.graph
-        inputs, outputs = OrderedSet(graph.graph_inputs.keys()), OrderedSet(graph.get_output_names())
-        args = (scheduler.name_to_buf, scheduler.name_to_fused_node, inputs, outputs)
-        nodes = inductor_memory.reorder_for_peak_memory(nodes, *args)
-        found.append(inductor_memory.prepare_planning_info(nodes, *args)[0])
-        raise _Probed
-
-    twin = copy.deepcopy(module)
-    inputs = [node.meta["val"] for node in twin.graph.find_nodes(op="placeholder")]
-    patches = {"_post_fusion_custom_pass": probe, "inductor_choices_class": LocalFusion, "fx_graph_cache": False}
+    PythonWrapperCodegen.memory_plan_reuse = plan_and_read  # type: ignore[method-assign]
+    inductor_graph.get_donated_idxs = lambda: donated  # type: ignore[attr-defined]
     try:
-        with inductor_config.patch(patches):
-            compile_fx_inner(twin, inputs, is_backward=is_backward, cudagraphs=BoxedBool(False), graph_id=0)
-    except Exception as error:  # the probe's own, wrapped by whatever Inductor wraps it in
-        if not found:
-            raise error
-    return found[0]
+        yield
+    finally:
+        PythonWrapperCodegen.memory_plan_reuse = plan  # type: ignore[method-assign]
+        inductor_graph.get_donated_idxs = indices  # type: ignore[attr-defined]
 
 
-def compile_with_inductor(
-    gm: fx.GraphModule, inputs: Sequence[Any], split: Callable[..., Any], uuid: str
-) -> Callable[..., Any]:
-    """Inductor with our partition. AOTAutograd's own cache is off: it would skip the partition, and with it the plan."""
-    with functorch_config.patch(enable_autograd_cache=False):
-        patches = {"custom_partitioner_fn": _Partitioner(split, uuid), "inductor_choices_class": LocalFusion}
-        return compile_fx(gm, inputs, config_patches=patches)  # type: ignore[return-value]
+def buffer_bytes(buffer: Any) -> int:
+    """What Inductor allocates for a buffer of its wrapper code; 0 for what is no tensor."""
+    if not isinstance(buffer, inductor_ir.Buffer | inductor_ir.TensorBox):
+        return 0
+    storage = V.graph.get_allocation_storage_size(buffer)  # type: ignore[arg-type]
+    return int(V.graph.sizevars.optimization_hint(storage, fallback=0)) * buffer.get_dtype().itemsize
 
 
 def aot_eager(
@@ -223,21 +193,30 @@ def frame_id() -> int:
     return int(compile_id.frame_id) if compile_id is not None and compile_id.frame_id is not None else 0
 
 
-def compile_options(compiled: Any) -> tuple[Any] | None:
-    """The options object a module or function was compiled with, as a 1-tuple; None if its backend is not remat."""
+def compile_call() -> Any:
+    """What `torch.compile` made of the call that led to this compilation; None when Dynamo was called in another way."""
+    frame = sys._getframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, torch._TorchCompileWrapper):
+            return owner
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def compile_call_of(compiled: Any) -> Any:
+    """The same for a module or function that `torch.compile` returned; None if its backend is not remat."""
     for wrapper in (compiled, getattr(compiled, "_compiled_call_impl", None)):
         context = getattr(wrapper, "dynamo_ctx", None)
         if context is None:
             cells = inspect.getclosurevars(wrapper).nonlocals if inspect.isfunction(wrapper) else {}
             context = cells.get("self")
         backend = getattr(context, "callback", None)
-        while backend is not None and not hasattr(backend, "compiler_name"):
+        while backend is not None and not isinstance(backend, torch._TorchCompileWrapper):
             backend = getattr(backend, "_torchdynamo_orig_backend", None)
         if backend is not None:
-            break
-    if backend is None or backend.compiler_name != "remat":
-        return None
-    return (backend.kwargs.get("options"),)
+            return backend if backend.compiler_name == "remat" else None
+    return None
 
 
 no_dispatch_modes = _disable_current_modes  # so that real tensors stay real while a compiler is tracing

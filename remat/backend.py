@@ -25,7 +25,8 @@ from remat.budget import BudgetLike, format_bytes, parse_budget, resolve_budget
 from remat.cost import profile_of
 from remat.describe import describe
 from remat.errors import BudgetError, RematError
-from remat.passes.aliasing import storage_bytes
+from remat.inductor import compile_graph, generated_peak_bytes
+from remat.passes.aliasing import results, storage_bytes, storage_roots
 from remat.passes.joint_program import joint_program, split_joint
 from remat.passes.partition import partition
 from remat.plan import Plan
@@ -35,7 +36,7 @@ from remat.simulate import simulate
 
 COMPILERS = ("inductor", "eager")
 _TRIALS = 6
-_SCHEDULE_ERROR = 0.03  # how far a measured peak has been above Inductor's own estimate
+_ROOM_LEFT = 0.02  # of the budget: less is not worth another trial compilation
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,9 @@ class CompiledPlan:
 
 @dataclass
 class _Session:
-    """All graphs compiled under one `torch.compile` call, by Dynamo frame; they share the budget."""
+    """All graphs compiled with one options object, or by one `torch.compile` call without; they share the budget."""
 
-    options: Any
+    key: Any  # kept, so that its id stays its own
     graphs: list[CompiledPlan] = field(default_factory=list)
 
     def held_bytes(self, frame: int) -> int:
@@ -105,11 +106,12 @@ def remat_backend(
 
 def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Mapping[str, Any] | None) -> Callable[..., Any]:
     read = Options.read(options)
-    session = _sessions.setdefault(id(options), _Session(options))
+    key = options if options is not None else _torch.compile_call()
+    session = _sessions.setdefault(id(key), _Session(key))
     partitioner = _Partitioner(read, session, example_inputs, _torch.has_graph_break(gm))
     if read.compiler == "eager":
         return _torch.aot_eager(gm, example_inputs, _run_as_is, partitioner.split)
-    return _torch.compile_with_inductor(gm, example_inputs, partitioner.split, partitioner.uuid())
+    return compile_graph(gm, example_inputs, partitioner.split, partitioner.uuid())
 
 
 def _reset() -> None:
@@ -124,10 +126,10 @@ def plans(compiled: Any) -> list[CompiledPlan]:
 
     Empty before its first call. Raises RematError for anything else.
     """
-    options = _torch.compile_options(compiled)
-    if options is None:
+    call = _torch.compile_call_of(compiled)
+    if call is None:
         raise RematError('this was not compiled with torch.compile(..., backend="remat")')
-    session = _sessions.get(id(options[0]))
+    session = _sessions.get(id(call.kwargs.get("options", call)))
     return list(session.graphs) if session is not None else []
 
 
@@ -141,55 +143,72 @@ def _run_as_is(module: fx.GraphModule, _: Sequence[Any]) -> Callable[[list[Any]]
 
 @dataclass(frozen=True)
 class _Attempt:
-    """A solution, its two graphs, and their peak as Inductor schedules them (0: not asked)."""
+    """A solution, its two graphs, and the peak of the step."""
 
     solution: Solution
     forward: fx.GraphModule
     backward: fx.GraphModule
-    peak_bytes: int = 0
+    peak_bytes: int
 
 
-def _fit_schedule(program: Program, menus: Menus, limit: int, apply: Callable[[Solution], _Attempt]) -> _Attempt:
-    """Plan, ask Inductor what it would allocate, and aim lower by the difference until that fits.
+def _fit_generated(
+    program: Program, menus: Menus, limit: int, everything: _Attempt, apply: Callable[[Solution], _Attempt]
+) -> _Attempt:
+    """The fastest plan found whose generated code stays within the limit; `everything`, saved, does not.
 
-    Fusion moves recompute, which no cost model sees beforehand. Raises BudgetError when nothing fits.
+    The planner knows roughly what Inductor will fuse. Its target is moved by as much as the generated code was off, up or
+    down, until the room left is small. Raises BudgetError when nothing fits.
     """
-    target = limit
-    best: _Attempt | None = None
+    low, high = 0, everything.solution.replay.peak_bytes  # targets known to fit and not to fit
+    target = min(limit + high - everything.peak_bytes, high - 1)
+    fitting: _Attempt | None = None
+    tried = set[frozenset[int]]()
     for _ in range(_TRIALS):
         try:
             solution = solve(program, menus, target)
         except BudgetError:
-            if best is None:
-                raise
-            solution = smallest_solution(program, menus)
-        attempt = apply(solution)
-        attempt = dataclasses.replace(attempt, peak_bytes=program.resident_bytes + _scheduled_peak(attempt))
-        if attempt.peak_bytes * (1 + _SCHEDULE_ERROR) <= limit:
-            return attempt
-        best = attempt if best is None or attempt.peak_bytes < best.peak_bytes else best
-        missed = attempt.peak_bytes * (1 + _SCHEDULE_ERROR) - limit
-        if solution.replay.peak_bytes > target:
             break
-        target = min(target, solution.replay.peak_bytes) - int(missed)
-    assert best is not None
-    minimum = int(best.peak_bytes * (1 + _SCHEDULE_ERROR)) + 1
+        if solution.dropped in tried:
+            break
+        tried.add(solution.dropped)
+        attempt = apply(solution)
+        room = limit - attempt.peak_bytes
+        if room < 0:
+            high = target
+        else:
+            low = target
+            if fitting is None or solution.replay.recompute_us < fitting.solution.replay.recompute_us:
+                fitting = attempt
+            if room <= _ROOM_LEFT * limit:
+                break
+        target += room
+        if not low < target < high:
+            target = (low + high) // 2
+    if fitting is not None:
+        return fitting
+    smallest = apply(smallest_solution(program, menus))
+    if smallest.peak_bytes <= limit:
+        return smallest
     raise BudgetError(
-        f"no plan fits in {format_bytes(limit)} as Inductor schedules it; the smallest found needs {format_bytes(minimum)} "
-        f"({minimum} bytes). Raise budget=, or use compiler='eager'.",
+        f"no plan fits in {format_bytes(limit)} as Inductor compiles it; the smallest found needs "
+        f"{format_bytes(smallest.peak_bytes)} ({smallest.peak_bytes} bytes). Raise budget=, or use compiler='eager'.",
         budget_bytes=limit,
-        minimum_bytes=minimum,
-        where="Inductor's schedule",
+        minimum_bytes=smallest.peak_bytes,
+        where="the generated code",
     )
 
 
-def _scheduled_peak(attempt: _Attempt) -> int:
+def _generated_peak(forward: fx.GraphModule, backward: fx.GraphModule, n_outputs: int) -> int:
     """Peak of either half above what is resident; the model's outputs are alive while backward runs."""
-    read_again = {node.name for node in attempt.backward.graph.find_nodes(op="placeholder")}
-    outputs = {n for n in attempt.forward.graph.output_node().all_input_nodes if n.op == "call_function"}
-    held = sum(storage_bytes(n.meta.get("val")) for n in outputs if n.name not in read_again)
-    forward = _torch.scheduled_peak_bytes(attempt.forward, is_backward=False)
-    return max(forward, held + _torch.scheduled_peak_bytes(attempt.backward, is_backward=True))
+    roots = storage_roots(forward.graph)
+    outputs = {roots[n] for n in results(forward.graph)[:n_outputs] if isinstance(n, fx.Node) and n.op == "call_function"}
+    kept = frozenset(node.name for node in outputs)
+    read_again = {node.name for node in backward.graph.find_nodes(op="placeholder")}
+    held = sum(storage_bytes(node.meta.get("val")) for node in outputs if node.name not in read_again)
+    return max(
+        generated_peak_bytes(forward, is_backward=False, kept=frozenset()),
+        held + generated_peak_bytes(backward, is_backward=True, kept=kept),
+    )
 
 
 @dataclass(frozen=True)
@@ -227,15 +246,22 @@ class _Partitioner:
         start = time.perf_counter()
         program = joint_program(joint.graph, halves, profile_of(device), self._resident(joint, device), fuses)
         menus = make_menus(program)
-        limit, target = self._limits(program, menus, device)
 
         def apply(solution: Solution) -> _Attempt:
             chosen = (halves.forward[p] for p in solution.dropped)
             dropped = frozenset(node.name for node in (*chosen, *halves.inlined))
-            return _Attempt(solution, *partition(joint, halves, dropped, num_fwd_outputs, static_lifetime_input_indices))
+            forward, backward = partition(joint, halves, dropped, num_fwd_outputs, static_lifetime_input_indices)
+            if not fuses:
+                return _Attempt(solution, forward, backward, solution.replay.peak_bytes)
+            peak = program.resident_bytes + _generated_peak(forward, backward, num_fwd_outputs)
+            return _Attempt(solution, forward, backward, peak)
 
-        if fuses and target is not None:
-            attempt = _fit_schedule(program, menus, target, apply)
+        everything = apply(Solution(frozenset(), (), simulate(program, ())))
+        limit, target = self._limits(program, menus, device, everything.peak_bytes)
+        if target is None or everything.peak_bytes <= target:
+            attempt = everything
+        elif fuses:
+            attempt = _fit_generated(program, menus, target, everything, apply)
         else:
             attempt = apply(solve(program, menus, target))
         seconds = time.perf_counter() - start
@@ -243,14 +269,15 @@ class _Partitioner:
         fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
         nodes, solution = halves.forward, attempt.solution
         plan = describe(nodes, program, menus, solution, limit, seconds, str(device), "compiled", fingerprint)
-        plan = dataclasses.replace(plan, peak_bytes=attempt.peak_bytes or plan.peak_bytes)
+        plan = dataclasses.replace(plan, peak_bytes=attempt.peak_bytes, baseline_peak_bytes=everything.peak_bytes)
         self.session.graphs.append(CompiledPlan(plan, attempt.forward, attempt.backward, _torch.frame_id()))
         return attempt.forward, attempt.backward
 
-    def _limits(self, program: Program, menus: Menus, device: torch.device) -> tuple[int | None, int | None]:
+    def _limits(
+        self, program: Program, menus: Menus, device: torch.device, baseline_bytes: int
+    ) -> tuple[int | None, int | None]:
         """The budget in bytes, and what this graph may use of it."""
-        baseline = simulate(program, ())
-        limit = resolve_budget(parse_budget(self.options.budget), device, program.resident_bytes, baseline.peak_bytes)
+        limit = resolve_budget(parse_budget(self.options.budget), device, program.resident_bytes, baseline_bytes)
         if limit is None or self.options.policy == "none":
             return limit, None
         between = limit // 50 if self.more_graphs or self.session.graphs else 0  # passes between graphs, and is in none

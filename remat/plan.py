@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
 from typing import Any
@@ -78,10 +78,10 @@ class Plan:
     step_us: float
     baseline_step_us: float
     planning_seconds: float
-    blocks: tuple[Block, ...]
-    timeline: tuple[Moment, ...]
-    dropped: tuple[str, ...]
-    regions: tuple[tuple[str, str], ...]
+    blocks: tuple[Block, ...] = field(repr=False)
+    timeline: tuple[Moment, ...] = field(repr=False)
+    dropped: tuple[str, ...] = field(repr=False)
+    regions: tuple[tuple[str, str], ...] = field(repr=False)
     device: str
     door: str
     fingerprint: str

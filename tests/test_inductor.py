@@ -16,9 +16,6 @@ from tests.steps import assert_close_gradients, run_step
 pytestmark = pytest.mark.usefixtures("_dynamo", "_own_cache")
 
 
-pytestmark = pytest.mark.inductor
-
-
 @pytest.fixture
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs that other runs left in Inductor's cache stay out, so that each run compiles and plans."""

@@ -1,0 +1,175 @@
+"""Inductor behind door 2: compiling with our partition, and the memory that the code it generates will allocate.
+
+Fusion decides which recompute costs memory, and no cost model sees it beforehand. So a plan's graphs are lowered,
+scheduled and turned into wrapper code as the real compilation will do it, and the allocations are read off that code.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from remat import _torch
+from remat._torch import V, inductor_ir, wrapper_code
+from remat.workspace import Call, workspace_bytes
+
+_FUSION_REACH = 10  # kernels
+
+
+class LocalFusion(_torch.InductorChoices):
+    """Inductor's fusion choices, without horizontal fusion of kernels that are far apart in running order.
+
+    Such fusions share a read of some small table and pull the recompute of many layers to one moment, where all of it is
+    held (`Scheduler.are_long_distant_nodes` says as much of its own threshold, which is more than a layer).
+    """
+
+    def uuid(self) -> str:
+        return f"remat.LocalFusion.{_FUSION_REACH}"
+
+    @staticmethod
+    def can_fuse_horizontal(scheduler: Any, node1: Any, node2: Any, shared_data_score: int) -> bool:
+        distance = max(abs(node1.min_order - node2.max_order), abs(node2.min_order - node1.max_order))
+        if distance > _FUSION_REACH:
+            return False
+        return _torch.InductorChoices.can_fuse_horizontal(scheduler, node1, node2, shared_data_score)
+
+
+# Without reuse a buffer is freed at once, not held for a later one of its size; the allocator keeps such blocks as cheaply.
+_CONFIG: dict[str, Any] = {"inductor_choices_class": LocalFusion, "allow_buffer_reuse": False}
+
+
+class _Partitioner(_torch.CustomPartitionerFn):
+    """A partition function in the form that Inductor's configuration takes."""
+
+    def __init__(self, split: Callable[..., Any], uuid: str) -> None:
+        self.split, self._uuid = split, uuid
+
+    def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Any:
+        return self.split(gm, joint_inputs, **kwargs)
+
+    def uuid(self) -> str:
+        return self._uuid
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Partitioner:
+        return self  # Inductor copies its whole configuration now and then
+
+
+def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], split: Callable[..., Any], uuid: str) -> Callable[..., Any]:
+    """Inductor with our partition. AOTAutograd's own cache is off: it would skip the partition, and with it the plan."""
+    with _torch.functorch_config.patch(enable_autograd_cache=False):
+        patches = {**_CONFIG, "custom_partitioner_fn": _Partitioner(split, uuid)}
+        return _torch.compile_fx(gm, inputs, config_patches=patches)  # type: ignore[return-value]
+
+
+def generated_peak_bytes(module: fx.GraphModule, is_backward: bool, kept: frozenset[str]) -> int:
+    """Peak bytes of a forward or backward graph as Inductor's generated code allocates: inputs that are not parameters,
+    intermediates, outputs, and the scratch memory of the kernels that are not its own. `kept` names inputs that somebody
+    else holds to the end.
+    """
+    found: list[int] = []
+
+    def read(lines: Sequence[Any]) -> None:
+        found.append(_peak_of(lines, kept))
+        raise _torch.Probed
+
+    twin = copy.deepcopy(module)
+    placeholders = twin.graph.find_nodes(op="placeholder")
+    inputs = [node.meta["val"] for node in placeholders]
+    donated = [i for i, node in enumerate(placeholders) if not _outlives(node.name, kept)]
+    config = {**_CONFIG, "fx_graph_cache": False}
+    try:
+        with _torch.inductor_config.patch(config), _torch.reading_wrapper_code(read, donated if is_backward else []):
+            _torch.compile_fx_inner(twin, inputs, is_backward=is_backward, cudagraphs=_torch.BoxedBool(False), graph_id=0)
+    except Exception as error:  # the probe's own, wrapped by whatever Inductor wraps it in
+        if not found:
+            raise error
+    return found[0]
+
+
+def _is_resident(name: str) -> bool:
+    """True for inputs that are parameters, buffers and the caller's own tensors, or random state."""
+    return name.startswith(("primals", "fwd_rng", "bwd_rng"))
+
+
+def _outlives(name: str, kept: frozenset[str]) -> bool:
+    return _is_resident(name) or name.startswith("tangents") or name in kept  # the engine holds what came in
+
+
+class _Heap:
+    """Names and the storages they stand for: a storage is freed with the last of its names."""
+
+    def __init__(self) -> None:
+        self.live = self.peak = 0
+        self._storage: dict[str, str] = {}
+        self._bytes: dict[str, int] = {}
+        self._names: Counter[str] = Counter()
+
+    def allocate(self, name: str, size: int) -> None:
+        self._storage[name], self._bytes[name], self._names[name] = name, size, 1
+        self.live += size
+        self.touch(0)
+
+    def alias(self, name: str, of: str) -> None:
+        if of in self._storage:
+            self._storage[name] = self._storage[of]
+            self._names[self._storage[of]] += 1
+
+    def free(self, name: str) -> None:
+        storage = self._storage.pop(name, None)
+        if storage is None:
+            return
+        self._names[storage] -= 1
+        if not self._names[storage]:
+            self.live -= self._bytes[storage]
+
+    def touch(self, scratch: int) -> None:
+        self.peak = max(self.peak, self.live + scratch)
+
+
+def _peak_of(lines: Sequence[Any], kept: frozenset[str]) -> int:
+    """Run the allocations of a graph's wrapper code."""
+    heap = _Heap()
+    items: dict[str, list[Any]] = {}  # of the kernels with several results
+    for line in lines:
+        if isinstance(line, wrapper_code.MultiOutputLine):
+            items.setdefault(line.arg_name, []).append(V.graph.get_buffer(line.result_name))
+    for name, value in V.graph.graph_inputs.items():
+        if not _is_resident(name):
+            heap.allocate(name, _torch.buffer_bytes(value))
+    for line in lines:
+        if isinstance(line, wrapper_code.AllocateLine):
+            heap.allocate(line.node.get_name(), _torch.buffer_bytes(line.node))
+        elif isinstance(line, wrapper_code.ReuseLine):
+            heap.alias(line.reused_as.get_name(), line.node.get_name())
+            if line.delete_old:
+                heap.free(line.node.get_name())
+        elif isinstance(line, wrapper_code.ReinterpretLine):
+            heap.alias(line.reused_as.get_name(), line.node.get_name())
+        elif isinstance(line, wrapper_code.FreeIfNotReusedLine | wrapper_code.FreeLine):
+            if not getattr(line, "is_reused", False) and not _outlives(line.node.get_name(), kept):
+                heap.free(line.node.get_name())
+        elif isinstance(line, wrapper_code.ExternKernelOutLine):
+            heap.touch(_scratch_bytes(line.node))
+        elif isinstance(line, wrapper_code.ExternKernelAllocLine):
+            several = isinstance(line.node.get_output_spec(), inductor_ir.MultiOutputLayout)
+            for buffer in items.get(line.node.get_name(), ()) if several else (line.node,):
+                shared = buffer.get_inputs_that_alias_output()
+                if shared:
+                    heap.alias(buffer.get_name(), shared[0])
+                else:
+                    heap.allocate(buffer.get_name(), _torch.buffer_bytes(buffer))
+            heap.touch(_scratch_bytes(line.node))
+    return heap.peak
+
+
+def _scratch_bytes(kernel: Any) -> int:
+    node = getattr(kernel, "fx_node", None) or kernel.get_origin_node()
+    if node is None:
+        return 0
+    args, kwargs = pytree.tree_map_only(fx.Node, lambda n: n.meta.get("val"), (node.args, dict(node.kwargs)))
+    return workspace_bytes(Call.of(node.target, args, kwargs))
