@@ -41,6 +41,7 @@ check: setup
 bench: setup
 	$(BIN)/python benchmarks/planning.py
 	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/compiled.py
 
 gpu:
 	PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu

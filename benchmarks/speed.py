@@ -58,13 +58,13 @@ def main() -> None:
     RESULTS.write_text(json.dumps({**data, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
 
 
-def llama(width: int) -> LlamaForCausalLM:
+def llama(width: int, layers: int = 12) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=256,
         hidden_size=width,
         intermediate_size=width * 8 // 3,
-        num_hidden_layers=12,
+        num_hidden_layers=layers,
         num_attention_heads=width // 64,
         use_cache=False,
     )

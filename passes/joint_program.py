@@ -2,7 +2,7 @@
 
 The forward half is what the forward's outputs need; everything else runs in backward. Lifetimes are those of the graph: a
 storage dies with its last reader. With `fuses`, pointwise ops that only feed other pointwise ops or reductions are taken to
-be inlined into them, as Inductor does, and occupy nothing unless they are saved.
+be inlined into them, as Inductor does: they occupy nothing unless they are saved, and computing them again is free.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from remat.workspace import Call, workspace_bytes
 aten, prims = torch.ops.aten, torch.ops.prims
 
 _TANGENT_COPIES = 2  # the engine holds what came in to the end, and AOTAutograd makes it contiguous first
-_FUSED_SHARE = 0.3  # of its time alone: a fused op reads and writes little of its own
+_READS, _READS_AT_MOST = 4, 8  # Inductor's realize_reads_threshold and realize_acc_reads_threshold
 _SEEDS = {"inductor_seed", "inductor_seeds"}
 
 
@@ -33,7 +33,7 @@ _SEEDS = {"inductor_seed", "inductor_seeds"}
 class JointHalves:
     """The call nodes of a joint graph in running order. `forward[i]` is position i of the program.
 
-    `inlined` nodes are computed inside their readers and never stored: backward computes them again at no cost of memory.
+    `inlined` nodes are computed inside their readers and not stored, unless a node of forward is saved for backward.
     """
 
     forward: tuple[fx.Node, ...]
@@ -76,14 +76,15 @@ def joint_program(graph: fx.Graph, halves: JointHalves, device: DeviceProfile, r
     position = {node: p for p, node in enumerate([*halves.forward, *halves.backward])}
     n_forward, end = len(halves.forward), len(position)
     inlined = halves.inlined
-    readers = _storage_readers(graph, inlined)
+    late = inlined - set(halves.forward)
+    readers = _storage_readers(graph, late)
     escaping = {_owner(node) for node in halves.forward_outputs}
     grads = {_owner(node) for node in halves.backward_outputs}
     values: list[Value] = []
     outputs: dict[int, list[int]] = {}
     fixed: list[Fixed] = []
     for node in (*halves.forward, *halves.backward):
-        if is_view(node) or node.target is operator.getitem or node in inlined:
+        if is_view(node) or node.target is operator.getitem or node in late:
             continue
         for item, size in _storages(node):
             uses = sorted(position[r] for r in readers.get(item, ()) if r in position)
@@ -105,6 +106,7 @@ def joint_program(graph: fx.Graph, halves: JointHalves, device: DeviceProfile, r
                     after,
                     after[-1] if after else -1,
                     "an output of the model" if held else _pin(node, fuses),
+                    0 if node in inlined else None,
                 )
             )
     index = {value.name: v for v, value in enumerate(values)}
@@ -117,13 +119,14 @@ def joint_program(graph: fx.Graph, halves: JointHalves, device: DeviceProfile, r
         _op(
             node,
             tuple(outputs.get(p, ())),
-            [index[name] for name in _sources(node, inlined) if name in stored],
+            [index[name] for name in _sources(node) if name in stored],
             device,
             fuses,
+            node in inlined,
         )
         for p, node in enumerate(halves.forward)
     )
-    backward = tuple(_op(node, (), [], device, fuses) for node in halves.backward)
+    backward = tuple(_op(node, (), [], device, fuses, node in inlined) for node in halves.backward)
     return Program(forward, (*backward, Op("end of step", 0.0, 0)), tuple(values), tuple(fixed), resident_bytes)
 
 
@@ -169,33 +172,28 @@ def _pin(node: fx.Node, fuses: bool) -> str:
     return why_pinned(node, frozenset())
 
 
-def _sources(node: fx.Node, inlined: frozenset[fx.Node]) -> list[str]:
-    """Names of the stored values that computing a node reads, through views and inlined nodes."""
-    found: dict[str, None] = {}
-    seen: set[fx.Node] = set()
-    stack = list(node.all_input_nodes)
-    while stack:
-        source = _owner(stack.pop())
-        if source in seen:
-            continue
-        seen.add(source)
-        if source in inlined:
-            stack.extend(source.all_input_nodes)
-        else:
-            found[source.name] = None
-    return sorted(found)
+def _sources(node: fx.Node) -> list[str]:
+    """Names of the values that computing a node reads, through views."""
+    return sorted({_owner(source).name for source in node.all_input_nodes})
 
 
 def _inlined(nodes: Sequence[fx.Node], outputs: set[fx.Node]) -> frozenset[fx.Node]:
-    """Pointwise nodes all of whose readers are pointwise or reductions: Inductor stores none of them."""
-    return frozenset(
-        node
-        for node in nodes
-        if is_pointwise(node)
-        and node not in outputs
-        and not is_random(node)
-        and all(_fuses_into(user, outputs) for user in node.users)
-    )
+    """Pointwise nodes all of whose readers are pointwise or reductions: Inductor stores none of them, unless they read much
+    (`StorageBox.mark_reuse` and `has_exceeded_max_reads`), which ends chains such as a residual stream.
+    """
+    reads: dict[fx.Node, frozenset[fx.Node]] = {}  # stored tensors that an inlined node reads
+    found: set[fx.Node] = set()
+    for node in nodes:
+        sources = {_owner(source) for source in node.all_input_nodes}
+        below = frozenset[fx.Node]().union(*(reads[s] if s in found else (s,) for s in sources))
+        reads[node] = below
+        if is_view(node) or node in outputs or not is_pointwise(node) or is_random(node):
+            continue
+        if len(below) <= (_READS if len(node.users) > 1 else _READS_AT_MOST) and all(
+            _fuses_into(user, outputs) for user in node.users
+        ):
+            found.add(node)
+    return frozenset(found)
 
 
 def _fuses_into(user: fx.Node, outputs: set[fx.Node]) -> bool:
@@ -242,15 +240,14 @@ def is_reduction(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target.__name__.split(".")[0] in _REDUCTIONS
 
 
-def _op(node: fx.Node, own: tuple[int, ...], reads: list[int], device: DeviceProfile, fuses: bool) -> Op:
+def _op(node: fx.Node, own: tuple[int, ...], reads: list[int], device: DeviceProfile, fuses: bool, inlined: bool) -> Op:
     if is_view(node) or node.target is operator.getitem or not isinstance(node.target, torch._ops.OpOverload):
         return Op(node.name, 0.0, 0)
     args, kwargs = pytree.tree_map_only(fx.Node, lambda n: n.meta.get("val"), (node.args, dict(node.kwargs)))
     cost = op_cost_us(node.target, tuple(args), dict(kwargs), node.meta.get("val"), device)
-    fused = fuses and (is_pointwise(node) or is_reduction(node))
-    if fused:
-        cost *= _FUSED_SHARE
-    scratch = 0 if fused else workspace_bytes(Call.of(node.target, args, kwargs))
+    generated = fuses and (is_pointwise(node) or is_reduction(node))
+    scratch = 0 if generated else workspace_bytes(Call.of(node.target, args, kwargs))
     if not own:
-        return Op(node.name, cost, scratch)
-    return Op(node.name, cost, scratch, tuple(sorted(reads)), own, device.recompute_launch_us)
+        return Op(node.name, 0.0 if inlined else cost, scratch)
+    launch = 0.0 if inlined else device.recompute_launch_us
+    return Op(node.name, 0.0 if inlined else cost, scratch, tuple(sorted(reads)), own, launch)

@@ -30,9 +30,8 @@ from remat.passes.aliasing import results, storage_bytes, storage_roots
 from remat.passes.joint_program import joint_program, split_joint
 from remat.passes.partition import partition
 from remat.plan import Plan
-from remat.planner import Menus, Solution, make_menus, smallest_solution, solve
-from remat.program import Program
-from remat.simulate import simulate
+from remat.planner import Menus, Solution, fastest_solution, make_menus, smallest_solution, solve
+from remat.program import SCALARS_BYTES, Program
 
 COMPILERS = ("inductor", "eager")
 _TRIALS = 6
@@ -248,15 +247,14 @@ class _Partitioner:
         menus = make_menus(program)
 
         def apply(solution: Solution) -> _Attempt:
-            chosen = (halves.forward[p] for p in solution.dropped)
-            dropped = frozenset(node.name for node in (*chosen, *halves.inlined))
+            dropped = frozenset(halves.forward[p].name for p in solution.dropped)
             forward, backward = partition(joint, halves, dropped, num_fwd_outputs, static_lifetime_input_indices)
             if not fuses:
                 return _Attempt(solution, forward, backward, solution.replay.peak_bytes)
-            peak = program.resident_bytes + _generated_peak(forward, backward, num_fwd_outputs)
+            peak = program.resident_bytes + SCALARS_BYTES + _generated_peak(forward, backward, num_fwd_outputs)
             return _Attempt(solution, forward, backward, peak)
 
-        everything = apply(Solution(frozenset(), (), simulate(program, ())))
+        everything = apply(fastest_solution(program, menus))
         limit, target = self._limits(program, menus, device, everything.peak_bytes)
         if target is None or everything.peak_bytes <= target:
             attempt = everything

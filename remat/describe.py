@@ -12,9 +12,8 @@ import torch
 from torch import fx
 
 from remat.plan import Activation, Block, Decision, Plan
-from remat.planner import Menus, Solution
+from remat.planner import Menus, Solution, fastest_solution
 from remat.program import Program
-from remat.simulate import simulate
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 
@@ -31,7 +30,7 @@ def describe(
     fingerprint: str,
 ) -> Plan:
     """Put a solution in the words of the user's model. `nodes[p]` is forward op p of `program`."""
-    baseline = simulate(program, ())
+    baseline = fastest_solution(program, menus).replay
     kept = _read_again(program, solution)
     blocks = tuple(
         _block(index, nodes, program, solution, kept, start, stop)
@@ -110,7 +109,9 @@ def _activation(node: fx.Node, program: Program, v: int, dropped: bool, source: 
     shown = node.meta.get("val")
     shown = shown if isinstance(shown, torch.Tensor) else shown[outputs.index(v)] if shown is not None else None
     cost = program.forward[value.op].cost_us
-    if dropped:
+    if dropped and not value.passing:
+        reason = "fused into what reads it"
+    elif dropped:
         reason = f"{cost:.0f} us to compute again frees {value.bytes / 2**20:.2f} MiB"
     else:
         reason = value.pinned or ("others are recomputed from it" if source and not value.reads else "it fits")

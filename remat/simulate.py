@@ -7,7 +7,7 @@ inputs it needs are computed then, once, and each is held until its last reader 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -84,35 +84,47 @@ def simulate(program: Program, dropped: Collection[int]) -> Replay:
     last_again: dict[int, int] = {}
     born_again: dict[int, int] = {}
     extra = [0] * len(schedule)
-    for index, (position, again) in enumerate(schedule):
+    for index, (position, again) in reversed(list(enumerate(schedule))):
         op = program.forward[position] if position < n_forward else program.backward[position - n_forward]
         extra[index] = op.workspace_bytes
         if not again:
             continue
-        for v in op.inputs:
-            last_again[v] = index
+        read = index
         for v in op.outputs:
             born_again[v] = index
+            if program.values[v].passing == 0:  # computed inside each reader, which reads its inputs instead
+                release = program.values[v].release
+                read = max(read, when[release] if release >= 0 else 0, last_again.get(v, 0))
+        for v in op.inputs:
+            last_again[v] = max(last_again.get(v, -1), read)
         if op.state_bytes:  # kept since the first run, and the present state put aside meanwhile
             occupy(when[position], index, op.state_bytes)
             extra[index] += op.state_bytes
-    saved_bytes = 0
+    dies = [max(when.get(value.release, -1), last_again.get(v, -1)) for v, value in enumerate(program.values)]
+    kept = [v not in drop and last >= n_forward for v, last in enumerate(dies)]
+    last_forward = _last_forward(program, kept)
     for v, value in enumerate(program.values):
-        release = when[value.release] if value.release >= 0 else -1
-        dies = max(release, last_again.get(v, -1))
-        if v in drop:
-            occupy(when[value.op], when[value.last_forward], value.passing)
-            if v in born_again:
-                occupy(born_again[v], max(dies, born_again[v]), value.passing)
-            continue
-        kept = dies >= n_forward
-        occupy(when[value.op], max(dies, when[value.last_forward]), value.bytes if kept else value.passing)
-        if kept:
-            saved_bytes += value.bytes
+        first_end = max(when[last_forward[v]], dies[v] if kept[v] else 0)
+        occupy(when[value.op], first_end, value.bytes if kept[v] else value.passing)
+        if v in born_again:
+            occupy(born_again[v], max(dies[v], born_again[v]), value.passing)
+    saved_bytes = sum(value.bytes for value, stays in zip(program.values, kept, strict=True) if stays)
     live = [base + size + program.resident_bytes for base, size in zip(accumulate(delta[:-1]), extra, strict=True)]
     recomputed = [program.forward[position] for position, again in schedule if again]
     recompute_us = sum(op.cost_us + op.launch_us for op in recomputed)
     return Replay(program, tuple(schedule), tuple(live), saved_bytes, recompute_us)
+
+
+def _last_forward(program: Program, kept: Sequence[bool]) -> list[int]:
+    """The last forward position that reads each value; where the reader is computed inside its own readers, theirs."""
+    last = [value.last_forward for value in program.values]
+    if all(value.passing for value in program.values):
+        return last
+    for op in reversed(program.forward):
+        fused = [last[v] for v in op.outputs if program.values[v].passing == 0 and not kept[v]]
+        for v in op.inputs if fused else ():
+            last[v] = max(last[v], *fused)
+    return last
 
 
 def _schedule(program: Program, drop: set[int]) -> list[tuple[int, bool]]:
