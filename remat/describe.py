@@ -12,12 +12,13 @@ import torch
 from torch import fx
 
 from remat.plan import Activation, Block, Decision, Plan
-from remat.planner import Menus, Solution, fastest_solution
+from remat.planner import Menus, Solution, fastest_solution, without_gc
 from remat.program import Program
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 
 
+@without_gc()
 def describe(
     nodes: Sequence[fx.Node],
     program: Program,

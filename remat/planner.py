@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,11 +13,23 @@ from remat.errors import BudgetError
 from remat.program import Program
 from remat.simulate import Replay, simulate
 from remat.solvers.improve import improve, prune
-from remat.solvers.menu import Option, Slice, make_menu, slice_program
+from remat.solvers.menu import Option, block_keys, make_menu, outside_bytes, slice_program
 from remat.solvers.segment import backward_cuts, find_cuts
 from remat.solvers.select import Choice, select
 
 _MERGES = (1, 2, 4, 8)  # how many neighbouring blocks may run as one
+
+
+@contextlib.contextmanager
+def without_gc() -> Iterator[None]:
+    """No garbage collection meanwhile: it would walk the whole model, and planning leaves no cycles behind."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @dataclass(frozen=True)
@@ -31,7 +46,7 @@ class Menus:
     """All ways to run each stretch of neighbouring blocks; equal stretches share one menu object."""
 
     cuts: tuple[int, ...]
-    slices: dict[tuple[int, int], Slice]
+    outside: dict[tuple[int, int], tuple[int, int]]  # bytes live all through its forward and backward, besides it
     options: dict[tuple[int, int], tuple[Option, ...]]
 
     @cached_property
@@ -40,8 +55,8 @@ class Menus:
             key: [
                 Choice(
                     o.saved_bytes,
-                    o.forward_bytes + self.slices[key].forward_offset_bytes,
-                    o.backward_bytes + self.slices[key].backward_offset_bytes,
+                    o.forward_bytes + self.outside[key][0],
+                    o.backward_bytes + self.outside[key][1],
                     o.recompute_us,
                     i,
                 )
@@ -51,25 +66,31 @@ class Menus:
         }
 
 
+@without_gc()
 def make_menus(program: Program) -> Menus:
     """Segment the forward pass and solve each distinct stretch of blocks once."""
     cuts = find_cuts(program)
     back = backward_cuts(program, cuts)
     n_blocks = len(cuts) - 1
-    slices, options, solved = {}, {}, {}
+    keys = block_keys(program, cuts, back, reach=max(_MERGES))
+    outside, options = {}, {}
+    solved: dict[Hashable, tuple[Option, ...]] = {}
     for i in range(n_blocks):
         for width in _MERGES:
             j = i + width
             if j > n_blocks:
                 break
-            part = slices[i, j] = slice_program(program, cuts[i], cuts[j], back[j], back[i])
-            key = part.program
+            bounds = cuts[i], cuts[j], back[j], back[i]
+            outside[i, j] = outside_bytes(program, *bounds)
+            key = tuple(keys[i:j])
             if key not in solved:
-                solved[key] = make_menu(part.program)
+                part = slice_program(program, *bounds)
+                solved[key] = solved[part] = solved[part] if part in solved else make_menu(part)
             options[i, j] = solved[key]
-    return Menus(cuts, slices, options)
+    return Menus(cuts, outside, options)
 
 
+@without_gc()
 def solve(program: Program, menus: Menus, budget_bytes: int | None) -> Solution:
     """The fastest plan found whose replayed peak is within the budget. Raises BudgetError when there is none."""
     fastest = fastest_solution(program, menus)
@@ -102,6 +123,7 @@ def fastest_solution(program: Program, menus: Menus) -> Solution:
     return Solution(dropped, _regions(menus, path, dropped), simulate(program, dropped))
 
 
+@without_gc()
 def smallest_solution(program: Program, menus: Menus) -> Solution:
     """The plan with the smallest peak that the planner knows."""
     best = fastest_solution(program, menus)

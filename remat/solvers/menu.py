@@ -7,7 +7,9 @@ layers of a deep model are solved once.
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -31,18 +33,60 @@ class Option:
     recompute_us: float
 
 
-@dataclass(frozen=True)
-class Slice:
-    """A block on its own. `offset_bytes` is what is live all through its backward besides (gradients of later layers)."""
+def block_keys(program: Program, cuts: Sequence[int], back: Sequence[int], reach: int) -> list[Hashable]:
+    """A key for each block between cuts: stretches of up to `reach` blocks with equal keys have equal slices.
 
-    program: Program
-    start: int
-    forward_offset_bytes: int
-    backward_offset_bytes: int
+    Places are (block, position in it), blocks counted from the one the key is for. What is `reach` blocks away or more is
+    outside of every stretch, where slices do not tell one place from another.
+    """
+    places = _places(program, cuts, back)
+    parts: list[list[Hashable]] = [[] for _ in cuts[:-1]]
+
+    def place(p: int, k: int) -> tuple[int, int]:
+        block, position = places[p]
+        return (block - k, position) if abs(block - k) < reach else (reach if block > k else -reach, 0)
+
+    for p, op in enumerate(program.forward):
+        k = places[p][0]
+        inputs = []
+        for v in op.inputs:
+            maker = program.values[v].op
+            inputs.append((place(maker, k), program.forward[maker].outputs.index(v)))
+        outputs = []
+        for value in (program.values[v] for v in op.outputs):
+            ends = (value.last_forward, *value.reads, *((value.release,) if value.release >= 0 else ()))
+            marks = tuple(place(q, k) for q in ends)
+            outputs.append((value.bytes, value.passing_bytes, value.pinned, value.release >= 0, marks))
+        parts[k].append((op.cost_us, op.workspace_bytes, op.launch_us, op.state_bytes, tuple(inputs), tuple(outputs)))
+    for p, op in enumerate(program.backward, len(program.forward)):
+        if p < back[0]:
+            parts[places[p][0]].append(op.workspace_bytes)
+    for fixed in sorted(program.fixed):
+        for k in {places[fixed.born][0], places[fixed.dies][0]}:
+            if k < len(parts):
+                parts[k].append((place(fixed.born, k), place(fixed.dies, k), fixed.bytes))
+    return [tuple(part) for part in parts]
 
 
-def slice_program(program: Program, start: int, stop: int, back_start: int, back_stop: int) -> Slice:
-    """The block of forward positions [start, stop) and backward positions [back_start, back_stop)."""
+def _places(program: Program, cuts: Sequence[int], back: Sequence[int]) -> list[tuple[int, int]]:
+    """(block, position in it) of every position; backward positions of a block are negative, and what follows is in none."""
+    places = [(k, p - start) for k, (start, stop) in enumerate(pairwise(cuts)) for p in range(start, stop)]
+    for k in range(len(cuts) - 2, -1, -1):
+        places += [(k, p - back[k]) for p in range(back[k + 1], back[k])]
+    total = len(program.forward) + len(program.backward)
+    return places + [(len(cuts) + total, 0)] * (total - len(places))
+
+
+def outside_bytes(program: Program, start: int, stop: int, back_start: int, back_stop: int) -> tuple[int, int]:
+    """What is live all through a block's forward, and all through its backward, besides it (gradients of later layers)."""
+    born, dies, size = program.fixed_table
+    forward = size[(born < start) & (dies >= stop)].sum()
+    backward = size[(born < back_start) & (dies >= back_stop)].sum()
+    return int(forward), int(backward)
+
+
+def slice_program(program: Program, start: int, stop: int, back_start: int, back_stop: int) -> Program:
+    """The block of forward positions [start, stop) and backward positions [back_start, back_stop) on its own."""
     length = stop - start
 
     def place(p: int) -> int:
@@ -77,16 +121,13 @@ def slice_program(program: Program, start: int, stop: int, back_start: int, back
     fixed: list[Fixed] = []
     born, dies, size = program.fixed_table
     around = (born < start) & (dies >= stop)
-    forward_offset = int(size[around].sum())
     for k in np.flatnonzero((born < stop) & (dies >= start) & ~around):
         fixed.append(Fixed(place(max(int(born[k]), start)), place(min(int(dies[k]), stop - 1)), int(size[k])))
     around = (born < back_start) & (dies >= back_stop)
-    backward_offset = int(size[around].sum())
     for k in np.flatnonzero((born < back_stop) & (dies >= max(back_start, len(program.forward))) & ~around):
         fixed.append(Fixed(place(max(int(born[k]), back_start)), place(min(int(dies[k]), back_stop - 1)), int(size[k])))
     backward = tuple(Op("", 0.0, op.workspace_bytes) for op in _backward_ops(program, back_start, back_stop))
-    sliced = Program(ops, (*backward, Op("", 0.0, 0)), tuple(values), tuple(sorted(fixed)), 0)
-    return Slice(sliced, start, forward_offset, backward_offset)
+    return Program(ops, (*backward, Op("", 0.0, 0)), tuple(values), tuple(sorted(fixed)), 0)
 
 
 def _backward_ops(program: Program, start: int, stop: int) -> tuple[Op, ...]:

@@ -3,26 +3,50 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Hashable
 
 from hypothesis import given, settings
 
 from remat.program import Fixed, Op, Program, Value
 from remat.simulate import simulate
-from remat.solvers.menu import make_menu, slice_program
+from remat.solvers.menu import block_keys, make_menu, outside_bytes, slice_program
+from remat.solvers.segment import backward_cuts
 from tests.programs import programs, stack
 
 
 def block() -> Program:
     """The second of four equal blocks, on its own."""
-    return slice_program(stack(blocks=4), 3, 6, 18, 21).program
+    return slice_program(stack(blocks=4), 3, 6, 18, 21)
 
 
 def test_equal_blocks_have_equal_slices() -> None:
     program = stack(blocks=5)
     second = slice_program(program, 3, 6, 24, 27)
     third = slice_program(program, 6, 9, 21, 24)
-    assert second.program == third.program
-    assert (second.start, third.start) == (3, 6)
+    assert second == third
+
+
+@settings(max_examples=200, deadline=None)
+@given(program=programs())
+def test_stretches_with_equal_keys_have_equal_slices(program: Program) -> None:
+    assert_equal_keys_mean_equal_slices(program)
+
+
+def test_equal_blocks_have_equal_keys() -> None:
+    program = stack(blocks=12)
+    keys = assert_equal_keys_mean_equal_slices(program)
+    assert len(set(keys)) <= 3  # the first and the last differ
+
+
+def assert_equal_keys_mean_equal_slices(program: Program) -> list[Hashable]:
+    cuts = tuple(range(0, len(program.forward), 3)) + (len(program.forward),)
+    back = backward_cuts(program, cuts)
+    keys = block_keys(program, cuts, back, reach=2)
+    seen: dict[Hashable, Program] = {}
+    for i, j in [(i, i + width) for width in (1, 2) for i in range(len(keys) - width + 1)]:
+        part = slice_program(program, cuts[i], cuts[j], back[j], back[i])
+        assert seen.setdefault(tuple(keys[i:j]), part) == part
+    return keys
 
 
 def test_values_that_leave_the_block_are_pinned() -> None:
@@ -45,12 +69,12 @@ def test_a_menu_runs_from_fastest_to_smallest() -> None:
 def test_what_is_live_all_through_is_an_offset() -> None:
     program = stack(blocks=3)
     with_outside = Program(program.forward, program.backward, program.values, (Fixed(0, 17, 7), Fixed(9, 17, 3)), 0)
-    middle = slice_program(with_outside, 3, 6, 12, 15)
-    assert (middle.forward_offset_bytes, middle.backward_offset_bytes) == (7, 10)
-    assert middle.program.fixed == ()
-    last = slice_program(with_outside, 6, 9, 9, 12)  # 3 bytes are born in its own backward
-    assert (last.forward_offset_bytes, last.backward_offset_bytes) == (7, 7)
-    assert [item.bytes for item in last.program.fixed] == [3]
+    middle = (3, 6, 12, 15)
+    assert outside_bytes(with_outside, *middle) == (7, 10)
+    assert slice_program(with_outside, *middle).fixed == ()
+    last = (6, 9, 9, 12)  # 3 bytes are born in its own backward
+    assert outside_bytes(with_outside, *last) == (7, 7)
+    assert [item.bytes for item in slice_program(with_outside, *last).fixed] == [3]
 
 
 @settings(max_examples=100, deadline=None)
