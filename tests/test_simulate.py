@@ -190,6 +190,39 @@ def _alive(fixed: Fixed, phase: str, running: int, position: int) -> bool:
     return fixed.born < running <= fixed.dies
 
 
+def fused_middle() -> Program:
+    """a → b → c, where b is computed inside its readers c and b'."""
+    forward = (
+        Op("a", 1.0, 0, (), (0,)),
+        Op("b", 0.0, 0, (0,), (1,)),
+        Op("other", 1.0, 0),
+        Op("c", 4.0, 0, (1,), (2,)),
+    )
+    backward = (Op("c'", 1.0, 0), Op("b'", 1.0, 0))
+    values = (
+        Value("a", 100, 0, 1),
+        Value("b", 30, 1, 3, (4, 5), 5, passing_bytes=0),
+        Value("c", 10, 3, 3, (4,), 4),
+    )
+    return Program(forward, backward, values, (), resident_bytes=0)
+
+
+def test_what_a_fused_value_reads_is_held_for_its_readers() -> None:
+    assert live(fused_middle(), (1,)) == [
+        ("forward", "a", 100),
+        ("forward", "b", 100),
+        ("forward", "other", 100),
+        ("forward", "c", 110),
+        ("recompute", "b", 110),
+        ("backward", "c'", 110),
+        ("backward", "b'", 100),
+    ]
+
+
+def test_a_fused_value_that_is_saved_is_stored() -> None:
+    assert [moment[2] for moment in live(fused_middle(), ())] == [100, 130, 30, 40, 40, 30]
+
+
 @settings(max_examples=300, deadline=None)
 @given(program=programs(), data=st.data())
 def test_it_agrees_with_a_naive_replay(program: Program, data: st.DataObject) -> None:
