@@ -44,7 +44,8 @@ class Value(NamedTuple):
     `op` produces it, `last_forward` is the last forward position that reads it. `reads` are the backward positions at
     which it is asked for; it is held until `release` (a position, -1 when backward never reads it). `pinned` says why it
     can only be saved, "" when it may be recomputed. `passing_bytes` is what it occupies where it is not kept for backward;
-    None means `bytes`. A compiler that fuses its producer into its readers never stores it there: 0. They read its inputs instead.
+    None means `bytes`. A compiler that fuses its producer into its readers never stores it there: 0,
+    and they read its inputs instead.
     """
 
     name: str
