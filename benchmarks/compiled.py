@@ -45,7 +45,7 @@ def main() -> None:
     rows, reaches = [], []
     for name, model, batch in (
         ("GPT-2 12 x 256, 8 x 256 tokens", gpt2(256), tokens(8, 256)),
-        ("Llama 8 x 384, 4 x 256 tokens", llama(384, layers=8), tokens(4, 256)),
+        ("Llama 8 x 256, 8 x 256 tokens", llama(256, layers=8), tokens(8, 256)),
     ):
         ratios = {ratio: with_ratio(model, ratio) for ratio in RATIOS}
         peaks = {ratio: peak_of(compiled, batch) for ratio, compiled in ratios.items()}

@@ -205,7 +205,7 @@ def compile_call() -> Any:
 
 
 def compile_call_of(compiled: Any) -> Any:
-    """The same for a module or function that `torch.compile` returned; None if its backend is not remat."""
+    """The same for a module or function that `torch.compile` returned; None for anything else."""
     for wrapper in (compiled, getattr(compiled, "_compiled_call_impl", None)):
         context = getattr(wrapper, "dynamo_ctx", None)
         if context is None:
@@ -215,7 +215,7 @@ def compile_call_of(compiled: Any) -> Any:
         while backend is not None and not isinstance(backend, torch._TorchCompileWrapper):
             backend = getattr(backend, "_torchdynamo_orig_backend", None)
         if backend is not None:
-            return backend if backend.compiler_name == "remat" else None
+            return backend
     return None
 
 

@@ -126,7 +126,7 @@ def plans(compiled: Any) -> list[CompiledPlan]:
     Empty before its first call. Raises RematError for anything else.
     """
     call = _torch.compile_call_of(compiled)
-    if call is None:
+    if call is None or call.compiler_fn is not remat_backend:
         raise RematError('this was not compiled with torch.compile(..., backend="remat")')
     session = _sessions.get(id(call.kwargs.get("options", call)))
     return list(session.graphs) if session is not None else []
