@@ -25,8 +25,8 @@ from remat.budget import BudgetLike, format_bytes, parse_budget, resolve_budget
 from remat.cost import profile_of
 from remat.describe import describe
 from remat.errors import BudgetError, RematError
-from remat.inductor import compile_graph, generated_peak_bytes
-from remat.passes.aliasing import results, storage_bytes, storage_roots
+from remat.inductor import compile_graph, generated_memory
+from remat.passes.aliasing import results, storage_roots
 from remat.passes.joint_program import joint_program, split_joint
 from remat.passes.partition import partition
 from remat.plan import Plan
@@ -159,18 +159,20 @@ def _fit_generated(
     down, until the room left is small. Raises BudgetError when nothing fits.
     """
     low, high = 0, everything.solution.replay.peak_bytes  # targets known to fit and not to fit
-    target = min(limit + high - everything.peak_bytes, high - 1)
+    target, stride = min(limit + high - everything.peak_bytes, high - 1), 0
+    tried: dict[frozenset[int], _Attempt] = {}
     fitting: _Attempt | None = None
-    tried = set[frozenset[int]]()
-    for _ in range(_TRIALS):
+    while low < target < high and high - low > limit // 500:
         try:
             solution = solve(program, menus, target)
         except BudgetError:
             break
-        if solution.dropped in tried:
-            break
-        tried.add(solution.dropped)
-        attempt = apply(solution)
+        seen = solution.dropped in tried
+        if not seen:
+            if len(tried) == _TRIALS:
+                break
+            tried[solution.dropped] = apply(solution)
+        attempt = tried[solution.dropped]
         room = limit - attempt.peak_bytes
         if room < 0:
             high = target
@@ -180,8 +182,9 @@ def _fit_generated(
                 fitting = attempt
             if room <= _ROOM_LEFT * limit:
                 break
-        target += room
-        if not low < target < high:
+        stride = 2 * stride if seen else room
+        target += stride
+        if fitting is not None and not low < target < high:
             target = (low + high) // 2
     if fitting is not None:
         return fitting
@@ -200,14 +203,10 @@ def _fit_generated(
 def _generated_peak(forward: fx.GraphModule, backward: fx.GraphModule, n_outputs: int) -> int:
     """Peak of either half above what is resident; the model's outputs are alive while backward runs."""
     roots = storage_roots(forward.graph)
-    outputs = {roots[n] for n in results(forward.graph)[:n_outputs] if isinstance(n, fx.Node) and n.op == "call_function"}
-    kept = frozenset(node.name for node in outputs)
-    read_again = {node.name for node in backward.graph.find_nodes(op="placeholder")}
-    held = sum(storage_bytes(node.meta.get("val")) for node in outputs if node.name not in read_again)
-    return max(
-        generated_peak_bytes(forward, is_backward=False, kept=frozenset()),
-        held + generated_peak_bytes(backward, is_backward=True, kept=kept),
-    )
+    outputs = [n for n in results(forward.graph)[:n_outputs] if isinstance(n, fx.Node) and n.op == "call_function"]
+    first = generated_memory(forward, is_backward=False)
+    second = generated_memory(backward, is_backward=True, kept=frozenset(roots[n].name for n in outputs))
+    return max(first.peak_bytes, first.returned_bytes + second.peak_bytes - second.taken_bytes)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
@@ -66,15 +67,24 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], split: Callable[...
         return _torch.compile_fx(gm, inputs, config_patches=patches)  # type: ignore[return-value]
 
 
-def generated_peak_bytes(module: fx.GraphModule, is_backward: bool, kept: frozenset[str]) -> int:
-    """Peak bytes of a forward or backward graph as Inductor's generated code allocates: inputs that are not parameters,
-    intermediates, outputs, and the scratch memory of the kernels that are not its own. `kept` names inputs that somebody
-    else holds to the end.
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that generated code has allocated: at its peak, in what it takes over from forward, and in what it returns.
+
+    Counted are inputs that are not parameters, intermediates, outputs, and the scratch memory of foreign kernels.
     """
-    found: list[int] = []
+
+    peak_bytes: int
+    taken_bytes: int
+    returned_bytes: int
+
+
+def generated_memory(module: fx.GraphModule, is_backward: bool, kept: frozenset[str] = frozenset()) -> Memory:
+    """What Inductor's code for a forward or backward graph will allocate. `kept` names inputs that somebody else holds."""
+    found: list[Memory] = []
 
     def read(lines: Sequence[Any]) -> None:
-        found.append(_peak_of(lines, kept))
+        found.append(_run_allocations(lines, kept))
         raise _torch.Probed
 
     twin = copy.deepcopy(module)
@@ -127,20 +137,24 @@ class _Heap:
         if not self._names[storage]:
             self.live -= self._bytes[storage]
 
+    def bytes_of(self, names: Iterable[str]) -> int:
+        return sum(self._bytes[storage] for storage in {self._storage[name] for name in names if name in self._storage})
+
     def touch(self, scratch: int) -> None:
         self.peak = max(self.peak, self.live + scratch)
 
 
-def _peak_of(lines: Sequence[Any], kept: frozenset[str]) -> int:
+def _run_allocations(lines: Sequence[Any], kept: frozenset[str]) -> Memory:
     """Run the allocations of a graph's wrapper code."""
     heap = _Heap()
     items: dict[str, list[Any]] = {}  # of the kernels with several results
     for line in lines:
         if isinstance(line, wrapper_code.MultiOutputLine):
             items.setdefault(line.arg_name, []).append(V.graph.get_buffer(line.result_name))
-    for name, value in V.graph.graph_inputs.items():
-        if not _is_resident(name):
-            heap.allocate(name, _torch.buffer_bytes(value))
+    coming = {n: _torch.buffer_bytes(v) for n, v in V.graph.graph_inputs.items() if not _is_resident(n)}
+    taken = sum(size for name, size in coming.items() if not name.startswith("tangents"))
+    for name, size in coming.items():
+        heap.allocate(name, size)
     for line in lines:
         if isinstance(line, wrapper_code.AllocateLine):
             heap.allocate(line.node.get_name(), _torch.buffer_bytes(line.node))
@@ -164,7 +178,7 @@ def _peak_of(lines: Sequence[Any], kept: frozenset[str]) -> int:
                 else:
                     heap.allocate(buffer.get_name(), _torch.buffer_bytes(buffer))
             heap.touch(_scratch_bytes(line.node))
-    return heap.peak
+    return Memory(heap.peak, taken, heap.bytes_of(V.graph.get_output_names()))
 
 
 def _scratch_bytes(kernel: Any) -> int:
