@@ -197,10 +197,10 @@ def _inlined(nodes: Sequence[fx.Node], outputs: set[fx.Node]) -> frozenset[fx.No
 
 
 def _fuses_into(user: fx.Node, outputs: set[fx.Node]) -> bool:
-    if user.op != "call_function" or user in outputs:
+    if user.op != "call_function":
         return False
     if is_view(user):
-        return all(_fuses_into(reader, outputs) for reader in user.users)
+        return user not in outputs and all(_fuses_into(reader, outputs) for reader in user.users)
     return is_pointwise(user) or is_reduction(user)
 
 

@@ -167,8 +167,7 @@ def _fit_generated(
             solution = solve(program, menus, target)
         except BudgetError:
             break
-        seen = solution.dropped in tried
-        if not seen:
+        if solution.dropped not in tried:
             if len(tried) == _TRIALS:
                 break
             tried[solution.dropped] = apply(solution)
@@ -182,7 +181,7 @@ def _fit_generated(
                 fitting = attempt
             if room <= _ROOM_LEFT * limit:
                 break
-        stride = 2 * stride if seen else room
+        stride = min(room, 2 * stride) if room < 0 else room  # further down with each miss
         target += stride
         if fitting is not None and not low < target < high:
             target = (low + high) // 2

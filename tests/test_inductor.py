@@ -63,6 +63,15 @@ def test_dropout_is_replayed() -> None:
     assert outcome.peak_bytes <= graph.plan.budget_bytes
 
 
+def test_inputs_that_inductor_copies_for_a_convolution_count() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(16, 8, 4, 4), nn.GELU(), nn.Conv2d(8, 16, 1), nn.GELU(), nn.Flatten(), nn.Linear(1024, 1))
+    images = torch.randn(8, 16, 32, 32)
+    outcome = run_step(module := compiled(model, None), {"input": images})
+    (graph,) = remat.plans(module)
+    assert abs(graph.plan.peak_bytes / outcome.peak_bytes - 1) <= 0.05
+
+
 def test_a_graph_from_the_cache_is_that_of_its_budget() -> None:
     model, x = mlp(layers=2, rows=512)
     peaks = []
