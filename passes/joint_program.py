@@ -24,7 +24,6 @@ from remat.workspace import Call, workspace_bytes
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
-_TANGENT_COPIES = 2  # the engine holds what came in to the end, and AOTAutograd makes it contiguous first
 _READS, _READS_AT_MOST = 4, 8  # Inductor's realize_reads_threshold and realize_acc_reads_threshold
 _SEEDS = {"inductor_seed", "inductor_seeds"}
 
@@ -112,7 +111,8 @@ def joint_program(graph: fx.Graph, halves: JointHalves, device: DeviceProfile, r
     index = {value.name: v for v, value in enumerate(values)}
     for tangent in graph.nodes:
         if tangent.op == "placeholder" and "tangent" in tangent.name:
-            fixed.append(Fixed(n_forward, end, _TANGENT_COPIES * storage_bytes(tangent.meta.get("val"))))
+            last = max((position[r] for r in readers[tangent] if r in position), default=n_forward)
+            fixed.append(Fixed(n_forward, last, storage_bytes(tangent.meta.get("val"))))
     fixed.append(Fixed(0, end, SCALARS_BYTES))
     stored = {value.name for value in values}
     forward = tuple(

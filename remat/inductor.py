@@ -90,7 +90,8 @@ def generated_memory(module: fx.GraphModule, is_backward: bool, kept: frozenset[
     twin = copy.deepcopy(module)
     placeholders = twin.graph.find_nodes(op="placeholder")
     inputs = [node.meta["val"] for node in placeholders]
-    donated = [i for i, node in enumerate(placeholders) if not _outlives(node.name, kept)]
+    free = [not (_is_resident(n.name) or n.name in kept or n.name.startswith("tangents")) for n in placeholders]
+    donated = [i for i, ours in enumerate(free) if ours]
     config = {**_CONFIG, "fx_graph_cache": False}
     try:
         with _torch.inductor_config.patch(config), _torch.reading_wrapper_code(read, donated if is_backward else []):
@@ -104,10 +105,6 @@ def generated_memory(module: fx.GraphModule, is_backward: bool, kept: frozenset[
 def _is_resident(name: str) -> bool:
     """True for inputs that are parameters, buffers and the caller's own tensors, or random state."""
     return name.startswith(("primals", "fwd_rng", "bwd_rng"))
-
-
-def _outlives(name: str, kept: frozenset[str]) -> bool:
-    return _is_resident(name) or name.startswith("tangents") or name in kept  # the engine holds what came in
 
 
 class _Heap:
@@ -165,7 +162,7 @@ def _run_allocations(lines: Sequence[Any], kept: frozenset[str]) -> Memory:
         elif isinstance(line, wrapper_code.ReinterpretLine):
             heap.alias(line.reused_as.get_name(), line.node.get_name())
         elif isinstance(line, wrapper_code.FreeIfNotReusedLine | wrapper_code.FreeLine):
-            if not getattr(line, "is_reused", False) and not _outlives(line.node.get_name(), kept):
+            if not getattr(line, "is_reused", False) and line.node.get_name() not in kept:
                 heap.free(line.node.get_name())
         elif isinstance(line, wrapper_code.ExternKernelOutLine):
             heap.touch(_scratch_bytes(line.node))

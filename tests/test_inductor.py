@@ -65,7 +65,8 @@ def test_dropout_is_replayed() -> None:
 
 def test_inputs_that_inductor_copies_for_a_convolution_count() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(16, 8, 4, 4), nn.GELU(), nn.Conv2d(8, 16, 1), nn.GELU(), nn.Flatten(), nn.Linear(1024, 1))
+    stem = nn.Sequential(nn.Conv2d(16, 8, 4, 4), nn.GELU(), nn.Conv2d(8, 16, 1), nn.GELU())
+    model = nn.Sequential(stem, nn.Upsample(scale_factor=4.0))
     images = torch.randn(8, 16, 32, 32)
     outcome = run_step(module := compiled(model, None), {"input": images})
     (graph,) = remat.plans(module)
