@@ -77,7 +77,7 @@ def test_a_budget_holds_and_changes_nothing(name: str, share: float) -> None:
     (graph,) = remat.plans(module)
     assert graph.plan.budget_bytes == budget
     assert graph.plan.peak_bytes <= budget
-    assert outcome.peak_bytes >= 0.9 * graph.plan.peak_bytes
+    assert outcome.peak_bytes >= 0.97 * graph.plan.peak_bytes
 
 
 @pytest.mark.parametrize("name", ["llama", "vit", "resnet"])
