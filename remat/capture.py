@@ -111,7 +111,7 @@ def _opaque_message(what: str) -> str:
     if what == "torch.utils.checkpoint":
         return (
             "the model already checkpoints itself with torch.utils.checkpoint, which remat replaces; turn it off first "
-            "(transformers: model.gradient_checkpointing_disable(), or gradient_checkpointing=False in the arguments)"
+            "(transformers: model.activation_checkpointing_disable(), gradient_checkpointing_disable() before 5.23)"
         )
     return f"the model calls the custom autograd function {what}, whose backward an exported graph does not keep; {_DOOR_2}"
 

@@ -86,3 +86,12 @@ def test_along_the_frontier_peaks_shrink_and_steps_grow(name: str) -> None:
     assert frontier[0].peak_bytes == reference(name).unconstrained.peak_bytes
     assert [p.peak_bytes for p in frontier] == sorted({p.peak_bytes for p in frontier}, reverse=True)
     assert [p.step_us for p in frontier] == sorted(p.step_us for p in frontier)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit", "qwen3", "t5", "mixtral", "lora"])
+def test_the_smallest_plan_is_below_checkpointing_each_block(name: str) -> None:
+    model, kwargs = build(name)
+    model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    if name == "lora":
+        model.enable_input_require_grads()  # type: ignore[operator]
+    assert reference(name).frontier[-1].peak_bytes <= run_step(model, kwargs).peak_bytes
