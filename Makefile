@@ -13,7 +13,7 @@ help:
 	@echo "make demo    fine-tune a small Llama with and without a byte budget, through both doors (about 2 minutes)"
 	@echo "make test    run the tests"
 	@echo "make check   ruff and mypy"
-	@echo "make bench   speed and planning time, printed and written to benchmarks/results/ (about 10 minutes)"
+	@echo "make bench   speed and planning time, printed and written to benchmarks/results/ (an hour, most of it compiling)"
 	@echo "make gpu     the tests that need a device, with the python3 that is there and no set-up"
 	@echo "make setup   only the set-up: .venv with the versions of constraints.txt"
 
@@ -42,6 +42,7 @@ bench: setup
 	$(BIN)/python benchmarks/planning.py
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/compiled.py
+	$(BIN)/python benchmarks/reach.py
 
 gpu:
 	PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu
