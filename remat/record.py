@@ -209,9 +209,21 @@ def _node_cost(node: fx.Node, values: list[Any], out: Any, device: DeviceProfile
 def _backward(outputs: list[torch.Tensor]) -> None:
     differentiable = [o for o in outputs if o.requires_grad]
     losses = [o for o in differentiable if o.dim() == 0]
-    roots = losses[:1] or differentiable
-    if roots:
-        torch.autograd.backward(roots, [torch.ones_like(o) for o in roots])
+    if differentiable:
+        (losses[0] if losses else _Loss.apply(*differentiable)).backward()
+
+
+class _Loss(torch.autograd.Function):
+    """Some loss outside of the model: it gives each output a dense gradient, which the engine lets go of after use."""
+
+    @staticmethod
+    def forward(ctx: Any, *outputs: torch.Tensor) -> torch.Tensor:
+        ctx.like = [(o.shape, o.dtype, o.device) for o in outputs]
+        return outputs[0].new_zeros((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like)
 
 
 def _program(
