@@ -59,6 +59,7 @@ __all__ = [
     "V",
     "aot_eager",
     "buffer_bytes",
+    "buffer_strides",
     "compile_call",
     "compile_call_of",
     "compile_fx",
@@ -151,6 +152,13 @@ def buffer_bytes(buffer: Any) -> int:
         return 0
     storage = V.graph.get_allocation_storage_size(buffer)  # type: ignore[arg-type]
     return int(V.graph.sizevars.optimization_hint(storage, fallback=0)) * buffer.get_dtype().itemsize
+
+
+def buffer_strides(buffer: Any) -> tuple[int, ...] | None:
+    """Strides of a buffer or view in Inductor's wrapper code, None for what is no tensor."""
+    if not isinstance(buffer, inductor_ir.IRNode) or buffer.maybe_get_output_spec() is None or not buffer.has_tensor_output():
+        return None
+    return tuple(int(V.graph.sizevars.optimization_hint(stride, fallback=0)) for stride in buffer.get_stride())
 
 
 def aot_eager(

@@ -25,7 +25,7 @@ from remat.budget import BudgetLike, format_bytes, parse_budget, resolve_budget
 from remat.cost import profile_of
 from remat.describe import describe
 from remat.errors import BudgetError, RematError
-from remat.inductor import compile_graph, generated_memory
+from remat.inductor import backward_memory, compile_graph, forward_memory
 from remat.passes.aliasing import results, storage_roots
 from remat.passes.joint_program import joint_program, split_joint
 from remat.passes.partition import partition
@@ -203,8 +203,8 @@ def _generated_peak(forward: fx.GraphModule, backward: fx.GraphModule, n_outputs
     """Peak of either half above what is resident; the model's outputs are alive while backward runs."""
     roots = storage_roots(forward.graph)
     outputs = [n for n in results(forward.graph)[:n_outputs] if isinstance(n, fx.Node) and n.op == "call_function"]
-    first = generated_memory(forward, is_backward=False)
-    second = generated_memory(backward, is_backward=True, kept=frozenset(roots[n].name for n in outputs))
+    first = forward_memory(forward)
+    second = backward_memory(backward, first, frozenset(roots[n].name for n in outputs))
     return max(first.peak_bytes, first.returned_bytes + second.peak_bytes - second.taken_bytes)
 
 

@@ -7,8 +7,9 @@ scheduled and turned into wrapper code as the real compilation will do it, and t
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,8 @@ from torch.utils import _pytree as pytree
 
 from remat import _torch
 from remat._torch import V, inductor_ir, wrapper_code
-from remat.workspace import Call, workspace_bytes
+from remat.passes.aliasing import results
+from remat.workspace import Call, TensorLike, workspace_bytes
 
 _FUSION_REACH = 10  # kernels
 
@@ -72,24 +74,41 @@ class Memory:
     """Bytes that generated code has allocated: at its peak, in what it takes over from forward, and in what it returns.
 
     Counted are inputs that are not parameters, intermediates, outputs, and the scratch memory of foreign kernels.
+    `strides` are those of the results, by their names in the graph; Inductor lays them out as it sees fit.
     """
 
     peak_bytes: int
     taken_bytes: int
     returned_bytes: int
+    strides: Mapping[str, tuple[int, ...]]
 
 
-def generated_memory(module: fx.GraphModule, is_backward: bool, kept: frozenset[str] = frozenset()) -> Memory:
-    """What Inductor's code for a forward or backward graph will allocate. `kept` names inputs that somebody else holds."""
+def forward_memory(module: fx.GraphModule) -> Memory:
+    """What Inductor's code for a forward graph will allocate."""
+    return _probe(module, [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")], False, frozenset())
+
+
+def backward_memory(module: fx.GraphModule, forward: Memory, kept: frozenset[str]) -> Memory:
+    """What Inductor's code for a backward graph will allocate. `kept` names inputs that somebody else holds."""
+    inputs = []
+    for node in module.graph.find_nodes(op="placeholder"):
+        value, stride = node.meta["val"], forward.strides.get(node.name)
+        restrided = stride is not None and stride != value.stride()
+        inputs.append(value.as_strided(value.size(), stride) if restrided else value)
+    return _probe(module, inputs, True, kept)
+
+
+def _probe(module: fx.GraphModule, inputs: list[Any], is_backward: bool, kept: frozenset[str]) -> Memory:
+    """Compile up to the wrapper code, and read that."""
     found: list[Memory] = []
+    names = [node.name if isinstance(node, fx.Node) else "" for node in results(module.graph)]
 
     def read(lines: Sequence[Any]) -> None:
-        found.append(_run_allocations(lines, kept))
+        found.append(_run_allocations(lines, kept, names))
         raise _torch.Probed
 
     twin = copy.deepcopy(module)
     placeholders = twin.graph.find_nodes(op="placeholder")
-    inputs = [node.meta["val"] for node in placeholders]
     free = [not (_is_resident(n.name) or n.name in kept or n.name.startswith("tangents")) for n in placeholders]
     donated = [i for i, ours in enumerate(free) if ours]
     config = {**_CONFIG, "fx_graph_cache": False}
@@ -141,8 +160,8 @@ class _Heap:
         self.peak = max(self.peak, self.live + scratch)
 
 
-def _run_allocations(lines: Sequence[Any], kept: frozenset[str]) -> Memory:
-    """Run the allocations of a graph's wrapper code."""
+def _run_allocations(lines: Sequence[Any], kept: frozenset[str], results: Sequence[str]) -> Memory:
+    """Run the allocations of a graph's wrapper code. `results` names what it returns."""
     heap = _Heap()
     items: dict[str, list[Any]] = {}  # of the kernels with several results
     for line in lines:
@@ -175,12 +194,28 @@ def _run_allocations(lines: Sequence[Any], kept: frozenset[str]) -> Memory:
                 else:
                     heap.allocate(buffer.get_name(), _torch.buffer_bytes(buffer))
             heap.touch(_scratch_bytes(line.node))
-    return Memory(heap.peak, taken, heap.bytes_of(V.graph.get_output_names()))
+    outputs = zip(results, V.graph.graph_outputs, strict=True)
+    strides = {name: stride for name, buffer in outputs if (stride := _torch.buffer_strides(buffer)) is not None}
+    return Memory(heap.peak, taken, heap.bytes_of(V.graph.get_output_names()), strides)
 
 
 def _scratch_bytes(kernel: Any) -> int:
+    """Scratch memory of a foreign kernel on inputs in the layout that Inductor gives them, which may not be the graph's."""
     node = getattr(kernel, "fx_node", None) or kernel.get_origin_node()
     if node is None:
         return 0
     args, kwargs = pytree.tree_map_only(fx.Node, lambda n: n.meta.get("val"), (node.args, dict(node.kwargs)))
-    return workspace_bytes(Call.of(node.target, args, kwargs))
+    call = Call.of(node.target, args, kwargs)
+    if call is None:
+        return 0
+    tensors = [leaf for leaf in call.leaves if isinstance(leaf, TensorLike)]
+    if len(tensors) == len(kernel.inputs):
+        buffers = iter(kernel.inputs)
+        leaves = tuple(_restrided(leaf, next(buffers)) if isinstance(leaf, TensorLike) else leaf for leaf in call.leaves)
+        call = dataclasses.replace(call, leaves=leaves)
+    return workspace_bytes(call)
+
+
+def _restrided(tensor: TensorLike, buffer: Any) -> TensorLike:
+    stride = _torch.buffer_strides(buffer)
+    return dataclasses.replace(tensor, stride=stride) if stride and len(stride) == len(tensor.shape) else tensor
