@@ -244,7 +244,7 @@ def _op(node: fx.Node, own: tuple[int, ...], reads: list[int], device: DevicePro
     if is_view(node) or node.target is operator.getitem or not isinstance(node.target, torch._ops.OpOverload):
         return Op(node.name, 0.0, 0)
     args, kwargs = pytree.tree_map_only(fx.Node, lambda n: n.meta.get("val"), (node.args, dict(node.kwargs)))
-    cost = op_cost_us(node.target, tuple(args), dict(kwargs), node.meta.get("val"), device)
+    cost = float(op_cost_us(node.target, tuple(args), dict(kwargs), node.meta.get("val"), device))  # sizes may be symbols
     generated = fuses and (is_pointwise(node) or is_reduction(node))
     scratch = 0 if generated else workspace_bytes(Call.of(node.target, args, kwargs))
     if not own:

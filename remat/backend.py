@@ -296,7 +296,7 @@ class _Partitioner:
         model = _torch.outermost_module()
         if model is None:
             return 0
-        here = Counter((tuple(t.shape), t.dtype) for t in tensors)
+        here = Counter((tuple(map(int, t.shape)), t.dtype) for t in tensors)
         rest = 0
         for parameter in model.parameters():
             kind = (tuple(parameter.shape), parameter.dtype)

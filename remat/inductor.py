@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from remat import _torch
 from remat._torch import V, inductor_ir, wrapper_code
-from remat.passes.aliasing import results
+from remat.passes.aliasing import results, storage_bytes
 from remat.workspace import Call, TensorLike, workspace_bytes
 
 _FUSION_REACH = 10  # kernels
@@ -118,6 +118,10 @@ def _probe(module: fx.GraphModule, inputs: list[Any], is_backward: bool, kept: f
     except Exception as error:  # the probe's own, wrapped by whatever Inductor wraps it in
         if not found:
             raise error
+    if not found:  # a graph without ops, which Inductor does not compile
+        named = {node.name: storage_bytes(node.meta["val"]) for node in placeholders}
+        taken = sum(size for name, size in named.items() if not (_is_resident(name) or name.startswith("tangents")))
+        return Memory(sum(size for name, size in named.items() if not _is_resident(name)), taken, 0, {})
     return found[0]
 
 

@@ -204,10 +204,11 @@ def test_models_that_share_their_options_have_their_own_plans() -> None:
 # ---- several graphs ----
 
 
-def test_other_shapes_are_planned_again() -> None:
+@pytest.mark.parametrize("dynamic", [False, None, True])
+def test_other_shapes_are_planned_again(dynamic: bool | None) -> None:
     model, _ = mlp()
     x = torch.randn(128, 32)
-    module = torch.compile(model, backend="remat", options={"budget": 0.8, "compiler": "eager"}, dynamic=False)
+    module = torch.compile(model, backend="remat", options={"budget": 0.8, "compiler": "eager"}, dynamic=dynamic)
     for rows in (64, 128, 64):
         module(x[:rows])
         found = gradients_of(module, x[:rows])

@@ -73,6 +73,23 @@ def test_inputs_that_inductor_copies_for_a_convolution_count() -> None:
     assert abs(graph.plan.peak_bytes / outcome.peak_bytes - 1) <= 0.05
 
 
+class _Bias(nn.Module):
+    """Its backward has no op: the gradient of the result is that of the parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.ones(8, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bias + x
+
+
+def test_a_backward_without_ops() -> None:
+    module = compiled(_Bias(), "1MiB")
+    module(torch.ones(8, 8)).backward(torch.full((8, 8), 3.0))
+    assert torch.equal(next(module.parameters()).grad, torch.full((8, 8), 3.0))  # type: ignore[arg-type]
+
+
 def test_a_graph_from_the_cache_is_that_of_its_budget() -> None:
     model, x = mlp(layers=2, rows=512)
     peaks = []
