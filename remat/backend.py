@@ -34,7 +34,7 @@ from remat.planner import Menus, Solution, fastest_solution, make_menus, smalles
 from remat.program import SCALARS_BYTES, Program
 
 COMPILERS = ("inductor", "eager")
-_TRIALS = 6
+_TRIALS, _SPREAD = 6, 4
 _ROOM_LEFT = 0.02  # of the budget: less is not worth another trial compilation
 
 
@@ -187,9 +187,11 @@ def _fit_generated(
             target = (low + high) // 2
     if fitting is not None:
         return fitting
-    smallest = apply(smallest_solution(program, menus))
-    if smallest.peak_bytes <= limit:
-        return smallest
+    spread = _spread(program, menus, everything, apply)
+    fits = [attempt for attempt in spread if attempt.peak_bytes <= limit]
+    if fits:
+        return min(fits, key=lambda attempt: attempt.solution.replay.recompute_us)
+    smallest = min(spread, key=lambda attempt: attempt.peak_bytes)
     raise BudgetError(
         f"no plan fits in {format_bytes(limit)} as Inductor compiles it; the smallest found needs "
         f"{format_bytes(smallest.peak_bytes)} ({smallest.peak_bytes} bytes). Raise budget=, or use compiler='eager'.",
@@ -197,6 +199,19 @@ def _fit_generated(
         minimum_bytes=smallest.peak_bytes,
         where="the generated code",
     )
+
+
+def _spread(program: Program, menus: Menus, everything: _Attempt, apply: Callable[[Solution], _Attempt]) -> list[_Attempt]:
+    """Plans from the smallest to the fastest, whatever the budget: what these reach can be promised.
+
+    The smallest plan need not have the smallest code: where values are recomputed Inductor may choose other layouts, in
+    which a convolution takes much more scratch memory.
+    """
+    low, high = smallest_solution(program, menus), everything.solution
+    bottom, top = low.replay.peak_bytes, high.replay.peak_bytes
+    between = [solve(program, menus, bottom + (top - bottom) * k // _SPREAD) for k in range(1, _SPREAD)]
+    solutions = {solution.dropped: solution for solution in (low, *between) if solution.dropped != high.dropped}
+    return [*(apply(solution) for solution in solutions.values()), everything]
 
 
 def _generated_peak(forward: fx.GraphModule, backward: fx.GraphModule, n_outputs: int) -> int:
