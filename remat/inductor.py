@@ -81,11 +81,13 @@ class Memory:
     taken_bytes: int
     returned_bytes: int
     strides: Mapping[str, tuple[int, ...]]
+    copied: frozenset[str]  # parameters and inputs that forward returns in another layout, as memory of its own
 
 
 def forward_memory(module: fx.GraphModule) -> Memory:
     """What Inductor's code for a forward graph will allocate."""
-    return _probe(module, [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")], False, frozenset())
+    inputs = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
+    return _probe(module, inputs, False, frozenset(), frozenset())
 
 
 def backward_memory(module: fx.GraphModule, forward: Memory, kept: frozenset[str]) -> Memory:
@@ -95,16 +97,18 @@ def backward_memory(module: fx.GraphModule, forward: Memory, kept: frozenset[str
         value, stride = node.meta["val"], forward.strides.get(node.name)
         restrided = stride is not None and stride != value.stride()
         inputs.append(value.as_strided(value.size(), stride) if restrided else value)
-    return _probe(module, inputs, True, kept)
+    return _probe(module, inputs, True, kept, forward.copied)
 
 
-def _probe(module: fx.GraphModule, inputs: list[Any], is_backward: bool, kept: frozenset[str]) -> Memory:
+def _probe(
+    module: fx.GraphModule, inputs: list[Any], is_backward: bool, kept: frozenset[str], copied: frozenset[str]
+) -> Memory:
     """Compile up to the wrapper code, and read that."""
     found: list[Memory] = []
     names = [node.name if isinstance(node, fx.Node) else "" for node in results(module.graph)]
 
     def read(lines: Sequence[Any]) -> None:
-        found.append(_run_allocations(lines, kept, names))
+        found.append(_run_allocations(lines, kept, copied, names))
         raise _torch.Probed
 
     twin = copy.deepcopy(module)
@@ -121,7 +125,7 @@ def _probe(module: fx.GraphModule, inputs: list[Any], is_backward: bool, kept: f
     if not found:  # a graph without ops, which Inductor does not compile
         named = {node.name: storage_bytes(node.meta["val"]) for node in placeholders}
         taken = sum(size for name, size in named.items() if not (_is_resident(name) or name.startswith("tangents")))
-        return Memory(sum(size for name, size in named.items() if not _is_resident(name)), taken, 0, {})
+        return Memory(sum(size for name, size in named.items() if not _is_resident(name)), taken, 0, {}, frozenset())
     return found[0]
 
 
@@ -164,14 +168,14 @@ class _Heap:
         self.peak = max(self.peak, self.live + scratch)
 
 
-def _run_allocations(lines: Sequence[Any], kept: frozenset[str], results: Sequence[str]) -> Memory:
+def _run_allocations(lines: Sequence[Any], kept: frozenset[str], copied: frozenset[str], results: Sequence[str]) -> Memory:
     """Run the allocations of a graph's wrapper code. `results` names what it returns."""
     heap = _Heap()
     items: dict[str, list[Any]] = {}  # of the kernels with several results
     for line in lines:
         if isinstance(line, wrapper_code.MultiOutputLine):
             items.setdefault(line.arg_name, []).append(V.graph.get_buffer(line.result_name))
-    coming = {n: _torch.buffer_bytes(v) for n, v in V.graph.graph_inputs.items() if not _is_resident(n)}
+    coming = {n: _torch.buffer_bytes(v) for n, v in V.graph.graph_inputs.items() if n in copied or not _is_resident(n)}
     taken = sum(size for name, size in coming.items() if not name.startswith("tangents"))
     for name, size in coming.items():
         heap.allocate(name, size)
@@ -200,7 +204,10 @@ def _run_allocations(lines: Sequence[Any], kept: frozenset[str], results: Sequen
             heap.touch(_scratch_bytes(line.node))
     outputs = zip(results, V.graph.graph_outputs, strict=True)
     strides = {name: stride for name, buffer in outputs if (stride := _torch.buffer_strides(buffer)) is not None}
-    return Memory(heap.peak, taken, heap.bytes_of(V.graph.get_output_names()), strides)
+    returned = V.graph.get_output_names()
+    named = zip(results, returned, strict=True)
+    copied = frozenset(name for name, buffer in named if _is_resident(name) and heap.bytes_of([buffer]))
+    return Memory(heap.peak, taken, heap.bytes_of(returned), strides, copied)
 
 
 def _scratch_bytes(kernel: Any) -> int:
