@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: help setup demo test check bench gpu
 
 help:
-	@echo "make demo    fine-tune a small Llama with and without a byte budget, through both doors (about 2 minutes)"
+	@echo "make demo    fine-tune a small Llama with and without a byte budget, through both doors (about 3 minutes)"
 	@echo "make test    run the tests"
 	@echo "make check   ruff and mypy"
 	@echo "make bench   speed and planning time, printed and written to benchmarks/results/ (an hour, most of it compiling)"
