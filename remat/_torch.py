@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -170,13 +171,19 @@ def aot_eager(
 
 def outermost_module() -> torch.nn.Module | None:
     """The module whose call led to this compilation: the outermost on the Python stack, None outside of any."""
-    frame, found = sys._getframe(), None
-    while frame is not None:
-        owner = frame.f_locals.get("self")
+    found = None
+    for owner in _owners():
         if isinstance(owner, torch.nn.Module) and not isinstance(owner, fx.GraphModule):
             found = owner
-        frame = frame.f_back  # type: ignore[assignment]
     return found
+
+
+def _owners() -> Iterator[Any]:
+    """The `self` of each call on the Python stack, innermost first."""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame.f_locals.get("self")
+        frame = frame.f_back
 
 
 def past_dynamo(error: Exception) -> Exception:
@@ -203,13 +210,7 @@ def frame_id() -> int:
 
 def compile_call() -> Any:
     """What `torch.compile` made of the call that led to this compilation; None when Dynamo was called in another way."""
-    frame = sys._getframe()
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, torch._TorchCompileWrapper):
-            return owner
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
+    return next((owner for owner in _owners() if isinstance(owner, torch._TorchCompileWrapper)), None)
 
 
 def compile_call_of(compiled: Any) -> Any:

@@ -168,8 +168,8 @@ class _Heap:
         self.peak = max(self.peak, self.live + scratch)
 
 
-def _run_allocations(lines: Sequence[Any], kept: frozenset[str], copied: frozenset[str], results: Sequence[str]) -> Memory:
-    """Run the allocations of a graph's wrapper code. `results` names what it returns."""
+def _run_allocations(lines: Sequence[Any], kept: frozenset[str], copied: frozenset[str], names: Sequence[str]) -> Memory:
+    """Run the allocations of a graph's wrapper code. `names` are those of its results."""
     heap = _Heap()
     items: dict[str, list[Any]] = {}  # of the kernels with several results
     for line in lines:
@@ -202,12 +202,12 @@ def _run_allocations(lines: Sequence[Any], kept: frozenset[str], copied: frozens
                 else:
                     heap.allocate(buffer.get_name(), _torch.buffer_bytes(buffer))
             heap.touch(_scratch_bytes(line.node))
-    outputs = zip(results, V.graph.graph_outputs, strict=True)
+    outputs = zip(names, V.graph.graph_outputs, strict=True)
     strides = {name: stride for name, buffer in outputs if (stride := _torch.buffer_strides(buffer)) is not None}
     returned = V.graph.get_output_names()
-    named = zip(results, returned, strict=True)
-    copied = frozenset(name for name, buffer in named if _is_resident(name) and heap.bytes_of([buffer]))
-    return Memory(heap.peak, taken, heap.bytes_of(returned), strides, copied)
+    pairs = zip(names, returned, strict=True)
+    fresh = frozenset(name for name, buffer in pairs if _is_resident(name) and heap.bytes_of([buffer]))
+    return Memory(heap.peak, taken, heap.bytes_of(returned), strides, fresh)
 
 
 def _scratch_bytes(kernel: Any) -> int:
