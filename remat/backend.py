@@ -21,11 +21,12 @@ from torch import fx
 
 from remat import _torch
 from remat.api import POLICIES
-from remat.budget import BudgetLike, format_bytes, parse_budget, resolve_budget
+from remat.budget import BudgetLike, parse_budget, resolve_budget
 from remat.cost import profile_of
 from remat.describe import describe
-from remat.errors import BudgetError, RematError
+from remat.errors import RematError
 from remat.inductor import backward_memory, compile_graph, forward_memory
+from remat.ladder import Attempt, Ladder
 from remat.passes.aliasing import results, storage_roots
 from remat.passes.joint_program import joint_program, split_joint
 from remat.passes.partition import partition
@@ -34,8 +35,6 @@ from remat.planner import Menus, Solution, fastest_solution, make_menus, smalles
 from remat.program import SCALARS_BYTES, Program
 
 COMPILERS = ("inductor", "eager")
-_TRIALS, _SPREAD = 6, 4
-_ROOM_LEFT = 0.02  # of the budget: less is not worth another trial compilation
 
 
 @dataclass(frozen=True)
@@ -140,80 +139,6 @@ def _run_as_is(module: fx.GraphModule, _: Sequence[Any]) -> Callable[[list[Any]]
     return run
 
 
-@dataclass(frozen=True)
-class _Attempt:
-    """A solution, its two graphs, and the peak of the step."""
-
-    solution: Solution
-    forward: fx.GraphModule
-    backward: fx.GraphModule
-    peak_bytes: int
-
-
-def _fit_generated(
-    program: Program, menus: Menus, limit: int, everything: _Attempt, apply: Callable[[Solution], _Attempt]
-) -> _Attempt:
-    """The fastest plan found whose generated code stays within the limit; `everything`, saved, does not.
-
-    The planner knows roughly what Inductor will fuse. Its target is moved by as much as the generated code was off, up or
-    down, until the room left is small. Raises BudgetError when nothing fits.
-    """
-    low, high = 0, everything.solution.replay.peak_bytes  # targets known to fit and not to fit
-    target, stride = min(limit + high - everything.peak_bytes, high - 1), 0
-    tried: dict[frozenset[int], _Attempt] = {}
-    fitting: _Attempt | None = None
-    while low < target < high and high - low > limit // 500:
-        try:
-            solution = solve(program, menus, target)
-        except BudgetError:
-            break
-        if solution.dropped not in tried:
-            if len(tried) == _TRIALS:
-                break
-            tried[solution.dropped] = apply(solution)
-        attempt = tried[solution.dropped]
-        room = limit - attempt.peak_bytes
-        if room < 0:
-            high = target
-        else:
-            low = target
-            if fitting is None or solution.replay.recompute_us < fitting.solution.replay.recompute_us:
-                fitting = attempt
-            if room <= _ROOM_LEFT * limit:
-                break
-        stride = min(room, 2 * stride) if room < 0 else room  # further down with each miss
-        target += stride
-        if fitting is not None and not low < target < high:
-            target = (low + high) // 2
-    if fitting is not None:
-        return fitting
-    spread = _spread(program, menus, everything, apply)
-    fits = [attempt for attempt in spread if attempt.peak_bytes <= limit]
-    if fits:
-        return min(fits, key=lambda attempt: attempt.solution.replay.recompute_us)
-    smallest = min(spread, key=lambda attempt: attempt.peak_bytes)
-    raise BudgetError(
-        f"no plan fits in {format_bytes(limit)} as Inductor compiles it; the smallest found needs "
-        f"{format_bytes(smallest.peak_bytes)} ({smallest.peak_bytes} bytes). Raise budget=, or use compiler='eager'.",
-        budget_bytes=limit,
-        minimum_bytes=smallest.peak_bytes,
-        where="the generated code",
-    )
-
-
-def _spread(program: Program, menus: Menus, everything: _Attempt, apply: Callable[[Solution], _Attempt]) -> list[_Attempt]:
-    """Plans from the smallest to the fastest, whatever the budget: what these reach can be promised.
-
-    The smallest plan need not have the smallest code: where values are recomputed Inductor may choose other layouts, in
-    which a convolution takes much more scratch memory.
-    """
-    low, high = smallest_solution(program, menus), everything.solution
-    bottom, top = low.replay.peak_bytes, high.replay.peak_bytes
-    between = [solve(program, menus, bottom + (top - bottom) * k // _SPREAD) for k in range(1, _SPREAD)]
-    solutions = {solution.dropped: solution for solution in (low, *between) if solution.dropped != high.dropped}
-    return [*(apply(solution) for solution in solutions.values()), everything]
-
-
 def _generated_peak(forward: fx.GraphModule, backward: fx.GraphModule, n_outputs: int) -> int:
     """Peak of either half above what is resident; the model's outputs are alive while backward runs."""
     roots = storage_roots(forward.graph)
@@ -259,20 +184,20 @@ class _Partitioner:
         program = joint_program(joint.graph, halves, profile_of(device), self._resident(joint, device), fuses)
         menus = make_menus(program)
 
-        def apply(solution: Solution) -> _Attempt:
+        def apply(solution: Solution) -> Attempt:
             dropped = frozenset(halves.forward[p].name for p in solution.dropped)
             forward, backward = partition(joint, halves, dropped, num_fwd_outputs, static_lifetime_input_indices)
             if not fuses:
-                return _Attempt(solution, forward, backward, solution.replay.peak_bytes)
+                return Attempt(solution, forward, backward, solution.replay.peak_bytes)
             peak = program.resident_bytes + SCALARS_BYTES + _generated_peak(forward, backward, num_fwd_outputs)
-            return _Attempt(solution, forward, backward, peak)
+            return Attempt(solution, forward, backward, peak)
 
         everything = apply(fastest_solution(program, menus))
         limit, target = self._limits(program, menus, device, everything.peak_bytes)
         if target is None or everything.peak_bytes <= target:
             attempt = everything
         elif fuses:
-            attempt = _fit_generated(program, menus, target, everything, apply)
+            attempt = Ladder(program, menus, everything, apply).highest_within(target)
         else:
             attempt = apply(solve(program, menus, target))
         seconds = time.perf_counter() - start
