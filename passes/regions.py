@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from remat.passes.transfers import Transfers, insert_transfers
+
 
 @dataclass(frozen=True)
 class Stretch:
@@ -32,7 +34,9 @@ class RegionGraph:
     dropped: frozenset[str]
 
 
-def form_regions(graph: fx.Graph, stretches: Sequence[Stretch]) -> tuple[fx.Graph, tuple[RegionGraph, ...]]:
+def form_regions(
+    graph: fx.Graph, stretches: Sequence[Stretch], transfers: Transfers | None = None
+) -> tuple[fx.Graph, tuple[RegionGraph, ...]]:
     """The outer graph, calling `region_0`, `region_1`, …, and the regions. The given graph is left as it is.
 
     Every node of both carries its decision in `meta["recompute"]`, where `print_readable` and tlparse look.
@@ -50,7 +54,7 @@ def form_regions(graph: fx.Graph, stretches: Sequence[Stretch]) -> tuple[fx.Grap
         if node.name != stretches[index].nodes[0]:
             continue
         members = [n for n in nodes if home.get(n.name) == index]
-        region = _cut_out(f"region_{index}", members, stretches[index].dropped)
+        region = _cut_out(f"region_{index}", members, stretches[index].dropped, transfers or Transfers())
         regions.append(region)
         call = outer.call_module(region.name, tuple(copies[n] for n in _inputs(members)))
         call.meta.update({k: v for k, v in members[0].meta.items() if k in ("nn_module_stack", "stack_trace")})
@@ -61,7 +65,7 @@ def form_regions(graph: fx.Graph, stretches: Sequence[Stretch]) -> tuple[fx.Grap
     return outer, tuple(regions)
 
 
-def _cut_out(name: str, members: list[fx.Node], dropped: frozenset[str]) -> RegionGraph:
+def _cut_out(name: str, members: list[fx.Node], dropped: frozenset[str], transfers: Transfers) -> RegionGraph:
     inner = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     inputs, outputs = _inputs(members), _outputs(members)
@@ -72,6 +76,7 @@ def _cut_out(name: str, members: list[fx.Node], dropped: frozenset[str]) -> Regi
         copies[node] = inner.node_copy(node, lambda n: copies[n])
         copies[node].meta["recompute"] = decision_policy(node.name in dropped)
     inner.output(tuple(copies[node] for node in outputs))
+    insert_transfers(inner, transfers)
     inner.lint()
     return RegionGraph(
         name,

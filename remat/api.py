@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,15 +20,16 @@ from remat.cost import profile_of
 from remat.describe import describe
 from remat.errors import RematError
 from remat.module import RematModule
+from remat.passes.aliasing import storage_roots
 from remat.passes.regions import RegionGraph, Stretch, form_regions
+from remat.passes.transfers import Transfers
 from remat.plan import Plan
 from remat.planner import Menus, Solution, frontier_solutions, make_menus, solve
+from remat.policies import Policy, check_fits, check_policy, is_planned, policy_solution
 from remat.program import Program
 from remat.record import record
 from remat.resident import resident_bytes
 from remat.simulate import simulate
-
-POLICIES = ("auto", "none")
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,14 @@ class Settings:
     """How to plan; checked when made. `optimizer_bytes` is the optimizer's state, counted as resident."""
 
     budget: BudgetLike
-    policy: str
-    plan: Plan | None
-    optimizer: torch.optim.Optimizer | None
+    policy: Policy = "auto"
+    trainable_only: bool = True
+    plan: Plan | None = None
+    optimizer: torch.optim.Optimizer | None = None
 
     def __post_init__(self) -> None:
         parse_budget(self.budget)
-        if self.policy not in POLICIES:
-            raise RematError(f"policy={self.policy!r} is unknown; there are {', '.join(map(repr, POLICIES))}")
+        check_policy(self.policy)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "optimizer": None}
@@ -55,8 +57,8 @@ class Settings:
     ) -> tuple[Captured, Plan, fx.Graph, tuple[RegionGraph, ...]]:
         """Capture, plan and rewrite one kind of call."""
         traced = trace(model, args, kwargs, self.optimizer)
-        plan = traced.apply(self.plan) if self.plan is not None else traced.plan(self.budget, self.policy)
-        outer, regions = form_regions(traced.captured.graph, traced.stretches(plan))
+        plan = traced.plan(self)
+        outer, regions = form_regions(traced.captured.graph, traced.stretches(plan), transfers_of(plan))
         return traced.captured, plan, outer, regions
 
 
@@ -68,15 +70,27 @@ class Traced:
     program: Program
     device: torch.device
     fingerprint: str
+    trains: frozenset[int]
 
-    def plan(self, budget: BudgetLike, policy: str = "auto") -> Plan:
-        """Plan for a budget. Raises BudgetError when nothing fits."""
+    def plan(self, settings: Settings) -> Plan:
+        """Plan for a budget, or take the plan given. Raises BudgetError when nothing fits."""
+        if settings.plan is not None:
+            return self.apply(settings.plan)
         start = time.perf_counter()
         baseline = simulate(self.program, ())
-        limit = resolve_budget(parse_budget(budget), self.device, self.program.resident_bytes, baseline.peak_bytes)
+        limit = resolve_budget(parse_budget(settings.budget), self.device, self.program.resident_bytes, baseline.peak_bytes)
         menus = make_menus(self.program)
-        solution = solve(self.program, menus, None if policy == "none" else limit)
+        if is_planned(settings.policy):
+            solution = solve(self.program, menus, None if settings.policy == "none" else limit)
+        else:
+            trains = self.trains if settings.trainable_only else None
+            solution = policy_solution(settings.policy, self.program, self.nodes, menus.cuts, trains)
+            check_fits(solution, solution.replay.peak_bytes, limit, settings.policy)
         return self.describe(menus, solution, limit, time.perf_counter() - start)
+
+    @cached_property
+    def nodes(self) -> list[fx.Node]:
+        return [node for node in self.captured.graph.nodes if node.op == "call_function"]
 
     def frontier(self, points: int) -> Iterator[Plan]:
         """Plans from the fastest to the smallest."""
@@ -87,8 +101,7 @@ class Traced:
             start = time.perf_counter()
 
     def describe(self, menus: Menus, solution: Solution, limit: int | None, seconds: float) -> Plan:
-        nodes = [node for node in self.captured.graph.nodes if node.op == "call_function"]
-        return describe(nodes, self.program, menus, solution, limit, seconds, str(self.device), "eager", self.fingerprint)
+        return describe(self.nodes, self.program, menus, solution, limit, seconds, str(self.device), "eager", self.fingerprint)
 
     def apply(self, plan: Plan) -> Plan:
         """A plan made earlier, checked against this graph."""
@@ -98,20 +111,28 @@ class Traced:
 
     def stretches(self, plan: Plan) -> list[Stretch]:
         """The regions of a plan, as names of nodes."""
-        nodes = [node for node in self.captured.graph.nodes if node.op == "call_function"]
-        position = {node.name: i for i, node in enumerate(nodes)}
+        position = {node.name: i for i, node in enumerate(self.nodes)}
         dropped = frozenset(plan.dropped)
         stretches = []
         for first, last in plan.regions:
-            members = nodes[position[first] : position[last] + 1]
+            members = self.nodes[position[first] : position[last] + 1]
             stretches.append(Stretch(tuple(n.name for n in members), with_views(members, dropped)))
         return stretches
 
 
+def transfers_of(plan: Plan) -> Transfers:
+    """A plan's transfers, by the node at which each happens."""
+    releases: dict[str, tuple[str, ...]] = {}
+    reloads: dict[str, tuple[str, ...]] = {}
+    for transfer in plan.transfers:
+        releases[transfer.release] = (*releases.get(transfer.release, ()), transfer.name)
+        if transfer.reload:
+            reloads[transfer.reload] = (*reloads.get(transfer.reload, ()), transfer.name)
+    return Transfers({transfer.name: transfer.outputs for transfer in plan.transfers}, releases, reloads)
+
+
 def with_views(members: list[fx.Node], dropped: frozenset[str]) -> frozenset[str]:
     """The dropped ops among `members`, and every view of their results."""
-    from remat.passes.aliasing import storage_roots
-
     roots = storage_roots(members[0].graph)
     return frozenset(node.name for node in members if roots[node].name in dropped)
 
@@ -130,7 +151,17 @@ def trace(
     resident = resident_bytes(tensors, model, optimizer)
     program = record(captured, tensors, profile_of(device), resident)
     text = "\n".join(f"{n.name} {n.target} {n.args} {getattr(n.meta.get('val'), 'shape', '')}" for n in captured.graph.nodes)
-    return Traced(captured, program, device, hashlib.sha256(text.encode()).hexdigest()[:16])
+    return Traced(captured, program, device, hashlib.sha256(text.encode()).hexdigest()[:16], _training(captured, tensors))
+
+
+def _training(captured: Captured, tensors: Sequence[torch.Tensor]) -> frozenset[int]:
+    """Positions of the forward ops that read a trainable parameter."""
+    roots = storage_roots(captured.graph)
+    placeholders = captured.graph.find_nodes(op="placeholder")
+    pairs = zip(placeholders, captured.sources, tensors, strict=True)
+    ours = {node for node, source, tensor in pairs if source.kind == "parameter" and tensor.requires_grad}
+    nodes = [node for node in captured.graph.nodes if node.op == "call_function"]
+    return frozenset(p for p, node in enumerate(nodes) if any(roots[source] in ours for source in node.all_input_nodes))
 
 
 def placeholder_tensors(
@@ -155,10 +186,11 @@ def optimize(
     kwargs: dict[str, Any] | None = None,
     *,
     budget: BudgetLike,
-    policy: str = "auto",
+    policy: Policy = "auto",
     optimizer: torch.optim.Optimizer | None = None,
     dynamic_shapes: Any = None,
     plan: Plan | None = None,
+    trainable_only: bool = True,
 ) -> RematModule:
     """Rewrite `model` so that a training step fits in `budget`; returns a `torch.fx.GraphModule` to train as before.
 
@@ -168,17 +200,20 @@ def optimize(
         budget: peak of memory allocated on the device during forward and backward, resident memory included: bytes as an
             int, "24GiB" / "24GB", "80%" of the device, a float in (0, 1] (that share of the unoptimized step's peak above
             what is resident), "auto" (what the device has free), or None (the fastest plan).
-        policy: "auto" plans for the budget; "none" saves everything.
+        policy: "auto" plans for the budget; "none" saves everything; "blocks", "every-k", "sqrt", "selective", "offload" and
+            "offload-all" are the fixed rules of remat/policies.py, for which the budget is checked but changes nothing; a
+            function from `Activation` to a `Decision` (None: save) decides for each activation.
         optimizer: its state counts as resident, whether it exists yet or not.
         dynamic_shapes: as in `torch.export.export`; here it says which inputs may change shape without a notice. Each new
             shape is captured and planned when it comes.
         plan: a plan made earlier for the same model and shapes, used instead of planning.
+        trainable_only: fixed rules leave blocks alone in which no parameter trains.
 
     Raises:
         BudgetError: nothing fits, or the budget cannot be read.
         CaptureError: the model cannot be captured as one graph.
     """
-    module = RematModule(model, Settings(budget, policy, plan, optimizer), quiet=dynamic_shapes is not None)
+    module = RematModule(model, Settings(budget, policy, trainable_only, plan, optimizer), quiet=dynamic_shapes is not None)
     if args or kwargs:
         module.capture(args, kwargs or {})
     return module
@@ -190,15 +225,15 @@ def plan(
     kwargs: dict[str, Any] | None = None,
     *,
     budget: BudgetLike,
-    policy: str = "auto",
+    policy: Policy = "auto",
     optimizer: torch.optim.Optimizer | None = None,
     dynamic_shapes: Any = None,
     plan: Plan | None = None,
+    trainable_only: bool = True,
 ) -> Plan:
     """Plan one training step without running it. Arguments and errors as in `optimize`."""
-    settings = Settings(budget, policy, plan, optimizer)
-    traced = trace(model, args, kwargs or {}, optimizer)
-    return traced.apply(plan) if plan is not None else traced.plan(settings.budget, policy)
+    settings = Settings(budget, policy, trainable_only, plan, optimizer)
+    return trace(model, args, kwargs or {}, optimizer).plan(settings)
 
 
 def frontier(
@@ -207,15 +242,16 @@ def frontier(
     kwargs: dict[str, Any] | None = None,
     *,
     budget: BudgetLike = None,
-    policy: str = "auto",
+    policy: Policy = "auto",
     optimizer: torch.optim.Optimizer | None = None,
     dynamic_shapes: Any = None,
     plan: Plan | None = None,
+    trainable_only: bool = True,
     points: int = 12,
 ) -> list[Plan]:
     """The trade-off between memory and time: plans from the fastest to the smallest, each smaller and slower than the one
     before. With a budget, only those within it. Arguments and errors as in `optimize`."""
-    Settings(budget, policy, plan, optimizer)
+    Settings(budget, policy, trainable_only, plan, optimizer)
     traced = trace(model, args, kwargs or {}, optimizer)
     plans = list(traced.frontier(points))
     limit = resolve_budget(parse_budget(budget), traced.device, traced.program.resident_bytes, plans[0].peak_bytes)

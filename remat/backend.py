@@ -20,7 +20,6 @@ import torch
 from torch import fx
 
 from remat import _torch
-from remat.api import POLICIES
 from remat.budget import BudgetLike, parse_budget, resolve_budget
 from remat.cost import profile_of
 from remat.describe import describe
@@ -28,10 +27,11 @@ from remat.errors import RematError
 from remat.inductor import backward_memory, compile_graph, forward_memory
 from remat.ladder import Attempt, Ladder
 from remat.passes.aliasing import results, storage_roots
-from remat.passes.joint_program import joint_program, split_joint
+from remat.passes.joint_program import JointHalves, joint_program, split_joint
 from remat.passes.partition import partition
 from remat.plan import Plan
 from remat.planner import Menus, Solution, fastest_solution, make_menus, smallest_solution, solve
+from remat.policies import Policy, check_fits, check_policy, is_planned, policy_solution
 from remat.program import SCALARS_BYTES, Program
 
 COMPILERS = ("inductor", "eager")
@@ -43,11 +43,12 @@ class Options:
 
     budget: BudgetLike = None
     compiler: str = "inductor"
-    policy: str = "auto"
+    policy: Policy = "auto"
+    trainable_only: bool = True
 
     @classmethod
     def read(cls, options: Mapping[str, Any] | None) -> Options:
-        known = ("budget", "compiler", "policy")
+        known = tuple(option.name for option in dataclasses.fields(cls))
         for name in options or {}:
             if name not in known:
                 raise RematError(f"unknown option {name!r} of backend 'remat'; there are {', '.join(map(repr, known))}")
@@ -55,8 +56,7 @@ class Options:
         parse_budget(read.budget)
         if read.compiler not in COMPILERS:
             raise RematError(f"compiler={read.compiler!r} is unknown; there are {', '.join(map(repr, COMPILERS))}")
-        if read.policy not in POLICIES:
-            raise RematError(f"policy={read.policy!r} is unknown; there are {', '.join(map(repr, POLICIES))}")
+        check_policy(read.policy)
         return read
 
 
@@ -93,7 +93,8 @@ def remat_backend(
     options: Mapping[str, Any] | None = None,
     mode: str | None = None,
 ) -> Callable[..., Any]:
-    """The Dynamo backend `remat`. Options: `budget` (as in `remat.optimize`), `compiler` ("inductor", "eager"), `policy`."""
+    """The Dynamo backend `remat`. Options: `compiler` ("inductor", "eager"); `budget`, `policy`, `trainable_only` as in
+    `remat.optimize`."""
     if mode is not None:
         raise _torch.past_dynamo(RematError("backend 'remat' takes options, not mode; write options={'budget': ...}"))
     try:
@@ -194,7 +195,10 @@ class _Partitioner:
 
         everything = apply(fastest_solution(program, menus))
         limit, target = self._limits(program, menus, device, everything.peak_bytes)
-        if target is None or everything.peak_bytes <= target:
+        if not is_planned(self.options.policy):
+            attempt = apply(self._policy_solution(joint, halves, program, menus, num_fwd_outputs))
+            check_fits(attempt.solution, attempt.peak_bytes, limit, self.options.policy)
+        elif target is None or everything.peak_bytes <= target:
             attempt = everything
         elif fuses:
             attempt = Ladder(program, menus, everything, apply).highest_within(target)
@@ -208,6 +212,22 @@ class _Partitioner:
         plan = dataclasses.replace(plan, peak_bytes=attempt.peak_bytes, baseline_peak_bytes=everything.peak_bytes)
         self.session.graphs.append(CompiledPlan(plan, attempt.forward, attempt.backward, _torch.frame_id()))
         return attempt.forward, attempt.backward
+
+    def _policy_solution(
+        self, joint: fx.GraphModule, halves: JointHalves, program: Program, menus: Menus, num_fwd_outputs: int
+    ) -> Solution:
+        gradients = results(joint.graph)[num_fwd_outputs:]
+        primals = joint.graph.find_nodes(op="placeholder")
+        trained = {node for node, gradient in zip(primals, gradients, strict=False) if gradient is not None}
+        roots = storage_roots(joint.graph)
+        reads = [{roots[source] for source in node.all_input_nodes} for node in halves.forward]
+        trains = frozenset(p for p, read in enumerate(reads) if read & trained) if self.options.trainable_only else None
+        solution = policy_solution(self.options.policy, program, halves.forward, menus.cuts, trains)
+        if solution.moves:
+            raise RematError(
+                f"policy={self.options.policy!r} offloads, which backend 'remat' does not do yet; use remat.optimize"
+            )
+        return solution
 
     def _limits(
         self, program: Program, menus: Menus, device: torch.device, baseline_bytes: int

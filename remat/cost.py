@@ -16,13 +16,14 @@ import torch
 
 from remat import _torch
 from remat._torch import pytree
+from remat.program import Link
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class DeviceProfile:
-    """Rates of a device: `flop_per_us` by class of dtype, memory traffic in bytes, and a fixed cost per kernel."""
+    """Rates of a device: arithmetic, memory traffic in bytes, a fixed cost per kernel, and the way to the host."""
 
     name: str
     flop_per_us: float
@@ -31,10 +32,11 @@ class DeviceProfile:
     recompute_launch_us: float
     random_ns_per_element: float
     transcendental_ns_per_element: float
+    link: Link
 
 
-CPU = DeviceProfile("cpu", 120e3, 12e3, 3.0, 3.0, 3.0, 0.6)
-CUDA = DeviceProfile("cuda", 400e6, 2.5e6, 4.0, 6.0, 0.0, 0.0)
+CPU = DeviceProfile("cpu", 120e3, 12e3, 3.0, 3.0, 3.0, 0.6, Link(6e3, 6e3, overlaps=False))
+CUDA = DeviceProfile("cuda", 400e6, 2.5e6, 4.0, 6.0, 0.0, 0.0, Link(20e3, 20e3, overlaps=True))
 
 _TRANSCENDENTAL = {
     "gelu", "gelu_backward", "silu", "silu_backward", "sigmoid", "tanh", "exp", "log", "sin", "cos", "erf", "_softmax",

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from remat.plan import Activation, Block, Decision, Plan
+from remat.plan import Activation, Block, Decision, Plan, Transfer
 from remat.planner import Menus, Solution, fastest_solution, without_gc
 from remat.program import Program
 
+_ENTRY = re.compile(r"__dict__\['_modules'\]\['(\w+)'\]")
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 
 
@@ -44,25 +45,46 @@ def describe(
         baseline_peak_bytes=baseline.peak_bytes,
         resident_bytes=program.resident_bytes,
         saved_bytes=solution.replay.saved_bytes,
+        host_bytes=solution.replay.host_bytes,
         recompute_us=solution.replay.recompute_us,
-        step_us=program.step_us + solution.replay.recompute_us,
+        stall_us=solution.replay.stall_us,
+        step_us=program.step_us + solution.replay.added_us,
         baseline_step_us=program.step_us,
         planning_seconds=planning_seconds,
         blocks=blocks,
         timeline=solution.replay.moments,
         dropped=tuple(nodes[p].name for p in sorted(solution.dropped)),
         regions=tuple((nodes[start].name, nodes[stop - 1].name) for start, stop in solution.regions),
+        transfers=_transfers(nodes, program, solution),
         device=device,
         door=door,
         fingerprint=fingerprint,
     )
 
 
+def _transfers(nodes: Sequence[fx.Node], program: Program, solution: Solution) -> tuple[Transfer, ...]:
+    """In the order in which backward wants them."""
+    starters = {ready: node.name for node, ready in zip(nodes, program.gradient_ready, strict=False) if ready >= 0}
+    moved: dict[int, list[int]] = {}
+    for trip in solution.replay.trips:
+        moved.setdefault(program.values[trip.value].op, []).append(trip.value)
+    return tuple(
+        Transfer(
+            nodes[op].name,
+            tuple(sorted(program.forward[op].outputs.index(v) for v in values)),
+            sum(program.values[v].bytes for v in values),
+            nodes[solution.moves[op].release].name,
+            starters.get(solution.moves[op].reload, ""),
+        )
+        for op, values in moved.items()
+    )
+
+
 def _spans(menus: Menus, solution: Solution) -> list[tuple[int, int]]:
     """The plan's blocks: its regions, and the blocks between them that run inline."""
     inside = {cut for start, stop in solution.regions for cut in menus.cuts if start < cut < stop}
-    cuts = [cut for cut in menus.cuts if cut not in inside]
-    return list(itertools.pairwise(cuts))
+    edges = {edge for region in solution.regions for edge in region}
+    return list(itertools.pairwise(sorted({*menus.cuts, *edges} - inside)))
 
 
 def _read_again(program: Program, solution: Solution) -> frozenset[int]:
@@ -86,9 +108,9 @@ def _block(
             value = program.values[v]
             if not value.reads and v not in kept:
                 continue
-            dropped = position in solution.dropped
-            saved += 0 if dropped else value.bytes
-            activations.append(_activation(nodes[position], program, v, dropped, v in kept))
+            decision = _decision(position, solution)
+            saved += value.bytes if decision is Decision.SAVE else 0
+            activations.append(activation_of(nodes[position], program, v, decision, v in kept))
     again = [p for p in solution.replay.recomputed if start <= p < stop]
     recompute_us = sum(program.forward[p].cost_us + program.forward[p].launch_us for p in again)
     key = [(a.op, a.shape, a.dtype, a.decision) for a in activations]
@@ -103,16 +125,27 @@ def _block(
     )
 
 
-def _activation(node: fx.Node, program: Program, v: int, dropped: bool, source: bool) -> Activation:
+def _decision(position: int, solution: Solution) -> Decision:
+    if position in solution.dropped:
+        return Decision.RECOMPUTE
+    return Decision.OFFLOAD if position in solution.moves else Decision.SAVE
+
+
+def activation_of(
+    node: fx.Node, program: Program, v: int, decision: Decision = Decision.SAVE, source: bool = False
+) -> Activation:
+    """Value `v` of the program in the user's words. `source`: something is recomputed from it."""
     value = program.values[v]
     outputs = program.forward[value.op].outputs
     name = node.name if len(outputs) == 1 else f"{node.name}.{outputs.index(v)}"
     shown = node.meta.get("val")
     shown = shown if isinstance(shown, torch.Tensor) else shown[outputs.index(v)] if shown is not None else None
     cost = program.forward[value.op].cost_us
-    if dropped and not value.passing:
+    if decision is Decision.OFFLOAD:
+        reason = f"{value.bytes / 2**20:.2f} MiB wait on the host"
+    elif decision is Decision.RECOMPUTE and not value.passing:
         reason = "fused into what reads it"
-    elif dropped:
+    elif decision is Decision.RECOMPUTE:
         reason = f"{cost:.0f} us to compute again frees {value.bytes / 2**20:.2f} MiB"
     else:
         reason = value.pinned or ("others are recomputed from it" if source and not value.reads else "it fits")
@@ -123,7 +156,7 @@ def _activation(node: fx.Node, program: Program, v: int, dropped: bool, source: 
         str(shown.dtype).removeprefix("torch.") if shown is not None else "",
         value.bytes,
         cost,
-        Decision.RECOMPUTE if dropped else Decision.SAVE,
+        decision,
         reason,
         module_path(node),
         source_line(node),
@@ -133,8 +166,8 @@ def _activation(node: fx.Node, program: Program, v: int, dropped: bool, source: 
 def module_path(node: fx.Node) -> str:
     """The path of the innermost module that the node came from, "" when unknown."""
     stack: dict[str, Any] = node.meta.get("nn_module_stack") or {}
-    paths = [str(entry[0]) for entry in stack.values()]
-    return paths[-1].removeprefix("L['self'].").removeprefix("L['self']") if paths else ""
+    path = next((str(entry[0]) for entry in reversed(stack.values())), "")
+    return _ENTRY.sub(r"\1", path).removeprefix("L['self'].").removeprefix("L['self']")
 
 
 def source_line(node: fx.Node) -> str:

@@ -7,6 +7,7 @@ captures and plans once. In `eval()` or without grad it runs the original forwar
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -25,8 +26,9 @@ from remat.capture import Captured
 from remat.errors import RematError
 from remat.passes.aliasing import is_view
 from remat.passes.regions import RegionGraph
+from remat.passes.transfers import is_mark, without_transfers
 from remat.plan import Plan
-from remat.runtime import compile_region, run_region
+from remat.runtime import compile_region, one_step, run_region
 
 log = logging.getLogger("remat")
 aten = torch.ops.aten
@@ -42,7 +44,7 @@ class Region(fx.GraphModule):
         self.dropped = region.dropped
         self.program = compile_region(region.graph, region.dropped)
         self.saved = _saved_calls(region)
-        self.body = fx.GraphModule({}, copy.deepcopy(region.graph))
+        self.body = fx.GraphModule({}, without_transfers(region.graph))
 
     def recompile(self) -> Any:
         return _recompile_text_only(self)
@@ -77,7 +79,7 @@ def _saved_calls(region: RegionGraph) -> frozenset[tuple[str, int]]:
     seen: Counter[str] = Counter()
     saved = set()
     for node in region.graph.nodes:
-        if node.op == "call_function":
+        if node.op == "call_function" and not is_mark(node):
             if node.name not in region.dropped and not is_view(node):
                 saved.add((str(node.target), seen[str(node.target)]))
             seen[str(node.target)] += 1
@@ -160,7 +162,10 @@ class RematModule(fx.GraphModule):
         if variant is None:
             variant = self.capture(args, kwargs)
         tensors = [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
-        with torch.autocast(_device_type(self), enabled=False):
+        moves = bool(variant.plan.transfers)
+        if moves and torch.compiler.is_compiling():
+            raise RematError("a plan that offloads runs eagerly; compile the original model with backend='remat' instead")
+        with torch.autocast(_device_type(self), enabled=False), one_step() if moves else contextlib.nullcontext():
             results = variant.run(*tensors)
         leaves = [constant if i < 0 else results[i] for i, constant in variant.captured.outputs]
         return pytree.tree_unflatten(leaves, variant.captured.out_spec)

@@ -61,12 +61,28 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Transfer:
+    """The way of an op's results to the host and back, by names of forward nodes.
+
+    outputs: which results, counted without empty ones. release: the node after which their device memory is let go of. reload:
+    the node the arrival of whose gradient starts the copy back, "" where the first reader does.
+    """
+
+    name: str
+    outputs: tuple[int, ...]
+    bytes: int
+    release: str
+    reload: str
+
+
+@dataclass(frozen=True)
 class Plan:
     """Decisions for one training step and what they are predicted to cost.
 
     Bytes are of the device and, for peaks, include `resident_bytes` (parameters, buffers, inputs, gradients and optimizer
-    state found or given). `saved_bytes` is held between forward and backward. Times are of the cost model, in microseconds;
-    `planning_seconds` counts from the end of tracing. `fingerprint` ties the plan to the graph it was made for.
+    state found or given). `saved_bytes` is held on the device between forward and backward, `host_bytes` on the host. Times are
+    of the cost model, in microseconds; `stall_us` is lost waiting for copies; `planning_seconds` counts from the end of
+    tracing. `fingerprint` ties the plan to the graph it was made for.
     """
 
     budget_bytes: int | None
@@ -74,7 +90,9 @@ class Plan:
     baseline_peak_bytes: int
     resident_bytes: int
     saved_bytes: int
+    host_bytes: int
     recompute_us: float
+    stall_us: float
     step_us: float
     baseline_step_us: float
     planning_seconds: float
@@ -82,6 +100,7 @@ class Plan:
     timeline: tuple[Moment, ...] = field(repr=False)
     dropped: tuple[str, ...] = field(repr=False)
     regions: tuple[tuple[str, str], ...] = field(repr=False)
+    transfers: tuple[Transfer, ...] = field(repr=False)
     device: str
     door: str
     fingerprint: str
@@ -113,6 +132,7 @@ class Plan:
             data["timeline"] = tuple(Moment(**moment) for moment in data["timeline"])
             data["dropped"] = tuple(data["dropped"])
             data["regions"] = tuple((start, stop) for start, stop in data["regions"])
+            data["transfers"] = tuple(_transfer(transfer) for transfer in data["transfers"])
             return cls(**data)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise RematError(f"this is not a plan that Plan.to_json wrote: {error}") from error
@@ -124,6 +144,10 @@ class Plan:
 def _block(data: dict[str, Any]) -> Block:
     activations = tuple(_activation(a) for a in data.pop("activations"))
     return Block(**data, activations=activations)
+
+
+def _transfer(data: dict[str, Any]) -> Transfer:
+    return Transfer(**{**data, "outputs": tuple(data["outputs"])})
 
 
 def _activation(data: dict[str, Any]) -> Activation:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from remat.budget import format_bytes
 from remat.errors import BudgetError
-from remat.program import Program
+from remat.program import Move, Program
 from remat.simulate import Replay, simulate
 from remat.solvers.improve import improve, prune
 from remat.solvers.menu import Option, block_keys, make_menu, outside_bytes, slice_program
 from remat.solvers.segment import backward_cuts, find_cuts
 from remat.solvers.select import Choice, select
+from remat.solvers.timetable import timetable
 
 _MERGES = (1, 2, 4, 8)  # how many neighbouring blocks may run as one
 
@@ -34,11 +35,12 @@ def without_gc() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Solution:
-    """Dropped ops, the regions they lie in (forward positions [start, stop)), and the replay that says it fits."""
+    """Dropped ops, the regions they lie in (forward positions [start, stop)), the replay that says it fits, and what moves."""
 
     dropped: frozenset[int]
     regions: tuple[tuple[int, int], ...]
     replay: Replay
+    moves: Mapping[int, Move] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,17 @@ def solve(program: Program, menus: Menus, budget_bytes: int | None) -> Solution:
             where=f"{where.name} ({where.phase})",
         )
     return solution
+
+
+def solution_of(
+    program: Program, dropped: frozenset[int], offloaded: frozenset[int], regions: tuple[tuple[int, int], ...]
+) -> Solution:
+    """The solution with given decisions; regions are those that something happens in."""
+    if not offloaded:
+        regions = tuple((a, b) for a, b in regions if any(a <= p < b for p in dropped))
+        return Solution(dropped, regions, simulate(program, dropped))
+    moves = timetable(program, dropped, offloaded, regions)
+    return Solution(dropped, regions, simulate(program, dropped, moves), moves)
 
 
 def fastest_solution(program: Program, menus: Menus) -> Solution:

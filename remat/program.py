@@ -70,15 +70,40 @@ class Fixed(NamedTuple):
     bytes: int
 
 
+class Move(NamedTuple):
+    """When the results of an op, copied to the host as they are made, leave the device and come back.
+
+    `release` is the forward position after which the device memory is let go: compute waits there for the copy. `reload` is the
+    backward position before which the copy back starts, -1 where it starts when its first reader asks.
+    """
+
+    release: int
+    reload: int = -1
+
+
+class Link(NamedTuple):
+    """The way between device and host: bytes per microsecond out and in; `overlaps` says whether compute goes on meanwhile."""
+
+    out_bytes_per_us: float
+    in_bytes_per_us: float
+    overlaps: bool
+
+
 @dataclass(frozen=True)
 class Program:
-    """One step. Position p < len(forward) is forward op p; the backward ops follow."""
+    """One step. Position p < len(forward) is forward op p; the backward ops follow.
+
+    `gradient_ready[p]` is the backward position before which the gradient of forward op p's result is complete, -1 where
+    none is: the moments at which something can be started in backward.
+    """
 
     forward: tuple[Op, ...]
     backward: tuple[Op, ...]
     values: tuple[Value, ...]
     fixed: tuple[Fixed, ...]
     resident_bytes: int
+    gradient_ready: tuple[int, ...] = ()
+    link: Link | None = None
 
     @cached_property
     def fixed_table(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

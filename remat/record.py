@@ -63,6 +63,7 @@ class _Recorder(_torch.TorchDispatchMode):
         self.all: list[_Storage] = []
         self.known: set[int] = set()
         self.kernels: list[tuple[str, float, Call | None]] = []
+        self.gradient_ready: dict[int, int] = {}
 
     def know(self, tensor: torch.Tensor) -> None:
         """Parameters and inputs are resident: never counted."""
@@ -97,6 +98,11 @@ class _Recorder(_torch.TorchDispatchMode):
         storage.dies = self.position - (0 if self.in_forward else 1)
         if self.storages.get(key) is storage:
             del self.storages[key]
+
+    def watch(self, position: int, out: Any) -> None:
+        """Note when the gradient of a forward op's result is complete."""
+        if isinstance(out, torch.Tensor) and out.grad_fn is not None:
+            out.register_hook(lambda _: self.gradient_ready.setdefault(position, self.position) and None)
 
     def pack(self, tensor: torch.Tensor) -> Any:
         self.note(tensor)  # an output that is saved before its op returns
@@ -179,6 +185,7 @@ def _forward(
         values = [env[source] for source in order]
         out = env[node] = call(*values)
         recorder.note(out)
+        recorder.watch(position, out)
         costs.append(_node_cost(node, values, out, recorder.device))
         leaves = [t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor) and t.numel()]
         found = [recorder.storages.get(_torch.storage_key(t)) for t in leaves]
@@ -275,7 +282,8 @@ def _program(
             )
         ops.append(op)
     backward = tuple(Op(name, cost, workspace_bytes(call)) for name, cost, call in recorder.kernels)
-    return Program(tuple(ops), backward, tuple(values), tuple(fixed), resident_bytes)
+    ready = tuple(recorder.gradient_ready.get(position, -1) for position in range(n_forward))
+    return Program(tuple(ops), backward, tuple(values), tuple(fixed), resident_bytes, ready, recorder.device.link)
 
 
 def _rng_state_bytes(device: DeviceProfile) -> int:

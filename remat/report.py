@@ -23,13 +23,15 @@ def summary(plan: Plan) -> str:
 
 def _headline(plan: Plan) -> list[str]:
     budget = "none" if plan.budget_bytes is None else format_bytes(plan.budget_bytes)
-    overhead = plan.recompute_us / plan.baseline_step_us if plan.baseline_step_us else 0.0
+    step_us = plan.baseline_step_us or 1.0
+    host = f", on the host {format_bytes(plan.host_bytes)}" if plan.host_bytes else ""
+    stall = f", waiting for copies {plan.stall_us / step_us:.1%}" if plan.host_bytes else ""
     at = max(plan.timeline, key=lambda moment: moment.live_bytes, default=None)
     where = f", at {at.name} ({at.phase})" if at is not None else ""
     return [
         f"budget {budget}: peak {format_bytes(plan.baseline_peak_bytes)} → {format_bytes(plan.peak_bytes)}{where}",
-        f"resident {format_bytes(plan.resident_bytes)}, saved for backward {format_bytes(plan.saved_bytes)}; "
-        f"recompute adds {overhead:.1%} to the step (planned in {plan.planning_seconds:.2f} s)",
+        f"resident {format_bytes(plan.resident_bytes)}, saved for backward {format_bytes(plan.saved_bytes)}{host}; "
+        f"recompute adds {plan.recompute_us / step_us:.1%} to the step{stall} (planned in {plan.planning_seconds:.2f} s)",
     ]
 
 

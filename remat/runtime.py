@@ -7,14 +7,20 @@ its value lets go of its inputs, so plain reference counting frees every tensor 
 computed that backward does not read. Compared with `torch.utils.checkpoint.checkpoint(use_reentrant=False)`, whose hooks
 this follows, no dispatch mode runs, the region does not rematerialize at once, and random state is kept per random op.
 
+Values that the plan moves to the host have cells too, which hold a `transfer.Moved` in place of a call: forcing them takes the
+value from there. All regions of one step share a `StepState`, since a value made in one is read, let go of and asked back in
+others.
+
 Retained graphs, double backward and partial backward need no care: handles that live keep what they need alive.
 """
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,13 +32,20 @@ from remat._torch import pytree
 from remat.errors import RewriteError
 from remat.passes.aliasing import results
 from remat.passes.randomness import is_random
+from remat.passes.transfers import is_mark, read_transfers
+from remat.transfer import Moved
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class Step:
-    """One node of a region. `slots` are the environment slots of its tensor inputs, in the order that `call` takes them."""
+    """One node of a region. `slots` are the environment slots of its tensor inputs, in the order that `call` takes them;
+    `random` is the device whose generator it draws from.
+
+    After it the device memory of the offloaded nodes in `releases` is let go of; when the gradient of its result is there, the
+    copies back of those in `reloads` start.
+    """
 
     name: str
     call: Callable[..., Any]
@@ -41,9 +54,12 @@ class Step:
     again_slots: tuple[int, ...]
     out: int
     dropped: bool
-    random: bool
+    random: torch.device | None
     item: int | None = None
     dead: tuple[int, ...] = ()
+    offloaded: tuple[int, ...] = ()
+    releases: tuple[str, ...] = ()
+    reloads: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,19 +73,21 @@ class RegionProgram:
 
 
 class Cell:
-    """A dropped value: a suspended call until it is forced, then the value.
+    """A dropped or offloaded value: a suspended call, or a value on the host, until it is forced, then the value.
 
     An op with several outputs has a cell for the call and one part for each output; the call's cell fills the parts that
-    are still alive and keeps nothing, so that each output is freed on its own.
+    are still alive and keeps nothing, so that each output is freed on its own. Inputs are tensors, cells, and handles of
+    tensors that lie in the storage of a cell.
     """
 
-    __slots__ = ("__weakref__", "inputs", "parts", "rng", "step", "value", "versions", "waiting")
+    __slots__ = ("__weakref__", "inputs", "moved", "parts", "rng", "step", "value", "versions", "waiting")
 
     def __init__(self, step: Step | None, inputs: list[Any], rng: Any = None) -> None:
         self.step = step
         self.inputs = inputs
-        self.versions = [-1 if isinstance(i, Cell) else i._version for i in inputs]
+        self.versions = [i._version if isinstance(i, torch.Tensor) else -1 for i in inputs]
         self.rng = rng
+        self.moved: Moved | None = None
         self.value: Any = None
         self.parts: list[weakref.ref[Cell]] = []
         self.waiting = True
@@ -91,7 +109,8 @@ def _force(cell: Cell) -> None:
     stack = [cell]
     while stack:
         top = stack[-1]
-        missing = [i for i in top.inputs if isinstance(i, Cell) and i.waiting] if top.waiting else []
+        cells = [i.cell if isinstance(i, Handle) else i for i in top.inputs] if top.waiting else []
+        missing = [i for i in cells if isinstance(i, Cell) and i.waiting and i.moved is None]
         if missing:
             stack.extend(reversed(missing))
             continue
@@ -101,6 +120,9 @@ def _force(cell: Cell) -> None:
 
 
 def _compute(cell: Cell) -> None:
+    if cell.moved is not None:
+        _come_back(cell)
+        return
     step = cell.step
     assert step is not None, "a part is filled by the call it belongs to"
     for tensor, version in zip(cell.inputs, cell.versions, strict=True):
@@ -109,7 +131,7 @@ def _compute(cell: Cell) -> None:
                 f"a tensor of shape {tuple(tensor.shape)} that {step.name} is recomputed from was modified in place between "
                 "forward and backward; call backward before the optimizer's step"
             )
-    values = [i.value if isinstance(i, Cell) else i for i in cell.inputs]
+    values = [_value(i) for i in cell.inputs]
     result = step.again(*values) if cell.rng is None else _with_rng(cell.rng, step.again, values)
     cell.inputs, cell.rng, cell.waiting = [], None, False
     if isinstance(result, torch.Tensor):
@@ -119,6 +141,22 @@ def _compute(cell: Cell) -> None:
         part = reference()
         if part is not None:
             part.value, part.inputs, part.waiting = leaf, [], False
+
+
+def _come_back(cell: Cell) -> None:
+    assert cell.moved is not None
+    cell.value, cell.moved, cell.waiting = cell.moved.tensor(), None, False
+
+
+def _value(source: Any) -> Any:
+    """What a cell reads, now that the cells it needs have been computed; what is on the host is waited for last."""
+    if isinstance(source, Handle):
+        return source.tensor()
+    if isinstance(source, Cell):
+        if source.moved is not None:
+            _come_back(source)
+        return source.value
+    return source
 
 
 def _rng_state(device: torch.device) -> tuple[torch.device, torch.Tensor]:
@@ -178,11 +216,63 @@ def unpack(packed: Any) -> torch.Tensor:
 
 
 @dataclass
+class StepState:
+    """What the regions of one step know of each other: the cells of offloaded values, by storage and by name of the node."""
+
+    owners: dict[int, tuple[weakref.ref[torch.UntypedStorage], Cell]] = field(default_factory=dict)
+    moving: dict[str, list[weakref.ref[Cell]]] = field(default_factory=dict)
+
+    def move(self, step: Step, value: Any) -> None:
+        """Start to copy an op's results out."""
+        tensors = [t for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor) and t.numel()]
+        cells = []
+        for tensor in (tensors[i] for i in step.offloaded):
+            cell = Cell(None, [])
+            cell.moved = Moved(tensor.untyped_storage())
+            self.owners[_torch.storage_key(tensor)] = weakref.ref(tensor.untyped_storage()), cell
+            cells.append(weakref.ref(cell))
+        self.moving[step.name] = cells
+
+    def moved(self, names: Sequence[str]) -> list[Moved]:
+        """The values of these nodes that are still wanted and not back yet."""
+        return _moved([reference for name in names for reference in self.moving.get(name, ())])
+
+    def reloader(self, names: Sequence[str]) -> Callable[[torch.Tensor], None]:
+        """A gradient hook that starts the copies back. It keeps no value alive."""
+        cells = [reference for name in names for reference in self.moving.get(name, ())]
+
+        def reload(_: torch.Tensor) -> None:
+            for moved in _moved(cells):
+                moved.reload()
+
+        return reload
+
+
+def _moved(cells: Sequence[weakref.ref[Cell]]) -> list[Moved]:
+    alive = [reference() for reference in cells]
+    return [cell.moved for cell in alive if cell is not None and cell.moved is not None]
+
+
+_step: ContextVar[StepState | None] = ContextVar("step", default=None)
+
+
+@contextlib.contextmanager
+def one_step() -> Iterator[None]:
+    """Regions run within belong to the same step."""
+    token = _step.set(StepState())
+    try:
+        yield
+    finally:
+        _step.reset(token)
+
+
+@dataclass
 class _Run:
     """One forward run of a region."""
 
     program: RegionProgram
     env: list[Any]
+    state: StepState
     cells: dict[int, Cell | list[Cell]] = field(default_factory=dict)
     kept: dict[int, torch.Tensor] = field(default_factory=dict)
     owners: dict[int, tuple[weakref.ref[torch.UntypedStorage], Cell]] = field(default_factory=dict)
@@ -190,8 +280,12 @@ class _Run:
 
     def owner(self, tensor: torch.Tensor) -> Cell | None:
         """The cell of the dropped storage behind a tensor. A dead storage's key may since belong to another."""
-        found = self.owners.get(_torch.storage_key(tensor))
-        return found[1] if found is not None and found[0]() is not None else None
+        key = _torch.storage_key(tensor)
+        for owners in (self.owners, self.state.owners):
+            found = owners.get(key)
+            if found is not None and found[0]() is not None:
+                return found[1]
+        return None
 
     def _own(self, tensor: torch.Tensor, cell: Cell) -> None:
         self.owners[_torch.storage_key(tensor)] = weakref.ref(tensor.untyped_storage()), cell
@@ -209,6 +303,7 @@ class _Run:
     def clear(self) -> None:
         for part in (self.env, self.cells, self.kept, self.owners):
             part.clear()
+        self.state = StepState()
 
     def source(self, slot: int) -> Any:
         """What a cell reads for a slot: another cell, or the tensor without its autograd history."""
@@ -216,6 +311,9 @@ class _Run:
             return self.cells[slot]
         if slot not in self.kept:
             tensor = self.env[slot]
+            owner = self.owner(tensor)
+            if owner is not None:
+                return Handle(tensor, owner)
             self.kept[slot] = tensor.detach() if tensor.grad_fn is not None else tensor
         return self.kept[slot]
 
@@ -226,10 +324,10 @@ class _Run:
             assert isinstance(parts, list)
             return parts[step.item]
         inputs = [self.source(slot) for slot in step.again_slots]
-        return Cell(step, inputs, _rng_state(self.env[step.slots[0]].device) if step.random else None)
+        return Cell(step, inputs, _rng_state(step.random) if step.random is not None else None)
 
     def own(self, step: Step, cell: Cell | list[Cell], value: Any) -> Cell | list[Cell]:
-        """Note which cell each new storage belongs to, and give it the handles packed while the step ran."""
+        """Note which cell each new storage belongs to."""
         assert isinstance(cell, Cell)
         if isinstance(value, torch.Tensor):
             if self.owner(value) is None:
@@ -240,13 +338,16 @@ class _Run:
                 if isinstance(leaf, torch.Tensor) and leaf.numel():
                     self._own(leaf, part)
             cell = parts
-        assert self.pending is not None
-        for handle in self.pending:
+        return cell
+
+    def settle(self) -> None:
+        """Give the handles packed while an op ran to the cells that its results have since."""
+        for handle in self.pending or ():
             assert handle.kept is not None
             owner = self.owner(handle.kept)
             if owner is not None:
                 handle.cell, handle.kept = owner, None
-        return cell
+        self.pending = None
 
 
 def run_region(program: RegionProgram, inputs: Sequence[Any]) -> tuple[Any, ...]:
@@ -256,7 +357,8 @@ def run_region(program: RegionProgram, inputs: Sequence[Any]) -> tuple[Any, ...]
             "torch.func transforms cannot run checkpoint regions (they disable saved-tensor hooks); transform the original "
             "module, or plan with budget=None"
         )
-    run = _Run(program, [*inputs, *[None] * (program.n_slots - program.n_inputs)])
+    state = _step.get() or StepState()
+    run = _Run(program, [*inputs, *[None] * (program.n_slots - program.n_inputs)], state)
     with torch.autograd.graph.saved_tensors_hooks(run.pack, unpack):
         for step in program.steps:
             _run_step(run, step)
@@ -269,21 +371,28 @@ def _run_step(run: _Run, step: Step) -> None:
     env = run.env
     values = [env[slot] for slot in step.slots]
     cell = run.suspend(step) if step.dropped else None
-    run.pending = [] if step.dropped else None
+    run.pending = [] if step.dropped or step.offloaded else None
     result = env[step.out] = step.call(*values)
     if cell is not None:
         run.cells[step.out] = cell if step.item is not None else run.own(step, cell, result)
-    run.pending = None
+    elif step.offloaded:
+        run.state.move(step, result)
+    run.settle()
+    if step.reloads and result.grad_fn is not None:
+        result.register_hook(run.state.reloader(step.reloads))
     del values, result
     for slot in step.dead:
         env[slot] = None
+    for moved in run.state.moved(step.releases):
+        moved.release()
 
 
 def compile_region(graph: fx.Graph, dropped: frozenset[str]) -> RegionProgram:
     """Turn a region's graph into steps. `dropped` names the nodes whose results are recomputed (views of them included)."""
     slots = {node: i for i, node in enumerate(n for n in graph.nodes if n.op == "placeholder")}
     n_inputs = len(slots)
-    nodes = [node for node in graph.nodes if node.op == "call_function"]
+    nodes = [node for node in graph.nodes if node.op == "call_function" and not is_mark(node)]
+    transfers = read_transfers(graph)
     for node in nodes:
         slots[node] = len(slots)
     outputs = tuple(slots[node] for node in results(graph))
@@ -307,12 +416,20 @@ def compile_region(graph: fx.Graph, dropped: frozenset[str]) -> RegionProgram:
                 tuple(slots[s] for s in again_order),
                 slots[node],
                 is_dropped,
-                is_random(node),
+                _device_of(node) if is_random(node) else None,
                 node.args[1] if node.target is operator.getitem else None,
                 dead,
+                transfers.offloaded.get(node.name, ()),
+                transfers.releases.get(node.name, ()),
+                transfers.reloads.get(node.name, ()),
             )
         )
     return RegionProgram(tuple(steps), n_inputs, len(slots), outputs)
+
+
+def _device_of(node: fx.Node) -> torch.device:
+    leaves = pytree.tree_leaves(node.meta["val"])
+    return next(leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor))
 
 
 def recompute_inputs(node: fx.Node) -> tuple[fx.Node, ...]:

@@ -7,12 +7,13 @@ inputs it needs are computed then, once, and each is held until its last reader 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import NamedTuple
 
-from remat.program import Program
+from remat.program import Move, Program
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,25 @@ class Moment:
     position: int
 
 
+class Trip(NamedTuple):
+    """A value's way to the host and back, as indices of the schedule: made and copied out at `born`, let go of after
+    `release`, copied back from before `reload`, waited for before `use`."""
+
+    value: int
+    born: int
+    release: int
+    reload: int
+    use: int
+
+
 @dataclass(frozen=True)
 class Replay:
-    """The outcome of one step: peaks and live bytes include what is resident; `recompute_us` is the time added.
+    """The outcome of one step: peaks and live bytes include what is resident.
 
     `schedule` lists the ops in running order as (position, is it a recompute), `live_bytes` what is allocated during each.
+    `saved_bytes` lie on the device between forward and backward, `host_bytes` on the host. `recompute_us` is the time added by
+    computing again, `stall_us` by waiting for copies. `trips` are in the order in which backward wants them; `copies` are
+    (value, is it the way back, start, end) in microseconds from the start of the step.
     """
 
     program: Program
@@ -37,6 +52,14 @@ class Replay:
     live_bytes: tuple[int, ...]
     saved_bytes: int
     recompute_us: float
+    host_bytes: int = 0
+    stall_us: float = 0.0
+    trips: tuple[Trip, ...] = ()
+    copies: tuple[tuple[int, bool, float, float], ...] = ()
+
+    @property
+    def added_us(self) -> float:
+        return self.recompute_us + self.stall_us
 
     @cached_property
     def peak_bytes(self) -> int:
@@ -67,8 +90,10 @@ class Replay:
         return self.moments[max(range(len(self.live_bytes)), key=self.live_bytes.__getitem__)]
 
 
-def simulate(program: Program, dropped: Collection[int]) -> Replay:
-    """Replay `program` with the results of the forward ops in `dropped` recomputed, all others saved while needed."""
+def simulate(program: Program, dropped: Collection[int], moves: Mapping[int, Move] | None = None) -> Replay:
+    """Replay `program` with the results of the forward ops in `dropped` recomputed, those in `moves` on the host between
+    forward and backward, all others saved while needed."""
+    moves = moves or {}
     drop = {v for op in dropped for v in program.forward[op].outputs}
     schedule = _schedule(program, drop)
     when = {position: index for index, (position, again) in enumerate(schedule) if not again}
@@ -81,6 +106,7 @@ def simulate(program: Program, dropped: Collection[int]) -> Replay:
 
     for fixed in program.fixed:
         occupy(when[fixed.born], when[fixed.dies], fixed.bytes)
+    first_again: dict[int, int] = {}
     last_again: dict[int, int] = {}
     born_again: dict[int, int] = {}
     extra = [0] * len(schedule)
@@ -96,6 +122,7 @@ def simulate(program: Program, dropped: Collection[int]) -> Replay:
                 release = program.values[v].release
                 read = max(read, when[release] if release >= 0 else 0, last_again.get(v, 0))
         for v in op.inputs:
+            first_again[v] = index
             last_again[v] = max(last_again.get(v, -1), read)
         if op.state_bytes:  # kept since the first run, and the present state put aside meanwhile
             occupy(when[position], index, op.state_bytes)
@@ -103,16 +130,72 @@ def simulate(program: Program, dropped: Collection[int]) -> Replay:
     dies = [max(when.get(value.release, -1), last_again.get(v, -1)) for v, value in enumerate(program.values)]
     kept = [v not in drop and last >= n_forward for v, last in enumerate(dies)]
     last_forward = _last_forward(program, kept)
+    trips: list[Trip] = []
     for v, value in enumerate(program.values):
+        move = moves.get(value.op) if kept[v] else None
+        if move is not None:
+            first_use = min([first_again.get(v, len(schedule)), *(when[p] for p in value.reads)])
+            back = first_use if move.reload < 0 else min(first_use, when[move.reload - 1] + 1)
+            trips.append(Trip(v, when[value.op], max(when[move.release], when[last_forward[v]]), back, first_use))
+            occupy(when[value.op], trips[-1].release, value.bytes)
+            occupy(back, dies[v], value.bytes)
+            continue
         first_end = max(when[last_forward[v]], dies[v] if kept[v] else 0)
         occupy(when[value.op], first_end, value.bytes if kept[v] else value.passing)
         if v in born_again:
             occupy(born_again[v], max(dies[v], born_again[v]), value.passing)
-    saved_bytes = sum(value.bytes for value, stays in zip(program.values, kept, strict=True) if stays)
+    host_bytes = sum(program.values[trip.value].bytes for trip in trips)
+    saved_bytes = sum(value.bytes for value, stays in zip(program.values, kept, strict=True) if stays) - host_bytes
     live = [base + size + program.resident_bytes for base, size in zip(accumulate(delta[:-1]), extra, strict=True)]
     recomputed = [program.forward[position] for position, again in schedule if again]
     recompute_us = sum(op.cost_us + op.launch_us for op in recomputed)
-    return Replay(program, tuple(schedule), tuple(live), saved_bytes, recompute_us)
+    trips.sort(key=lambda trip: trip.use)
+    stall_us, copies = _transfer(program, schedule, trips)
+    return Replay(program, tuple(schedule), tuple(live), saved_bytes, recompute_us, host_bytes, stall_us, tuple(trips), copies)
+
+
+def _transfer(
+    program: Program, schedule: Sequence[tuple[int, bool]], trips: Sequence[Trip]
+) -> tuple[float, tuple[tuple[int, bool, float, float], ...]]:
+    """Time lost waiting for copies, and the copies: one lane out, one lane in, each first come, first served."""
+    link = program.link
+    if not trips or link is None:
+        return 0.0, ()
+    n_forward = len(program.forward)
+    leaving, gone, coming, wanted = (_grouped(trips, at) for at in ("born", "release", "reload", "use"))
+    now = lost = out_free = in_free = 0.0
+    out_end: dict[int, float] = {}
+    in_end: dict[int, float] = {}
+    copies: list[tuple[int, bool, float, float]] = []
+    for index, (position, again) in enumerate(schedule):
+        for trip in coming.get(index, ()):
+            start = max(now, in_free, out_end[trip.value])
+            in_free = in_end[trip.value] = start + program.values[trip.value].bytes / link.in_bytes_per_us
+            copies.append((trip.value, True, start, in_free))
+            if not link.overlaps:
+                lost += in_free - now
+                now = in_free
+        late = max([now, *(in_end[trip.value] for trip in wanted.get(index, ()))])
+        lost, now = lost + late - now, late
+        op = program.forward[position] if position < n_forward else program.backward[position - n_forward]
+        now += op.cost_us + (op.launch_us if again else 0.0)
+        for trip in leaving.get(index, ()):
+            start = max(now, out_free)
+            out_free = out_end[trip.value] = start + program.values[trip.value].bytes / link.out_bytes_per_us
+            copies.append((trip.value, False, start, out_free))
+            if not link.overlaps:
+                lost += out_free - now
+                now = out_free
+        late = max([now, *(out_end[trip.value] for trip in gone.get(index, ()))])
+        lost, now = lost + late - now, late
+    return lost, tuple(copies)
+
+
+def _grouped(trips: Sequence[Trip], at: str) -> dict[int, list[Trip]]:
+    groups: dict[int, list[Trip]] = {}
+    for trip in trips:
+        groups.setdefault(getattr(trip, at), []).append(trip)
+    return groups
 
 
 def _last_forward(program: Program, kept: Sequence[bool]) -> list[int]:

@@ -40,7 +40,10 @@ def parameters(function: object) -> str:
     return str(inspect.Signature(plain))
 
 
-COMMON = "(model, args=(), kwargs=None, *, budget, policy='auto', optimizer=None, dynamic_shapes=None, plan=None)"
+COMMON = (
+    "(model, args=(), kwargs=None, *, budget, policy='auto', optimizer=None, dynamic_shapes=None, plan=None, "
+    "trainable_only=True)"
+)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +51,7 @@ COMMON = "(model, args=(), kwargs=None, *, budget, policy='auto', optimizer=None
     [
         ("optimize", COMMON),
         ("plan", COMMON),
-        ("frontier", COMMON.replace("budget", "budget=None").replace("plan=None)", "plan=None, points=12)")),
+        ("frontier", COMMON.replace("budget", "budget=None").replace("only=True)", "only=True, points=12)")),
         ("measure", "(fn)"),
         ("plans", "(compiled)"),
         ("explain", "(model, args=(), kwargs=None, *, budget=None)"),

@@ -1,0 +1,70 @@
+"""When the values that go to the host leave the device and when they come back.
+
+Copies out start as soon as a value is made and queue on one lane; the device memory is let go of at the first forward op
+that ends after the copy does. Copies back queue on another lane and start as late as still hides them, at one of the moments
+in backward when something can be started. Where copies do not overlap with compute they wait for nothing: out at the last
+reader in forward, back when the first reader asks.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Collection, Sequence
+from itertools import accumulate
+
+from remat.program import Move, Program
+from remat.simulate import Replay, simulate
+
+
+def timetable(
+    program: Program, dropped: Collection[int], offloaded: Collection[int], regions: Sequence[tuple[int, int]]
+) -> dict[int, Move]:
+    """A `Move` for each op position in `offloaded`.
+
+    regions: the stretches [start, stop) of forward positions that run as one; inputs of a region stay to its end.
+    """
+    stops = [stop for _, stop in regions]
+    last: dict[int, int] = {}
+    for op in sorted(offloaded):
+        reader = max(program.values[v].last_forward for v in program.forward[op].outputs)
+        own, other = bisect_right(stops, op), bisect_right(stops, reader)
+        last[op] = stops[other] - 1 if other > own and other < len(stops) else max(reader, op)
+    moves = {op: Move(release) for op, release in last.items()}
+    if program.link is None or not program.link.overlaps:
+        return moves
+    replay = simulate(program, dropped, moves)
+    ends = list(accumulate(_times(program, replay)))
+    return _come_back(program, replay, ends, _leave(program, moves, ends))
+
+
+def _times(program: Program, replay: Replay) -> list[float]:
+    n = len(program.forward)
+    ops = [(program.forward[p] if p < n else program.backward[p - n], again) for p, again in replay.schedule]
+    return [op.cost_us + (op.launch_us if again else 0.0) for op, again in ops]
+
+
+def _leave(program: Program, moves: dict[int, Move], ends: Sequence[float]) -> dict[int, Move]:
+    assert program.link is not None
+    n = len(program.forward)
+    free, later = 0.0, {}
+    for op, move in sorted(moves.items()):
+        size = sum(program.values[v].bytes for v in program.forward[op].outputs if program.values[v].reads)
+        free = max(free, ends[op]) + size / program.link.out_bytes_per_us
+        later[op] = move._replace(release=max(move.release, min(bisect_left(ends, free, 0, n), n - 1)))
+    return later
+
+
+def _come_back(program: Program, replay: Replay, ends: Sequence[float], moves: dict[int, Move]) -> dict[int, Move]:
+    assert program.link is not None
+    n = len(program.forward)
+    when = {position: index for index, (position, again) in enumerate(replay.schedule) if not again}
+    starts = sorted({n, *(p for p in program.gradient_ready if p > n)})
+    moments = [ends[when[p - 1]] for p in starts]
+    free = float("inf")
+    found: dict[int, int] = {}
+    for trip in reversed(replay.trips):
+        value = program.values[trip.value]
+        free = min(free, ends[trip.use - 1]) - value.bytes / program.link.in_bytes_per_us
+        start = starts[max(bisect_right(moments, free) - 1, 0)]
+        found[value.op] = min(start, found.get(value.op, start))
+    return {op: move._replace(reload=found.get(op, -1)) for op, move in moves.items()}

@@ -1,0 +1,223 @@
+"""Storages on their way to host memory and back.
+
+A lane is a stream of its own for each direction, ordered against compute by events only: nothing here waits for the whole
+device. Memory is taken on the compute stream, and let go of only after compute has been made to wait for the copy, so that the
+allocator never hands it out while a copy reads or writes it. Host buffers have the exact size (no powers of two), lie
+outside of torch's allocator, are pinned where the device is a GPU, and are used again in the next step: pinning costs
+milliseconds each. On a CPU the host tier is a plain copy, done at once.
+"""
+
+from __future__ import annotations
+
+import mmap
+import random
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+
+from remat.budget import format_bytes
+from remat.errors import RematError
+
+
+class _Event(Protocol):
+    """A moment on a stream; `wait` makes compute wait for it, without blocking the host where the device has streams."""
+
+    def wait(self) -> None: ...
+
+
+class HostBuffer:
+    """Host memory for one storage. `busy` is the last copy from or to it."""
+
+    def __init__(self, size: int, pin: bool) -> None:
+        self._memory = mmap.mmap(-1, size)
+        self.bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
+        self.busy: _Event | None = None
+        self._pinned = pin and _pin(self.bytes)
+
+    def __del__(self) -> None:
+        if getattr(self, "_pinned", False):
+            torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr())
+
+
+def _pin(memory: torch.Tensor) -> bool:
+    code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+    if code:
+        raise RematError(
+            f"cannot pin {format_bytes(memory.nbytes)} of host memory (cudaHostRegister returned {code}); lower host_budget=, "
+            "or raise the limit on locked memory (ulimit -l)"
+        )
+    return True
+
+
+class HostPool:
+    """The host buffers of one device. `bytes` is all that it holds, `in_use_bytes` what is lent, both in bytes."""
+
+    def __init__(self, pin: bool) -> None:
+        self.pin = pin
+        self.bytes = self.in_use_bytes = self.made = 0
+        self._free: dict[int, list[HostBuffer]] = defaultdict(list)
+        self._lock = threading.Lock()  # backward runs on threads of its own
+
+    def take(self, size: int) -> HostBuffer:
+        """A buffer of `size` bytes, used before where there is one."""
+        with self._lock:
+            self.in_use_bytes += size
+            if self._free[size]:
+                return self._free[size].pop()
+            self.bytes += size
+            self.made += 1
+        return HostBuffer(size, self.pin)
+
+    def give(self, buffer: HostBuffer) -> None:
+        with self._lock:
+            self.in_use_bytes -= buffer.bytes.nbytes
+            self._free[buffer.bytes.nbytes].append(buffer)
+
+    def clear(self) -> None:
+        """Free the buffers that are not lent."""
+        with self._lock:
+            self._free.clear()
+            self.bytes = self.in_use_bytes
+
+
+class _HostLane:
+    """Copies within host memory, at once. Under `delay_s` on a thread, each after a random pause: a test of the ordering."""
+
+    delay_s = 0.0
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, *after: _Event | None) -> _Event:
+        def run() -> None:
+            if self.delay_s:
+                time.sleep(random.uniform(0, self.delay_s))
+            for event in after:
+                if event is not None:
+                    event.wait()
+            with torch.no_grad():
+                target.copy_(source)
+
+        done: Future[None] = self._thread.submit(run) if self.delay_s else _run_now(run)
+        return _Done(done)
+
+
+def _run_now(call: Callable[[], None]) -> Future[None]:
+    done: Future[None] = Future()
+    call()
+    done.set_result(None)
+    return done
+
+
+class _Done:
+    def __init__(self, future: Future[None]) -> None:
+        self.wait: Callable[[], Any] = future.result
+
+
+class _StreamLane:
+    """Copies on a CUDA stream of their own."""
+
+    delay_s = 0.0
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, *after: _Event | None) -> _Event:
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream), torch.no_grad():
+            for event in after:
+                if event is not None:
+                    event.wait()  # on this stream, which is the current one here
+            if self.delay_s:
+                torch.cuda._sleep(int(random.uniform(0, self.delay_s) * 1e9))
+            target.copy_(source, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        return event
+
+
+class HostTier:
+    """Where a device's values go: a pool of host buffers and a lane for each direction."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.pool = HostPool(pin=device.type == "cuda")
+        on_gpu = device.type == "cuda"
+        self.out: Any = _StreamLane(device) if on_gpu else _HostLane()
+        self.back: Any = _StreamLane(device) if on_gpu else _HostLane()
+
+
+@cache
+def host_tier(device: torch.device) -> HostTier:
+    """The host tier of a device; the same one each time."""
+    if device.type not in ("cpu", "cuda"):
+        raise RematError(f"offload is not supported on {device.type}; plan with host_budget=0")
+    return HostTier(device)
+
+
+class Moved:
+    """A storage whose bytes are on their way to the host, there, or on their way back.
+
+    release: let go of the device memory, after the copy out. reload: start the copy back. tensor: the bytes on the device
+    again, once compute may read them. The buffer returns to the pool with the last reference to this.
+    """
+
+    __slots__ = ("__weakref__", "_arrived", "_back", "_buffer", "_copied", "_device", "_there", "_tier")
+
+    def __init__(self, storage: torch.UntypedStorage) -> None:
+        self._device = storage.device
+        self._tier = host_tier(self._device)
+        self._buffer: HostBuffer | None = self._tier.pool.take(storage.nbytes())
+        self._there: torch.Tensor | None = _bytes_of(storage)
+        self._back: torch.Tensor | None = None
+        self._arrived: _Event | None = None
+        self._copied: _Event = self._tier.out.copy(self._buffer.bytes, self._there, self._buffer.busy)
+        self._buffer.busy = self._copied
+
+    def release(self) -> None:
+        if self._there is not None:
+            self._copied.wait()
+            self._there = None
+
+    def reload(self) -> None:
+        if self._there is not None or self._back is not None:
+            return
+        assert self._buffer is not None, "a value was asked for after it had come back and gone"
+        self._back = torch.empty(self._buffer.bytes.nbytes, dtype=torch.uint8, device=self._device)
+        self._arrived = self._buffer.busy = self._tier.back.copy(self._back, self._buffer.bytes, self._copied)
+
+    def tensor(self) -> torch.Tensor:
+        """The bytes, as a uint8 tensor over a storage of the original's size. Gives the host buffer back."""
+        if self._there is None:
+            self.reload()
+            self._arrive()
+        result = self._there if self._there is not None else self._back
+        assert result is not None
+        self._there = self._back = None
+        self._give_back()
+        return result
+
+    def _arrive(self) -> None:
+        if self._arrived is not None:
+            self._arrived.wait()
+            self._arrived = None
+
+    def _give_back(self) -> None:
+        if self._buffer is not None:
+            self._copied.wait()
+            self._tier.pool.give(self._buffer)
+            self._buffer = None
+
+    def __del__(self) -> None:
+        if getattr(self, "_buffer", None) is not None:  # a graph was dropped without backward, or part of it
+            self._arrive()
+            self._give_back()
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

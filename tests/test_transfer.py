@@ -1,0 +1,157 @@
+"""Storages on their way to the host and back, and what stays behind when something goes wrong."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+
+import remat
+from remat.transfer import HostPool, HostTier, Moved, _HostLane, host_tier
+from tests.models import build, mlp
+from tests.steps import loss_of
+
+
+@pytest.fixture
+def tier() -> HostTier:
+    tier = host_tier(torch.device("cpu"))
+    gc.collect()
+    assert tier.pool.in_use_bytes == 0
+    tier.pool.clear()
+    return tier
+
+
+def test_the_bytes_survive(tier: HostTier) -> None:
+    source = torch.randn(10, 7)
+    moved = Moved(source.untyped_storage())
+    moved.release()
+    bits = source.view(torch.uint8).flatten().clone()
+    assert torch.equal(moved.tensor(), bits)
+
+
+def test_device_memory_is_gone_after_release_and_back_after_reload(tier: HostTier) -> None:
+    storage = torch.randn(1 << 16).untyped_storage()
+    gone = weakref.ref(storage)
+    moved = Moved(storage)
+    del storage
+    assert gone() is not None
+    moved.release()
+    assert gone() is None
+
+    def there_and_back() -> None:
+        moved.reload()
+        moved.tensor()
+
+    assert remat.measure(there_and_back).peak_bytes >= 1 << 18
+
+
+def test_host_memory_is_not_the_devices(tier: HostTier) -> None:
+    tensor = torch.randn(1 << 16)
+    kept: list[Moved] = []
+    above = remat.measure(lambda: kept.append(Moved(tensor.untyped_storage())))
+    assert above.peak_bytes - above.resident_bytes < 1 << 12
+
+
+def test_buffers_have_the_exact_size_and_are_used_again() -> None:
+    pool = HostPool(pin=False)
+    first = pool.take(1000)
+    assert (first.bytes.nbytes, pool.bytes, pool.in_use_bytes) == (1000, 1000, 1000)
+    pool.give(first)
+    assert pool.take(1000) is first
+    assert pool.take(1000) is not first
+    assert pool.made == 2
+
+
+def test_a_value_that_nobody_asks_for_gives_its_buffer_back(tier: HostTier) -> None:
+    moved = Moved(torch.randn(100).untyped_storage())
+    moved.reload()
+    assert tier.pool.in_use_bytes == 400
+    del moved
+    assert tier.pool.in_use_bytes == 0
+
+
+def test_a_buffer_is_not_written_while_it_is_read(tier: HostTier, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_HostLane, "delay_s", 0.005)
+    made = tier.pool.made
+    for k in range(30):
+        moved = Moved(torch.full((1000,), float(k)).untyped_storage())
+        moved.release()
+        assert torch.equal(moved.tensor().view(torch.float32), torch.full((1000,), float(k)))
+    assert tier.pool.made == made + 1
+
+
+@pytest.mark.parametrize("policy", ["offload", "offload-all"])
+def test_steps_leak_nothing_and_allocate_no_new_buffers(policy: str, tier: HostTier) -> None:
+    model, kwargs = build("gpt2")
+    module = remat.optimize(model, (), kwargs, budget=None, policy=policy)
+
+    def step() -> None:
+        module(**kwargs).loss.backward()
+        module.zero_grad(set_to_none=True)
+
+    step()
+    made, held = tier.pool.made, tier.pool.bytes
+    assert module.plan is not None
+    assert held == module.plan.host_bytes
+    peaks = {remat.measure(step).peak_bytes for _ in range(10)}
+    assert len(peaks) == 1
+    assert (tier.pool.made, tier.pool.bytes, tier.pool.in_use_bytes) == (made, held, 0)
+
+
+def test_an_exception_frees_everything(tier: HostTier) -> None:
+    model, x = mlp(dropout=0.0)
+    module = remat.optimize(model, (x,), budget=None, policy="offload-all")
+
+    def fail(_: torch.Tensor) -> None:
+        raise ValueError("in backward")
+
+    loss = loss_of(module(x), {})
+    next(model.parameters()).register_hook(fail)
+    assert tier.pool.in_use_bytes > 0
+    with pytest.raises(ValueError, match="in backward"):
+        loss.backward()
+    del loss
+    gc.collect()
+    assert tier.pool.in_use_bytes == 0
+
+
+def test_forward_without_backward_frees_everything(tier: HostTier) -> None:
+    model, x = mlp(dropout=0.0)
+    module = remat.optimize(model, (x,), budget=None, policy="offload-all")
+    for _ in range(3):
+        module(x)
+    gc.collect()
+    assert tier.pool.in_use_bytes == 0
+
+
+def test_a_retained_graph_runs_twice(tier: HostTier) -> None:
+    model, x = mlp(dropout=0.2)
+    module = remat.optimize(model, (x,), budget=None, policy="offload-all")
+    loss = module(x)
+    loss.backward(retain_graph=True)
+    once = {name: p.grad.clone() for name, p in model.named_parameters()}  # type: ignore[union-attr]
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    assert all(torch.equal(p.grad, once[name]) for name, p in model.named_parameters())  # type: ignore[arg-type]
+
+
+def test_two_steps_at_once_do_not_meet(tier: HostTier) -> None:
+    """Forward, forward, backward, backward; and steps on two threads."""
+    model, x = mlp(dropout=0.0)
+    module = remat.optimize(model, (x,), budget=None, policy="offload-all")
+    y = torch.randn_like(x)
+    expected = [torch.autograd.grad(model(z), list(model.parameters())) for z in (x, y)]
+    losses = [module(x), module(y)]
+    found = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
+    threads = [threading.Thread(target=lambda z=z: module(z).backward()) for z in (x, y)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for a, b in zip(expected, found, strict=True):
+        assert all(torch.equal(g, h) for g, h in zip(a, b, strict=True))
+    for p, g, h in zip(model.parameters(), *expected, strict=True):
+        assert torch.allclose(p.grad, g + h)  # type: ignore[arg-type]
