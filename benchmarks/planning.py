@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from remat.api import trace
+from remat.api import Settings, trace
 
 LAYERS = (12, 48, 96)
 BUDGETS = (0.6, 0.4, 0.25)  # shares of the activation memory
@@ -56,7 +56,7 @@ def measure(layers: int) -> list[dict[str, float]]:
     start = time.perf_counter()
     traced = trace(LlamaForCausalLM(config), (), {"input_ids": tokens, "labels": tokens})
     seconds = time.perf_counter() - start
-    plans = [(budget, traced.plan(budget)) for budget in BUDGETS]
+    plans = [(budget, traced.plan(Settings(budget))) for budget in BUDGETS]
     return [
         {
             "layers": layers,

@@ -19,7 +19,7 @@ from remat.cost import DeviceProfile, op_cost_us
 from remat.passes.aliasing import is_view, results, storage_bytes
 from remat.passes.pinning import why_pinned
 from remat.passes.randomness import is_random
-from remat.program import SCALARS_BYTES, Fixed, Op, Program, Value
+from remat.program import HELD, SCALARS_BYTES, Fixed, Op, Program, Value
 from remat.workspace import Call, workspace_bytes
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -104,7 +104,7 @@ def joint_program(graph: fx.Graph, halves: JointHalves, device: DeviceProfile, r
                     end if held else max([born, *before]),
                     after,
                     after[-1] if after else -1,
-                    "an output of the model" if held else _pin(node, fuses),
+                    HELD if held else _pin(node, fuses),
                     0 if node in inlined else None,
                 )
             )

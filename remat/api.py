@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from remat._torch import pytree
-from remat.budget import BudgetLike, parse_budget, resolve_budget
+from remat.budget import BudgetLike, parse_budget, resolve_budget, resolve_host_budget
 from remat.capture import Captured, capture
 from remat.cost import profile_of
 from remat.describe import describe
@@ -25,7 +25,7 @@ from remat.passes.regions import RegionGraph, Stretch, form_regions
 from remat.passes.transfers import Transfers
 from remat.plan import Plan
 from remat.planner import Menus, Solution, frontier_solutions, make_menus, solve
-from remat.policies import Policy, check_fits, check_policy, is_planned, policy_solution
+from remat.policies import Policy, check_fits, check_host, check_policy, is_planned, policy_solution
 from remat.program import Program
 from remat.record import record
 from remat.resident import resident_bytes
@@ -39,11 +39,13 @@ class Settings:
     budget: BudgetLike
     policy: Policy = "auto"
     trainable_only: bool = True
+    host_budget: int | str | None = None
     plan: Plan | None = None
     optimizer: torch.optim.Optimizer | None = None
 
     def __post_init__(self) -> None:
         parse_budget(self.budget)
+        resolve_host_budget(self.host_budget, torch.device("cpu"))
         check_policy(self.policy)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -79,23 +81,26 @@ class Traced:
         start = time.perf_counter()
         baseline = simulate(self.program, ())
         limit = resolve_budget(parse_budget(settings.budget), self.device, self.program.resident_bytes, baseline.peak_bytes)
-        menus = make_menus(self.program)
+        host = resolve_host_budget(settings.host_budget, self.device)
+        menus = make_menus(self.program, host)
         if is_planned(settings.policy):
             solution = solve(self.program, menus, None if settings.policy == "none" else limit)
         else:
             trains = self.trains if settings.trainable_only else None
             solution = policy_solution(settings.policy, self.program, self.nodes, menus.cuts, trains)
             check_fits(solution, solution.replay.peak_bytes, limit, settings.policy)
+            if settings.host_budget is not None:
+                check_host(solution, host, settings.policy)
         return self.describe(menus, solution, limit, time.perf_counter() - start)
 
     @cached_property
     def nodes(self) -> list[fx.Node]:
         return [node for node in self.captured.graph.nodes if node.op == "call_function"]
 
-    def frontier(self, points: int) -> Iterator[Plan]:
+    def frontier(self, settings: Settings, points: int) -> Iterator[Plan]:
         """Plans from the fastest to the smallest."""
         start = time.perf_counter()
-        menus = make_menus(self.program)
+        menus = make_menus(self.program, resolve_host_budget(settings.host_budget, self.device))
         for solution in frontier_solutions(self.program, menus, points):
             yield self.describe(menus, solution, solution.replay.peak_bytes, time.perf_counter() - start)
             start = time.perf_counter()
@@ -191,6 +196,7 @@ def optimize(
     dynamic_shapes: Any = None,
     plan: Plan | None = None,
     trainable_only: bool = True,
+    host_budget: int | str | None = None,
 ) -> RematModule:
     """Rewrite `model` so that a training step fits in `budget`; returns a `torch.fx.GraphModule` to train as before.
 
@@ -207,13 +213,17 @@ def optimize(
         dynamic_shapes: as in `torch.export.export`; here it says which inputs may change shape without a notice. Each new
             shape is captured and planned when it comes.
         plan: a plan made earlier for the same model and shapes, used instead of planning.
+        host_budget: host memory that values may wait in between forward and backward: bytes, "64GiB", or "50%" of what is free;
+            by default half of what is free where the model is on a GPU, and none where it is on the host already.
         trainable_only: fixed rules leave blocks alone in which no parameter trains.
 
     Raises:
         BudgetError: nothing fits, or the budget cannot be read.
         CaptureError: the model cannot be captured as one graph.
     """
-    module = RematModule(model, Settings(budget, policy, trainable_only, plan, optimizer), quiet=dynamic_shapes is not None)
+    module = RematModule(
+        model, Settings(budget, policy, trainable_only, host_budget, plan, optimizer), quiet=dynamic_shapes is not None
+    )
     if args or kwargs:
         module.capture(args, kwargs or {})
     return module
@@ -230,9 +240,10 @@ def plan(
     dynamic_shapes: Any = None,
     plan: Plan | None = None,
     trainable_only: bool = True,
+    host_budget: int | str | None = None,
 ) -> Plan:
     """Plan one training step without running it. Arguments and errors as in `optimize`."""
-    settings = Settings(budget, policy, trainable_only, plan, optimizer)
+    settings = Settings(budget, policy, trainable_only, host_budget, plan, optimizer)
     return trace(model, args, kwargs or {}, optimizer).plan(settings)
 
 
@@ -247,13 +258,14 @@ def frontier(
     dynamic_shapes: Any = None,
     plan: Plan | None = None,
     trainable_only: bool = True,
+    host_budget: int | str | None = None,
     points: int = 12,
 ) -> list[Plan]:
     """The trade-off between memory and time: plans from the fastest to the smallest, each smaller and slower than the one
     before. With a budget, only those within it. Arguments and errors as in `optimize`."""
-    Settings(budget, policy, trainable_only, plan, optimizer)
+    settings = Settings(budget, policy, trainable_only, host_budget, plan, optimizer)
     traced = trace(model, args, kwargs or {}, optimizer)
-    plans = list(traced.frontier(points))
+    plans = list(traced.frontier(settings, points))
     limit = resolve_budget(parse_budget(budget), traced.device, traced.program.resident_bytes, plans[0].peak_bytes)
     return [p for p in plans if limit is None or p.peak_bytes <= limit]
 

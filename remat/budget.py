@@ -93,6 +93,21 @@ def resolve_budget(budget: Budget, device: torch.device, resident_bytes: int, ba
     return None
 
 
+def resolve_host_budget(host_budget: int | str | None, device: torch.device) -> int:
+    """Bytes of host memory that values may lie in: given, a share of what is free ("50%"), or by default half of what is free
+    for a GPU and nothing for a model that is on the host already. Raises BudgetError when it cannot be read."""
+    if host_budget is None:
+        return free_bytes(torch.device("cpu")) // 2 if device.type == "cuda" else 0
+    if isinstance(host_budget, int) and not isinstance(host_budget, bool) and host_budget == 0:
+        return 0
+    budget = parse_budget(host_budget)
+    if budget.bytes is not None:
+        return budget.bytes
+    if budget.share_of_device is not None:
+        return int(budget.share_of_device * free_bytes(torch.device("cpu")))
+    raise BudgetError(f'host_budget={host_budget!r} is not an amount of host memory; use bytes as an int, "64GiB" or "50%"')
+
+
 def device_bytes(device: torch.device) -> int:
     """All memory of the device, in bytes."""
     if device.type == "cuda":

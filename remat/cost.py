@@ -35,8 +35,8 @@ class DeviceProfile:
     link: Link
 
 
-CPU = DeviceProfile("cpu", 120e3, 12e3, 3.0, 3.0, 3.0, 0.6, Link(6e3, 6e3, overlaps=False))
-CUDA = DeviceProfile("cuda", 400e6, 2.5e6, 4.0, 6.0, 0.0, 0.0, Link(20e3, 20e3, overlaps=True))
+CPU = DeviceProfile("cpu", 120e3, 12e3, 3.0, 3.0, 3.0, 0.6, Link(6e3, 6e3, overlaps=False, start_us=3.0))
+CUDA = DeviceProfile("cuda", 400e6, 2.5e6, 4.0, 6.0, 0.0, 0.0, Link(20e3, 20e3, overlaps=True, start_us=10.0))
 
 _TRANSCENDENTAL = {
     "gelu", "gelu_backward", "silu", "silu_backward", "sigmoid", "tanh", "exp", "log", "sin", "cos", "erf", "_softmax",

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Hashable, Iterator, Mapping
+import itertools
+import math
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from remat.budget import format_bytes
 from remat.errors import BudgetError
-from remat.program import Move, Program
+from remat.program import Link, Move, Op, Program
 from remat.simulate import Replay, simulate
 from remat.solvers.improve import improve, prune
 from remat.solvers.menu import Option, block_keys, make_menu, outside_bytes, slice_program
@@ -19,6 +21,8 @@ from remat.solvers.select import Choice, select
 from remat.solvers.timetable import timetable
 
 _MERGES = (1, 2, 4, 8)  # how many neighbouring blocks may run as one
+_HOST_PRICE = 0.01  # of a copy's time, even where it hides: nothing moves for nothing
+_PRICES = 16  # higher ones, tried by bisection where the host has less than what would move
 
 
 @contextlib.contextmanager
@@ -45,21 +49,31 @@ class Solution:
 
 @dataclass(frozen=True)
 class Menus:
-    """All ways to run each stretch of neighbouring blocks; equal stretches share one menu object."""
+    """All ways to run each stretch of neighbouring blocks; equal stretches share one menu object.
+
+    Values may move to the host where `host_bytes`, what the host has for them, is not 0.
+    """
 
     cuts: tuple[int, ...]
     outside: dict[tuple[int, int], tuple[int, int]]  # bytes live all through its forward and backward, besides it
     options: dict[tuple[int, int], tuple[Option, ...]]
+    compute_us: dict[tuple[int, int], tuple[float, float]]  # of its forward and its backward
+    link: Link | None = None
+    host_bytes: int = 0
 
     @cached_property
     def choices(self) -> dict[tuple[int, int], list[Choice]]:
+        return self.priced(_HOST_PRICE / self.link.in_bytes_per_us if self.link is not None else 0.0)
+
+    def priced(self, us_per_host_byte: float) -> dict[tuple[int, int], list[Choice]]:
+        """What the selection chooses from, with a price on bytes that lie on the host."""
         return {
             key: [
                 Choice(
                     o.saved_bytes,
                     o.forward_bytes + self.outside[key][0],
                     o.backward_bytes + self.outside[key][1],
-                    o.recompute_us,
+                    o.recompute_us + self._stall_us(key, o) + us_per_host_byte * o.host_bytes,
                     i,
                 )
                 for i, o in enumerate(options)
@@ -67,15 +81,29 @@ class Menus:
             for key, options in self.options.items()
         }
 
+    def _stall_us(self, key: tuple[int, int], option: Option) -> float:
+        """Time that the stretch's copies take beyond its own compute, under which they hide where the link overlaps."""
+        if self.link is None or not option.n_moved:
+            return 0.0
+        starts = (option.n_moved - 1) * self.link.start_us
+        out, back = self.link.out_us(option.host_bytes) + starts, self.link.in_us(option.host_bytes) + starts
+        if not self.link.overlaps:
+            return out + back
+        forward, backward = self.compute_us[key]
+        return max(0.0, out - forward) + max(0.0, back - backward - option.recompute_us)
+
 
 @without_gc()
-def make_menus(program: Program) -> Menus:
-    """Segment the forward pass and solve each distinct stretch of blocks once."""
+def make_menus(program: Program, host_bytes: int = 0) -> Menus:
+    """Segment the forward pass and solve each distinct stretch of blocks once. `host_bytes` is what the host has for values."""
     cuts = find_cuts(program)
     back = backward_cuts(program, cuts)
     n_blocks = len(cuts) - 1
     keys = block_keys(program, cuts, back, reach=max(_MERGES))
-    outside, options = {}, {}
+    least = _least_moved(program.link) if program.link is not None and host_bytes else None
+    forward_us = _prefix_sums(program.forward)
+    backward_us = _prefix_sums(program.backward)
+    outside, options, compute_us = {}, {}, {}
     solved: dict[Hashable, tuple[Option, ...]] = {}
     for i in range(n_blocks):
         for width in _MERGES:
@@ -84,12 +112,23 @@ def make_menus(program: Program) -> Menus:
                 break
             bounds = cuts[i], cuts[j], back[j], back[i]
             outside[i, j] = outside_bytes(program, *bounds)
+            there, again = (bound - len(program.forward) for bound in bounds[2:])
+            compute_us[i, j] = forward_us[cuts[j]] - forward_us[cuts[i]], backward_us[again] - backward_us[there]
             key = tuple(keys[i:j])
             if key not in solved:
                 part = slice_program(program, *bounds)
-                solved[key] = solved[part] = solved[part] if part in solved else make_menu(part)
+                solved[key] = solved[part] = solved[part] if part in solved else make_menu(part, least)
             options[i, j] = solved[key]
-    return Menus(cuts, outside, options)
+    return Menus(cuts, outside, options, compute_us, program.link, host_bytes)
+
+
+def _least_moved(link: Link) -> int:
+    """Bytes below which starting a copy takes longer than the copy."""
+    return int(link.start_us * min(link.out_bytes_per_us, link.in_bytes_per_us))
+
+
+def _prefix_sums(ops: Sequence[Op]) -> list[float]:
+    return list(itertools.accumulate((op.cost_us for op in ops), initial=0.0))
 
 
 @without_gc()
@@ -104,9 +143,10 @@ def solve(program: Program, menus: Menus, budget_bytes: int | None) -> Solution:
         if smallest.replay.peak_bytes <= budget_bytes:
             return smallest
         where = smallest.replay.peak_at
+        more = ", or allow offload with host_budget=" if menus.link is not None and not menus.host_bytes else ""
         raise BudgetError(
             f"no plan fits in {format_bytes(budget_bytes)}; the smallest needs {format_bytes(smallest.replay.peak_bytes)} "
-            f"({smallest.replay.peak_bytes} bytes), at {where.name} ({where.phase}). Raise budget=, or use a smaller batch.",
+            f"({smallest.replay.peak_bytes} bytes), at {where.name} ({where.phase}). Raise budget=, use a smaller batch{more}.",
             budget_bytes=budget_bytes,
             minimum_bytes=smallest.replay.peak_bytes,
             where=f"{where.name} ({where.phase})",
@@ -132,8 +172,8 @@ def fastest_solution(program: Program, menus: Menus) -> Solution:
         return Solution(nothing, (), simulate(program, nothing))
     path = select(menus.choices, len(menus.cuts) - 1, sum(value.bytes for value in program.values) * 10)
     assert path is not None
-    dropped = prune(program, _dropped(menus, path))
-    return Solution(dropped, _regions(menus, path, dropped), simulate(program, dropped))
+    dropped = prune(program, _positions(menus, path, lambda option: option.dropped))
+    return solution_of(program, dropped, frozenset(), _spans(menus, path))
 
 
 @without_gc()
@@ -162,7 +202,7 @@ def frontier_solutions(program: Program, menus: Menus, points: int) -> list[Solu
         attempt = _attempt(program, menus, top - (top - bottom) * k // (points - 1))
         if attempt is not None:
             found.append(attempt)
-    found.sort(key=lambda s: (s.replay.recompute_us, s.replay.peak_bytes))
+    found.sort(key=lambda s: (s.replay.added_us, s.replay.peak_bytes))
     kept: list[Solution] = []
     for solution in found:
         if not kept or solution.replay.peak_bytes < kept[-1].replay.peak_bytes:
@@ -171,22 +211,54 @@ def frontier_solutions(program: Program, menus: Menus, points: int) -> list[Solu
 
 
 def _attempt(program: Program, menus: Menus, budget_bytes: int, tighten: bool = True) -> Solution | None:
+    """A plan within the budget and within what the host has; None when none is found."""
+    solution = _attempt_with(program, menus, menus.choices, budget_bytes, tighten)
+    if solution is None or solution.replay.host_bytes <= menus.host_bytes:
+        return solution
+    assert menus.link is not None
+    low, price = _HOST_PRICE / menus.link.in_bytes_per_us, program.step_us  # for one byte: then nothing moves that need not
+    best, high = None, price
+    for _ in range(_PRICES):
+        solution = _attempt_with(program, menus, menus.priced(price), budget_bytes, tighten)
+        if solution is not None and solution.replay.host_bytes <= menus.host_bytes:
+            best, high = solution, price
+        elif price == high:
+            return None
+        else:
+            low = price
+        price = math.sqrt(low * high)
+    return best
+
+
+def _attempt_with(
+    program: Program, menus: Menus, choices: dict[tuple[int, int], list[Choice]], budget_bytes: int, tighten: bool
+) -> Solution | None:
     """Select, and where the replay of the whole step disagrees with the sum of its blocks, aim lower by the difference."""
-    choices, target = menus.choices, budget_bytes - program.resident_bytes
+    target = budget_bytes - program.resident_bytes
     for _ in range(8):
         path = select(choices, len(menus.cuts) - 1, target)
         if path is None:
             return None
-        dropped = _dropped(menus, path)
-        replay = simulate(program, dropped)
-        if replay.peak_bytes <= budget_bytes:
-            if tighten:
-                dropped = improve(program, dropped, budget_bytes)
-                replay = simulate(program, dropped)
-            return Solution(dropped, _regions(menus, path, dropped), replay)
-        missed = replay.peak_bytes - program.resident_bytes - _expected_peak(choices, path)
+        solution = _solution(program, menus, path)
+        if solution.replay.peak_bytes <= budget_bytes:
+            return _tightened(program, menus, path, solution, budget_bytes) if tighten else solution
+        missed = solution.replay.peak_bytes - program.resident_bytes - _expected_peak(choices, path)
         target = min(target - 1, budget_bytes - program.resident_bytes - missed)
     return None
+
+
+def _solution(program: Program, menus: Menus, path: list[tuple[int, int, int]]) -> Solution:
+    dropped = _positions(menus, path, lambda option: option.dropped)
+    offloaded = _positions(menus, path, lambda option: option.offloaded)
+    return solution_of(program, dropped, offloaded, _spans(menus, path))
+
+
+def _tightened(
+    program: Program, menus: Menus, path: list[tuple[int, int, int]], solution: Solution, budget_bytes: int
+) -> Solution:
+    dropped = improve(program, solution.dropped, budget_bytes, solution.moves)
+    better = solution_of(program, dropped, frozenset(solution.moves), _spans(menus, path))
+    return better if better.replay.peak_bytes <= budget_bytes else solution
 
 
 def _expected_peak(choices: dict[tuple[int, int], list[Choice]], path: list[tuple[int, int, int]]) -> int:
@@ -198,10 +270,9 @@ def _expected_peak(choices: dict[tuple[int, int], list[Choice]], path: list[tupl
     return peak
 
 
-def _dropped(menus: Menus, path: list[tuple[int, int, int]]) -> frozenset[int]:
-    return frozenset(menus.cuts[i] + p for i, j, o in path for p in menus.options[i, j][o].dropped)
+def _positions(menus: Menus, path: list[tuple[int, int, int]], of: Callable[[Option], frozenset[int]]) -> frozenset[int]:
+    return frozenset(menus.cuts[i] + p for i, j, o in path for p in of(menus.options[i, j][o]))
 
 
-def _regions(menus: Menus, path: list[tuple[int, int, int]], dropped: frozenset[int]) -> tuple[tuple[int, int], ...]:
-    spans = [(menus.cuts[i], menus.cuts[j]) for i, j, _ in path]
-    return tuple((a, b) for a, b in spans if any(a <= p < b for p in dropped))
+def _spans(menus: Menus, path: list[tuple[int, int, int]]) -> tuple[tuple[int, int], ...]:
+    return tuple((menus.cuts[i], menus.cuts[j]) for i, j, _ in path)

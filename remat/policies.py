@@ -27,7 +27,7 @@ from remat.describe import activation_of, module_path
 from remat.errors import BudgetError, RematError
 from remat.plan import Activation, Decision
 from remat.planner import Solution, solution_of
-from remat.program import Program
+from remat.program import HELD, Program
 from remat.solvers.improve import prune
 
 Policy: TypeAlias = "str | Callable[[Activation], Decision | None]"
@@ -106,6 +106,19 @@ def check_fits(solution: Solution, peak_bytes: int, limit: int | None, policy: P
     )
 
 
+def check_host(solution: Solution, limit: int, policy: Policy) -> None:
+    """Raises BudgetError when a policy needs more host memory than the limit, in bytes."""
+    needed = solution.replay.host_bytes
+    if needed > limit:
+        raise BudgetError(
+            f"policy={policy!r} needs {format_bytes(needed)} ({needed} bytes) of host memory, more than host_budget "
+            f"({format_bytes(limit)}). Raise host_budget=.",
+            budget_bytes=limit,
+            minimum_bytes=needed,
+            where="host memory",
+        )
+
+
 def blocks(nodes: Sequence[fx.Node]) -> list[Span]:
     """The stretches of nodes that come from one element of an outermost list of modules, in running order."""
     found: dict[str, tuple[int, int]] = {}
@@ -157,5 +170,4 @@ def _may_drop(program: Program, position: int, stop: int) -> bool:
 
 def _held(program: Program, position: int) -> bool:
     """True if someone else holds the result: moving it would free nothing."""
-    end = len(program.forward) - 1
-    return any(program.values[v].last_forward > end for v in program.forward[position].outputs)
+    return any(program.values[v].pinned == HELD for v in program.forward[position].outputs)

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+HELD = "an output of the model"  # why a value is pinned that someone else holds to the end of the step
 SCALARS_BYTES = 4096  # Python numbers that kernels wrap into tensors: a few bytes each, in no graph
 
 
@@ -82,11 +83,21 @@ class Move(NamedTuple):
 
 
 class Link(NamedTuple):
-    """The way between device and host: bytes per microsecond out and in; `overlaps` says whether compute goes on meanwhile."""
+    """The way between device and host: bytes per microsecond out and in, microseconds to start a copy; `overlaps` says whether
+    compute goes on meanwhile."""
 
     out_bytes_per_us: float
     in_bytes_per_us: float
     overlaps: bool
+    start_us: float = 0.0
+
+    def out_us(self, size: int) -> float:
+        """Time to copy `size` bytes to the host."""
+        return self.start_us + size / self.out_bytes_per_us
+
+    def in_us(self, size: int) -> float:
+        """Time to copy `size` bytes back."""
+        return self.start_us + size / self.in_bytes_per_us
 
 
 @dataclass(frozen=True)

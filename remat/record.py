@@ -23,7 +23,7 @@ from remat.cost import DeviceProfile, op_cost_us
 from remat.passes.aliasing import results
 from remat.passes.pinning import why_pinned
 from remat.passes.randomness import is_random
-from remat.program import SCALARS_BYTES, Fixed, Op, Program, Value
+from remat.program import HELD, SCALARS_BYTES, Fixed, Op, Program, Value
 from remat.runtime import bind, recompute_inputs
 from remat.workspace import Call, workspace_bytes
 
@@ -262,7 +262,7 @@ def _program(
                 end if held else max(storage.last_forward, storage.born),
                 tuple(sorted(set(storage.reads))),
                 storage.release,
-                "an output of the model" if held else why_pinned(storage.node, mutated),
+                HELD if held else why_pinned(storage.node, mutated),
             )
         )
     fixed.append(Fixed(0, end, SCALARS_BYTES))

@@ -43,8 +43,8 @@ class Replay:
 
     `schedule` lists the ops in running order as (position, is it a recompute), `live_bytes` what is allocated during each.
     `saved_bytes` lie on the device between forward and backward, `host_bytes` on the host. `recompute_us` is the time added by
-    computing again, `stall_us` by waiting for copies. `trips` are in the order in which backward wants them; `copies` are
-    (value, is it the way back, start, end) in microseconds from the start of the step.
+    computing again, `stall_us` by waiting for copies. `kept` are the values that lie on either, `trips` are in the order in
+    which backward wants them, `copies` are (value, is it the way back, start, end) in microseconds from the start of the step.
     """
 
     program: Program
@@ -54,6 +54,7 @@ class Replay:
     recompute_us: float
     host_bytes: int = 0
     stall_us: float = 0.0
+    kept: tuple[int, ...] = ()
     trips: tuple[Trip, ...] = ()
     copies: tuple[tuple[int, bool, float, float], ...] = ()
 
@@ -151,7 +152,18 @@ def simulate(program: Program, dropped: Collection[int], moves: Mapping[int, Mov
     recompute_us = sum(op.cost_us + op.launch_us for op in recomputed)
     trips.sort(key=lambda trip: trip.use)
     stall_us, copies = _transfer(program, schedule, trips)
-    return Replay(program, tuple(schedule), tuple(live), saved_bytes, recompute_us, host_bytes, stall_us, tuple(trips), copies)
+    return Replay(
+        program,
+        tuple(schedule),
+        tuple(live),
+        saved_bytes,
+        recompute_us,
+        host_bytes,
+        stall_us,
+        tuple(v for v, stays in enumerate(kept) if stays),
+        tuple(trips),
+        copies,
+    )
 
 
 def _transfer(
@@ -170,7 +182,7 @@ def _transfer(
     for index, (position, again) in enumerate(schedule):
         for trip in coming.get(index, ()):
             start = max(now, in_free, out_end[trip.value])
-            in_free = in_end[trip.value] = start + program.values[trip.value].bytes / link.in_bytes_per_us
+            in_free = in_end[trip.value] = start + link.in_us(program.values[trip.value].bytes)
             copies.append((trip.value, True, start, in_free))
             if not link.overlaps:
                 lost += in_free - now
@@ -181,7 +193,7 @@ def _transfer(
         now += op.cost_us + (op.launch_us if again else 0.0)
         for trip in leaving.get(index, ()):
             start = max(now, out_free)
-            out_free = out_end[trip.value] = start + program.values[trip.value].bytes / link.out_bytes_per_us
+            out_free = out_end[trip.value] = start + link.out_us(program.values[trip.value].bytes)
             copies.append((trip.value, False, start, out_free))
             if not link.overlaps:
                 lost += out_free - now

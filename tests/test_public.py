@@ -42,7 +42,7 @@ def parameters(function: object) -> str:
 
 COMMON = (
     "(model, args=(), kwargs=None, *, budget, policy='auto', optimizer=None, dynamic_shapes=None, plan=None, "
-    "trainable_only=True)"
+    "trainable_only=True, host_budget=None)"
 )
 
 
@@ -51,7 +51,10 @@ COMMON = (
     [
         ("optimize", COMMON),
         ("plan", COMMON),
-        ("frontier", COMMON.replace("budget", "budget=None").replace("only=True)", "only=True, points=12)")),
+        (
+            "frontier",
+            COMMON.replace("*, budget,", "*, budget=None,").replace("host_budget=None)", "host_budget=None, points=12)"),
+        ),
         ("measure", "(fn)"),
         ("plans", "(compiled)"),
         ("explain", "(model, args=(), kwargs=None, *, budget=None)"),

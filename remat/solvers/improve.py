@@ -6,23 +6,27 @@ all that time, the op need not run twice. The referee has the last word on the r
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
-from remat.program import Program
+from remat.program import Move, Program
 from remat.simulate import Replay, simulate
 
 _ROUNDS = 4
 
 
-def improve(program: Program, dropped: frozenset[int], budget_bytes: int) -> frozenset[int]:
-    """A subset of `dropped` (op positions) that takes no more time and still fits."""
-    best, replay = dropped, simulate(program, dropped)
+def improve(
+    program: Program, dropped: frozenset[int], budget_bytes: int, moves: Mapping[int, Move] | None = None
+) -> frozenset[int]:
+    """A subset of `dropped` (op positions) that takes no more time and still fits, with `moves` as they are."""
+    best, replay = dropped, simulate(program, dropped, moves)
     for _ in range(_ROUNDS):
         smaller = prune(program, _fill(program, best, replay, budget_bytes))
         if smaller == best:
             break
-        attempt = simulate(program, smaller)
-        if attempt.peak_bytes > budget_bytes or attempt.recompute_us > replay.recompute_us:
+        attempt = simulate(program, smaller, moves)
+        if attempt.peak_bytes > budget_bytes or attempt.added_us > replay.added_us:
             break
         best, replay = smaller, attempt
     return best

@@ -13,17 +13,20 @@ from itertools import pairwise
 
 import numpy as np
 
-from remat.program import Fixed, Op, Program, Value
+from remat.program import HELD, Fixed, Move, Op, Program, Value
 from remat.simulate import simulate
 from remat.solvers.mincut import Items, closure, hull
+
+_SHARES = (0.25, 0.5, 0.75, 1.0)
+_LEAVES = "leaves the block"
 
 
 @dataclass(frozen=True)
 class Option:
-    """One way to run a block. `dropped` are op positions within the slice.
+    """One way to run a block. `dropped` and `offloaded` are op positions within the slice.
 
-    saved_bytes stay from the block's forward to its backward; forward_bytes and backward_bytes are what the block adds to
-    what was saved before it while it runs.
+    saved_bytes stay on the device from the block's forward to its backward, host_bytes on the host, in as many copies as
+    n_moved; forward_bytes and backward_bytes are what the block adds to what was saved before it while it runs.
     """
 
     dropped: frozenset[int]
@@ -31,6 +34,9 @@ class Option:
     forward_bytes: int
     backward_bytes: int
     recompute_us: float
+    offloaded: frozenset[int] = frozenset()
+    host_bytes: int = 0
+    n_moved: int = 0
 
 
 def block_keys(program: Program, cuts: Sequence[int], back: Sequence[int], reach: int) -> list[Hashable]:
@@ -114,7 +120,7 @@ def slice_program(program: Program, start: int, stop: int, back_start: int, back
                 min(value.last_forward, stop - 1) - start,
                 tuple(place(p) for p in value.reads),
                 place(value.release) if value.release >= 0 else (length + back_stop - back_start if leaves else -1),
-                value.pinned or ("leaves the block" if leaves else ""),
+                value.pinned or (_LEAVES if leaves else ""),
                 value.passing_bytes,
             )
         )
@@ -135,26 +141,62 @@ def _backward_ops(program: Program, start: int, stop: int) -> tuple[Op, ...]:
     return program.backward[start - n : stop - n]
 
 
-def make_menu(block: Program) -> tuple[Option, ...]:
-    """The block's options, none of them worse than another in every respect."""
+def make_menu(block: Program, least_bytes: int | None = None) -> tuple[Option, ...]:
+    """The block's options, none of them worse than another in every respect.
+
+    least_bytes: with a number, values of at least that size may move to the host; None: nothing moves.
+    """
     items, positions = _items(block)
     candidates: set[frozenset[int]] = set()
     for recomputed in hull(items):
         again, _ = closure(items, recomputed)
         candidates.add(frozenset(positions[v] for v in again))
-    options = [_option(block, dropped) for dropped in candidates]
+    options = [_option(block, dropped, frozenset()) for dropped in candidates]
+    if least_bytes is not None:
+        options += [_option(block, d, moved) for d in candidates for moved in _movable(block, d, least_bytes)]
     kept = [o for o in options if not any(_better(other, o) for other in options)]
     return tuple(sorted(kept, key=lambda o: o.recompute_us))
 
 
-def _option(block: Program, dropped: frozenset[int]) -> Option:
+def _movable(block: Program, dropped: frozenset[int], least_bytes: int) -> set[frozenset[int]]:
+    """Sets of ops whose results could move: those that leave the block, and those made first, up to shares of the bytes."""
     replay = simulate(block, dropped)
-    return Option(dropped, replay.saved_bytes, replay.forward_peak_bytes, replay.backward_peak_bytes, replay.recompute_us)
+    sizes: dict[int, int] = {}
+    leaving = set()
+    for value in (block.values[v] for v in replay.kept):
+        if value.bytes >= least_bytes and value.pinned != HELD:
+            sizes[value.op] = sizes.get(value.op, 0) + value.bytes
+            if value.pinned == _LEAVES:
+                leaving.add(value.op)
+    found = {frozenset(leaving)}
+    for share in _SHARES:
+        moved, total = set[int](), 0
+        for op in sorted(sizes):
+            if total < share * sum(sizes.values()):
+                moved.add(op)
+                total += sizes[op]
+        found.add(frozenset(moved))
+    return found - {frozenset()}
+
+
+def _option(block: Program, dropped: frozenset[int], offloaded: frozenset[int]) -> Option:
+    moves = {op: Move(max(block.values[v].last_forward for v in block.forward[op].outputs)) for op in offloaded}
+    replay = simulate(block, dropped, moves)
+    return Option(
+        dropped,
+        replay.saved_bytes,
+        replay.forward_peak_bytes,
+        replay.backward_peak_bytes,
+        replay.recompute_us,
+        offloaded,
+        replay.host_bytes,
+        len(replay.trips),
+    )
 
 
 def _better(a: Option, b: Option) -> bool:
-    first = (a.saved_bytes, a.forward_bytes, a.backward_bytes, a.recompute_us)
-    second = (b.saved_bytes, b.forward_bytes, b.backward_bytes, b.recompute_us)
+    first = (a.saved_bytes, a.forward_bytes, a.backward_bytes, a.recompute_us, a.host_bytes, a.n_moved)
+    second = (b.saved_bytes, b.forward_bytes, b.backward_bytes, b.recompute_us, b.host_bytes, b.n_moved)
     return first != second and all(x <= y for x, y in zip(first, second, strict=True))
 
 

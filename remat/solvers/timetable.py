@@ -34,7 +34,7 @@ def timetable(
         return moves
     replay = simulate(program, dropped, moves)
     ends = list(accumulate(_times(program, replay)))
-    return _come_back(program, replay, ends, _leave(program, moves, ends))
+    return _come_back(program, replay, ends, _leave(program, replay, ends, moves))
 
 
 def _times(program: Program, replay: Replay) -> list[float]:
@@ -43,13 +43,14 @@ def _times(program: Program, replay: Replay) -> list[float]:
     return [op.cost_us + (op.launch_us if again else 0.0) for op, again in ops]
 
 
-def _leave(program: Program, moves: dict[int, Move], ends: Sequence[float]) -> dict[int, Move]:
+def _leave(program: Program, replay: Replay, ends: Sequence[float], moves: dict[int, Move]) -> dict[int, Move]:
     assert program.link is not None
     n = len(program.forward)
+    wanted = {trip.value for trip in replay.trips}
     free, later = 0.0, {}
     for op, move in sorted(moves.items()):
-        size = sum(program.values[v].bytes for v in program.forward[op].outputs if program.values[v].reads)
-        free = max(free, ends[op]) + size / program.link.out_bytes_per_us
+        moved = [program.values[v].bytes for v in program.forward[op].outputs if v in wanted]
+        free = max(free, ends[op]) + sum(map(program.link.out_us, moved))
         later[op] = move._replace(release=max(move.release, min(bisect_left(ends, free, 0, n), n - 1)))
     return later
 
@@ -64,7 +65,7 @@ def _come_back(program: Program, replay: Replay, ends: Sequence[float], moves: d
     found: dict[int, int] = {}
     for trip in reversed(replay.trips):
         value = program.values[trip.value]
-        free = min(free, ends[trip.use - 1]) - value.bytes / program.link.in_bytes_per_us
+        free = min(free, ends[trip.use - 1]) - program.link.in_us(value.bytes)
         start = starts[max(bisect_right(moments, free) - 1, 0)]
         found[value.op] = min(start, found.get(value.op, start))
     return {op: move._replace(reload=found.get(op, -1)) for op, move in moves.items()}

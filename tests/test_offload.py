@@ -1,0 +1,139 @@
+"""The planner with three decisions: what may wait on the host need not be computed again."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+
+import remat
+from remat import cost
+from remat.planner import make_menus, smallest_solution, solve
+from remat.program import Link, Op, Program
+from tests.models import build
+from tests.programs import stack
+from tests.steps import Outcome, assert_same, run_step
+
+FAST, SLOW = Link(1000.0, 1000.0, overlaps=True), Link(4.0, 4.0, overlaps=True)
+
+
+def linked(link: Link | None, blocks: int = 8) -> Program:
+    """A stack whose backward can start copies before each of its ops."""
+    program = stack(blocks)
+    n = len(program.forward)
+    return dataclasses.replace(program, link=link, gradient_ready=tuple(2 * n - 1 - p for p in range(n)))
+
+
+def test_over_a_fast_link_nothing_is_computed_again() -> None:
+    program = linked(FAST)
+    menus, with_host = make_menus(program), make_menus(program, host_bytes=10**9)
+    full = solve(program, menus, None).replay.peak_bytes
+    budget = int(program.resident_bytes + 0.6 * (full - program.resident_bytes))
+    alone, both = solve(program, menus, budget), solve(program, with_host, budget)
+    assert alone.replay.recompute_us > 0
+    assert (both.replay.recompute_us, both.replay.stall_us) == (0.0, 0.0)
+    assert both.replay.host_bytes > 0
+    assert both.replay.peak_bytes <= budget
+    assert smallest_solution(program, with_host).replay.peak_bytes < smallest_solution(program, menus).replay.peak_bytes
+
+
+@pytest.mark.parametrize("link", [FAST, SLOW, Link(50.0, 25.0, overlaps=True), Link(50.0, 50.0, overlaps=False)])
+def test_more_host_memory_never_costs_time(link: Link) -> None:
+    program = linked(link)
+    full = solve(program, make_menus(program), None).replay.peak_bytes
+    for share in (0.8, 0.5):
+        budget = int(program.resident_bytes + share * (full - program.resident_bytes))
+        added = []
+        for host_bytes in (0, 300, 10**9):
+            solution = solve(program, make_menus(program, host_bytes), budget)
+            assert solution.replay.peak_bytes <= budget
+            assert solution.replay.host_bytes <= host_bytes
+            added.append(solution.replay.added_us)
+        assert added[2] <= added[0] * 1.05
+
+
+def test_where_there_is_room_nothing_moves() -> None:
+    program = linked(FAST)
+    menus = make_menus(program, host_bytes=10**9)
+    assert not solve(program, menus, None).moves
+    assert not solve(program, menus, solve(program, menus, None).replay.peak_bytes).moves
+
+
+def test_small_values_are_not_worth_a_copy() -> None:
+    program = linked(Link(1000.0, 1000.0, overlaps=True, start_us=1.0))  # no value has 1000 bytes
+    budget = program.resident_bytes + 700
+    assert not solve(program, make_menus(program, host_bytes=10**9), budget).moves
+
+
+def test_the_error_names_the_way_out() -> None:
+    program = linked(FAST)
+    with pytest.raises(remat.BudgetError, match="host_budget="):
+        solve(program, make_menus(program), program.resident_bytes)
+    without = dataclasses.replace(program, link=None, backward=(*program.backward, Op("end", 0.0, 0)))
+    with pytest.raises(remat.BudgetError) as error:
+        solve(without, make_menus(without), program.resident_bytes)
+    assert "host_budget" not in str(error.value)
+
+
+@pytest.fixture
+def _overlapping(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plan as for a device with a link of its own."""
+    link = Link(6e3, 6e3, overlaps=True, start_us=3.0)
+    monkeypatch.setattr(cost, "CPU", dataclasses.replace(cost.CPU, link=link))
+
+
+@functools.cache
+def unchanged(name: str) -> Outcome:
+    model, kwargs = build(name)
+    return run_step(remat.optimize(model, (), kwargs, budget=None), kwargs)
+
+
+@pytest.mark.usefixtures("_overlapping")
+@pytest.mark.parametrize("share", [0.0, 0.5])
+@pytest.mark.parametrize("name", ["gpt2", "t5", "convnext"])
+def test_a_budget_holds_with_values_on_the_host(name: str, share: float) -> None:
+    model, kwargs = build(name)
+    frontier = remat.frontier(model, (), kwargs, host_budget="1GiB", points=3)
+    least, most = frontier[-1].peak_bytes, frontier[0].peak_bytes
+    budget = int(least + share * (most - least))
+    module = remat.optimize(model, (), kwargs, budget=budget, host_budget="1GiB")
+    outcome = run_step(module, kwargs)
+    assert_same(outcome, unchanged(name))
+    assert module.plan is not None
+    assert module.plan.host_bytes > 0
+    assert outcome.peak_bytes <= module.plan.peak_bytes <= budget
+    assert module.plan.peak_bytes / outcome.peak_bytes <= 1.01
+    assert module.plan.step_us == pytest.approx(module.plan.baseline_step_us + module.plan.recompute_us + module.plan.stall_us)
+
+
+@pytest.mark.usefixtures("_overlapping")
+def test_a_host_budget_is_kept() -> None:
+    model, kwargs = build("gpt2")
+    free = remat.plan(model, (), kwargs, budget=0.6, host_budget="1GiB")
+    tight = remat.plan(model, (), kwargs, budget=0.6, host_budget=free.host_bytes // 2)
+    none = remat.plan(model, (), kwargs, budget=0.6, host_budget=0)
+    assert 0 < tight.host_bytes <= free.host_bytes // 2
+    assert none.host_bytes == 0
+    assert free.recompute_us <= tight.recompute_us <= none.recompute_us
+
+
+def test_a_model_on_the_host_moves_nothing_unless_asked_to() -> None:
+    model, kwargs = build("gpt2")
+    assert remat.plan(model, (), kwargs, budget=0.5).host_bytes == 0
+
+
+@pytest.mark.parametrize("host_budget", [-1, "8 potatoes", float("nan"), True, 0.5, "auto", [1]])
+def test_a_host_budget_that_cannot_be_read(host_budget: object) -> None:
+    with pytest.raises(remat.BudgetError):
+        remat.optimize(torch.nn.Linear(2, 2), budget=None, host_budget=host_budget)  # type: ignore[arg-type]
+
+
+def test_a_policy_that_needs_more_of_the_host() -> None:
+    model, kwargs = build("llama")
+    needs = remat.plan(model, (), kwargs, budget=None, policy="offload-all").host_bytes
+    assert remat.plan(model, (), kwargs, budget=None, policy="offload-all", host_budget=needs).host_bytes == needs
+    with pytest.raises(remat.BudgetError, match="host memory") as error:
+        remat.plan(model, (), kwargs, budget=None, policy="offload-all", host_budget=needs - 1)
+    assert (error.value.minimum_bytes, error.value.where) == (needs, "host memory")
