@@ -15,7 +15,8 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from remat.cost import DeviceProfile, op_cost_us
+from remat.cost import op_cost_us
+from remat.devices import DeviceProfile
 from remat.passes.aliasing import is_view, results, storage_bytes
 from remat.passes.pinning import why_pinned
 from remat.passes.randomness import is_random

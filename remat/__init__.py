@@ -5,13 +5,15 @@ The public names, on one screen:
     optimize    rewrite a module for a budget (door 1)        plans     plans and graphs of a compiled model (door 2)
     plan        what would be done, without doing it          measure   what a step really allocated
     frontier    the trade-off, from fastest to smallest       explain   what is saved, recomputed, and why
+    profile_device   measure this machine's rates, once; plans use them from then on
 """
 
 from remat.api import explain, frontier, optimize, plan
 from remat.backend import CompiledPlan, plans
+from remat.devices import DeviceProfile, profile_device
 from remat.errors import BudgetError, CaptureError, RematError, RewriteError
 from remat.measure import Measurement, measure
-from remat.plan import Activation, Block, Decision, Plan
+from remat.plan import Activation, Block, Decision, Plan, Transfer
 
 __version__ = "0.1.0"
 
@@ -22,14 +24,17 @@ __all__ = [
     "CaptureError",
     "CompiledPlan",
     "Decision",
+    "DeviceProfile",
     "Measurement",
     "Plan",
     "RematError",
     "RewriteError",
+    "Transfer",
     "explain",
     "frontier",
     "measure",
     "optimize",
     "plan",
     "plans",
+    "profile_device",
 ]

@@ -14,10 +14,11 @@ import torch
 from torch import fx, nn
 
 from remat._torch import pytree
-from remat.budget import BudgetLike, parse_budget, resolve_budget, resolve_host_budget
+from remat.absent import stand_in
+from remat.budget import BudgetLike, Memory, memory_of, parse_budget, resolve_budget, resolve_host_budget
 from remat.capture import Captured, capture
-from remat.cost import profile_of
 from remat.describe import describe
+from remat.devices import DeviceProfile, device_profile, profile_of
 from remat.errors import RematError
 from remat.module import RematModule
 from remat.passes.aliasing import storage_roots
@@ -45,7 +46,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         parse_budget(self.budget)
-        resolve_host_budget(self.host_budget, torch.device("cpu"))
+        resolve_host_budget(self.host_budget, memory_of(torch.device("cpu")))
         check_policy(self.policy)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -71,6 +72,7 @@ class Traced:
     captured: Captured
     program: Program
     device: torch.device
+    profile: DeviceProfile
     fingerprint: str
     trains: frozenset[int]
 
@@ -80,8 +82,8 @@ class Traced:
             return self.apply(settings.plan)
         start = time.perf_counter()
         baseline = simulate(self.program, ())
-        limit = resolve_budget(parse_budget(settings.budget), self.device, self.program.resident_bytes, baseline.peak_bytes)
-        host = resolve_host_budget(settings.host_budget, self.device)
+        limit = resolve_budget(parse_budget(settings.budget), self.memory, self.program.resident_bytes, baseline.peak_bytes)
+        host = resolve_host_budget(settings.host_budget, self.memory)
         menus = make_menus(self.program, host)
         if is_planned(settings.policy):
             solution = solve(self.program, menus, None if settings.policy == "none" else limit)
@@ -94,19 +96,27 @@ class Traced:
         return self.describe(menus, solution, limit, time.perf_counter() - start)
 
     @cached_property
+    def memory(self) -> Memory:
+        """What the device has; one that is not there is taken to be empty but for the model, on a host with as much again."""
+        total = self.profile.memory_bytes
+        if self.profile.is_here or not total:
+            return memory_of(self.device)
+        return Memory(self.profile.name, total, total - self.program.resident_bytes, total)
+
+    @cached_property
     def nodes(self) -> list[fx.Node]:
         return [node for node in self.captured.graph.nodes if node.op == "call_function"]
 
     def frontier(self, settings: Settings, points: int) -> Iterator[Plan]:
         """Plans from the fastest to the smallest."""
         start = time.perf_counter()
-        menus = make_menus(self.program, resolve_host_budget(settings.host_budget, self.device))
+        menus = make_menus(self.program, resolve_host_budget(settings.host_budget, self.memory))
         for solution in frontier_solutions(self.program, menus, points):
             yield self.describe(menus, solution, solution.replay.peak_bytes, time.perf_counter() - start)
             start = time.perf_counter()
 
     def describe(self, menus: Menus, solution: Solution, limit: int | None, seconds: float) -> Plan:
-        return describe(self.nodes, self.program, menus, solution, limit, seconds, str(self.device), "eager", self.fingerprint)
+        return describe(self.nodes, self.program, menus, solution, limit, seconds, self.memory.name, "eager", self.fingerprint)
 
     def apply(self, plan: Plan) -> Plan:
         """A plan made earlier, checked against this graph."""
@@ -143,20 +153,32 @@ def with_views(members: list[fx.Node], dropped: frozenset[str]) -> frozenset[str
 
 
 def trace(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], optimizer: torch.optim.Optimizer | None = None
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    optimizer: torch.optim.Optimizer | None = None,
+    device: str | None = None,
 ) -> Traced:
-    """Capture one call of `model` and record its training step. Allocates nothing on the device."""
+    """Capture one call of `model` and record its training step, as on the device it is on or on a well-known one by name.
+    Allocates nothing on the device."""
+    profile = None
+    if device is not None:
+        profile = device_profile(device)
+        model, args, kwargs = stand_in(model, args, kwargs)
     if not model.training:
         raise RematError("the model is in eval mode, where nothing is saved for backward; call model.train() first")
     captured = capture(model, args, kwargs)
     tensors = placeholder_tensors(captured, model, args, kwargs)
     if not any(t.requires_grad for t in tensors):
         raise RematError("no parameter or input requires grad, so there is no backward to plan for; unfreeze something first")
-    device = next((t.device for t in tensors if t.requires_grad), torch.device("cpu"))
+    place = next((t.device for t in tensors if t.requires_grad), torch.device("cpu"))
+    profile = profile or profile_of(place)
     resident = resident_bytes(tensors, model, optimizer)
-    program = record(captured, tensors, profile_of(device), resident)
+    program = record(captured, tensors, profile, resident)
     text = "\n".join(f"{n.name} {n.target} {n.args} {getattr(n.meta.get('val'), 'shape', '')}" for n in captured.graph.nodes)
-    return Traced(captured, program, device, hashlib.sha256(text.encode()).hexdigest()[:16], _training(captured, tensors))
+    return Traced(
+        captured, program, place, profile, hashlib.sha256(text.encode()).hexdigest()[:16], _training(captured, tensors)
+    )
 
 
 def _training(captured: Captured, tensors: Sequence[torch.Tensor]) -> frozenset[int]:
@@ -241,10 +263,15 @@ def plan(
     plan: Plan | None = None,
     trainable_only: bool = True,
     host_budget: int | str | None = None,
+    device: str | None = None,
 ) -> Plan:
-    """Plan one training step without running it. Arguments and errors as in `optimize`."""
+    """Plan one training step without running it. Arguments and errors as in `optimize`.
+
+    device: plan for a well-known device, which need not be there ("h100"; remat/devices.py has them), whatever the model and
+        its inputs lie on, `meta` included. Nothing is allocated. "auto" and "80%" are of that device's memory.
+    """
     settings = Settings(budget, policy, trainable_only, host_budget, plan, optimizer)
-    return trace(model, args, kwargs or {}, optimizer).plan(settings)
+    return trace(model, args, kwargs or {}, optimizer, device).plan(settings)
 
 
 def frontier(
@@ -259,14 +286,15 @@ def frontier(
     plan: Plan | None = None,
     trainable_only: bool = True,
     host_budget: int | str | None = None,
+    device: str | None = None,
     points: int = 12,
 ) -> list[Plan]:
     """The trade-off between memory and time: plans from the fastest to the smallest, each smaller and slower than the one
-    before. With a budget, only those within it. Arguments and errors as in `optimize`."""
+    before. With a budget, only those within it. Arguments and errors as in `plan`."""
     settings = Settings(budget, policy, trainable_only, host_budget, plan, optimizer)
-    traced = trace(model, args, kwargs or {}, optimizer)
+    traced = trace(model, args, kwargs or {}, optimizer, device)
     plans = list(traced.frontier(settings, points))
-    limit = resolve_budget(parse_budget(budget), traced.device, traced.program.resident_bytes, plans[0].peak_bytes)
+    limit = resolve_budget(parse_budget(budget), traced.memory, traced.program.resident_bytes, plans[0].peak_bytes)
     return [p for p in plans if limit is None or p.peak_bytes <= limit]
 
 

@@ -20,9 +20,9 @@ import torch
 from torch import fx
 
 from remat import _torch
-from remat.budget import BudgetLike, parse_budget, resolve_budget
-from remat.cost import profile_of
+from remat.budget import BudgetLike, memory_of, parse_budget, resolve_budget
 from remat.describe import describe
+from remat.devices import profile_of
 from remat.errors import RematError
 from remat.inductor import backward_memory, compile_graph, forward_memory
 from remat.ladder import Attempt, Ladder
@@ -233,7 +233,7 @@ class _Partitioner:
         self, program: Program, menus: Menus, device: torch.device, baseline_bytes: int
     ) -> tuple[int | None, int | None]:
         """The budget in bytes, and what this graph may use of it."""
-        limit = resolve_budget(parse_budget(self.options.budget), device, program.resident_bytes, baseline_bytes)
+        limit = resolve_budget(parse_budget(self.options.budget), memory_of(device), program.resident_bytes, baseline_bytes)
         if limit is None or self.options.policy == "none":
             return limit, None
         between = limit // 50 if self.more_graphs or self.session.graphs else 0  # passes between graphs, and is in none

@@ -77,27 +77,43 @@ def _positive(amount: int) -> int:
     return amount
 
 
-def resolve_budget(budget: Budget, device: torch.device, resident_bytes: int, baseline_peak_bytes: int) -> int | None:
-    """The bytes a budget means for one step on `device`; None when any peak is allowed."""
+@dataclass(frozen=True)
+class Memory:
+    """What a device has, in bytes, and what host memory values may wait in when nobody says how much."""
+
+    name: str
+    total_bytes: int
+    free_bytes: int
+    host_bytes: int
+
+
+def memory_of(device: torch.device) -> Memory:
+    """The memory of a device of this machine. Half of the host's free memory is for a GPU's values, and none for a CPU's."""
+    host = free_bytes(torch.device("cpu")) // 2 if device.type == "cuda" else 0
+    return Memory(str(device), device_bytes(device), free_bytes(device), host)
+
+
+def resolve_budget(budget: Budget, memory: Memory, resident_bytes: int, baseline_peak_bytes: int) -> int | None:
+    """The bytes a budget means for one step on a device; None when any peak is allowed."""
     if budget.bytes is not None:
-        total = device_bytes(device)
-        if budget.bytes > total:
-            _say_once(f"the budget of {format_bytes(budget.bytes)} is larger than {device} ({format_bytes(total)})")
+        if budget.bytes > memory.total_bytes:
+            total = format_bytes(memory.total_bytes)
+            _say_once(f"the budget of {format_bytes(budget.bytes)} is larger than {memory.name} ({total})")
         return budget.bytes
     if budget.share_of_device is not None:
-        return int(budget.share_of_device * device_bytes(device))
+        return int(budget.share_of_device * memory.total_bytes)
     if budget.share_of_activations is not None:
         return resident_bytes + int(budget.share_of_activations * (baseline_peak_bytes - resident_bytes))
     if budget.auto:
-        return free_bytes(device) + resident_bytes
+        return memory.free_bytes + resident_bytes
     return None
 
 
-def resolve_host_budget(host_budget: int | str | None, device: torch.device) -> int:
-    """Bytes of host memory that values may lie in: given, a share of what is free ("50%"), or by default half of what is free
-    for a GPU and nothing for a model that is on the host already. Raises BudgetError when it cannot be read."""
+def resolve_host_budget(host_budget: int | str | None, memory: Memory) -> int:
+    """Bytes of host memory that values may lie in: given, a share of what is free ("50%"), or the default for the device.
+    Raises BudgetError when it cannot be read."""
     if host_budget is None:
-        return free_bytes(torch.device("cpu")) // 2 if device.type == "cuda" else 0
+        return memory.host_bytes
     if isinstance(host_budget, int) and not isinstance(host_budget, bool) and host_budget == 0:
         return 0
     budget = parse_budget(host_budget)

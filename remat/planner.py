@@ -10,6 +10,8 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
+
 from remat.budget import format_bytes
 from remat.errors import BudgetError
 from remat.program import Link, Move, Op, Program
@@ -22,7 +24,7 @@ from remat.solvers.timetable import timetable
 
 _MERGES = (1, 2, 4, 8)  # how many neighbouring blocks may run as one
 _HOST_PRICE = 0.01  # of a copy's time, even where it hides: nothing moves for nothing
-_PRICES = 16  # higher ones, tried by bisection where the host has less than what would move
+_PRICES = 10  # higher ones, tried by bisection where the host has less than what would move
 
 
 @contextlib.contextmanager
@@ -179,16 +181,31 @@ def fastest_solution(program: Program, menus: Menus) -> Solution:
 @without_gc()
 def smallest_solution(program: Program, menus: Menus) -> Solution:
     """The plan with the smallest peak that the planner knows."""
+    for choices in itertools.chain([menus.choices], map(menus.priced, _rising_prices(program, menus))):
+        best = _smallest_among(program, menus, choices)
+        if best.replay.host_bytes <= menus.host_bytes:
+            break
+    return best
+
+
+def _rising_prices(program: Program, menus: Menus) -> Iterator[float]:
+    """Prices on a byte of host memory, in microseconds, to the one at which nothing moves that need not."""
+    if menus.link is not None:
+        yield from np.geomspace(10 * _HOST_PRICE / menus.link.in_bytes_per_us, program.step_us, 5).tolist()
+
+
+def _smallest_among(program: Program, menus: Menus, choices: dict[tuple[int, int], list[Choice]]) -> Solution:
+    """The selection at the smallest target that has one is not always the one with the smallest replay: all are replayed."""
     best = fastest_solution(program, menus)
-    low, high = program.resident_bytes, best.replay.peak_bytes
+    low, high = 0, best.replay.peak_bytes - program.resident_bytes
     while high - low > max(high // 2000, 1):
-        middle = (low + high) // 2
-        attempt = _attempt(program, menus, middle, tighten=False)
-        if attempt is None:
-            low = middle
+        target = (low + high) // 2
+        path = select(choices, len(menus.cuts) - 1, target)
+        if path is None:
+            low = target
             continue
-        best = min(best, attempt, key=lambda s: s.replay.peak_bytes)
-        high = min(middle, best.replay.peak_bytes)
+        best = min(best, _solution(program, menus, path), key=lambda s: s.replay.peak_bytes)
+        high = target
     return best
 
 
@@ -210,16 +227,16 @@ def frontier_solutions(program: Program, menus: Menus, points: int) -> list[Solu
     return kept
 
 
-def _attempt(program: Program, menus: Menus, budget_bytes: int, tighten: bool = True) -> Solution | None:
+def _attempt(program: Program, menus: Menus, budget_bytes: int) -> Solution | None:
     """A plan within the budget and within what the host has; None when none is found."""
-    solution = _attempt_with(program, menus, menus.choices, budget_bytes, tighten)
+    solution = _attempt_with(program, menus, menus.choices, budget_bytes)
     if solution is None or solution.replay.host_bytes <= menus.host_bytes:
         return solution
     assert menus.link is not None
     low, price = _HOST_PRICE / menus.link.in_bytes_per_us, program.step_us  # for one byte: then nothing moves that need not
     best, high = None, price
     for _ in range(_PRICES):
-        solution = _attempt_with(program, menus, menus.priced(price), budget_bytes, tighten)
+        solution = _attempt_with(program, menus, menus.priced(price), budget_bytes)
         if solution is not None and solution.replay.host_bytes <= menus.host_bytes:
             best, high = solution, price
         elif price == high:
@@ -231,7 +248,7 @@ def _attempt(program: Program, menus: Menus, budget_bytes: int, tighten: bool = 
 
 
 def _attempt_with(
-    program: Program, menus: Menus, choices: dict[tuple[int, int], list[Choice]], budget_bytes: int, tighten: bool
+    program: Program, menus: Menus, choices: dict[tuple[int, int], list[Choice]], budget_bytes: int
 ) -> Solution | None:
     """Select, and where the replay of the whole step disagrees with the sum of its blocks, aim lower by the difference."""
     target = budget_bytes - program.resident_bytes
@@ -241,7 +258,7 @@ def _attempt_with(
             return None
         solution = _solution(program, menus, path)
         if solution.replay.peak_bytes <= budget_bytes:
-            return _tightened(program, menus, path, solution, budget_bytes) if tighten else solution
+            return _tightened(program, menus, path, solution, budget_bytes)
         missed = solution.replay.peak_bytes - program.resident_bytes - _expected_peak(choices, path)
         target = min(target - 1, budget_bytes - program.resident_bytes - missed)
     return None

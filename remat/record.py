@@ -18,8 +18,10 @@ from torch import fx
 
 from remat import _torch
 from remat._torch import pytree
+from remat.absent import LIBRARY_BYTES, scratch_bytes
 from remat.capture import Captured
-from remat.cost import DeviceProfile, op_cost_us
+from remat.cost import op_cost_us
+from remat.devices import DeviceProfile
 from remat.passes.aliasing import results
 from remat.passes.pinning import why_pinned
 from remat.passes.randomness import is_random
@@ -265,13 +267,15 @@ def _program(
                 HELD if held else why_pinned(storage.node, mutated),
             )
         )
-    fixed.append(Fixed(0, end, SCALARS_BYTES))
+    here = recorder.device.is_here
+    fixed.append(Fixed(0, end, SCALARS_BYTES if here else LIBRARY_BYTES))
+    scratch = workspace_bytes if here else scratch_bytes
     ops = []
     for position, node in enumerate(nodes):
         own = [index[id(s)] for s in produced[node] if id(s) in index and s.born == position]
         reads = {index[id(s)] for source in recompute_inputs(node) for s in produced.get(source, ()) if id(s) in index}
         cost, call = costs[position]
-        op = Op(node.name, cost, workspace_bytes(call))
+        op = Op(node.name, cost, scratch(call))
         if own:
             state = _rng_state_bytes(recorder.device) if is_random(node) else 0
             op = op._replace(
@@ -281,7 +285,7 @@ def _program(
                 state_bytes=state,
             )
         ops.append(op)
-    backward = tuple(Op(name, cost, workspace_bytes(call)) for name, cost, call in recorder.kernels)
+    backward = tuple(Op(name, cost, scratch(call)) for name, cost, call in recorder.kernels)
     ready = tuple(recorder.gradient_ready.get(position, -1) for position in range(n_forward))
     return Program(tuple(ops), backward, tuple(values), tuple(fixed), resident_bytes, ready, recorder.device.link)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import remat
 from remat import budget as budgets
-from remat.budget import Budget, format_bytes, parse_budget, resolve_budget
+from remat.budget import Budget, format_bytes, memory_of, parse_budget, resolve_budget
 
 CPU = torch.device("cpu")
 GIB = 1024**3
@@ -53,7 +53,7 @@ def test_other_forms(budget: budgets.BudgetLike, meaning: Budget) -> None:
 
 @given(st.integers(1, 10**15))
 def test_bytes_are_taken_as_they_are(amount: int) -> None:
-    assert resolve_budget(parse_budget(amount), CPU, 0, 1) == amount
+    assert resolve_budget(parse_budget(amount), memory_of(CPU), 0, 1) == amount
 
 
 @given(st.one_of(st.text(max_size=12), st.floats(), st.integers(), st.booleans(), st.none()))
@@ -67,21 +67,21 @@ def test_anything_else_is_a_budget_error(budget: budgets.BudgetLike) -> None:
 
 
 def test_a_share_is_of_what_lies_above_resident_memory() -> None:
-    assert resolve_budget(Budget(share_of_activations=0.25), CPU, 1000, 5000) == 2000
+    assert resolve_budget(Budget(share_of_activations=0.25), memory_of(CPU), 1000, 5000) == 2000
 
 
 def test_a_percentage_is_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budgets, "device_bytes", lambda device: 1000)
-    assert resolve_budget(Budget(share_of_device=0.8), CPU, 10, 20) == 800
+    assert resolve_budget(Budget(share_of_device=0.8), memory_of(CPU), 10, 20) == 800
 
 
 def test_auto_is_what_is_free_and_what_is_there_already(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budgets, "free_bytes", lambda device: 1000)
-    assert resolve_budget(Budget(auto=True), CPU, 50, 20) == 1050
+    assert resolve_budget(Budget(auto=True), memory_of(CPU), 50, 20) == 1050
 
 
 def test_none_allows_any_peak() -> None:
-    assert resolve_budget(Budget(), CPU, 10, 20) is None
+    assert resolve_budget(Budget(), memory_of(CPU), 10, 20) is None
 
 
 def test_the_machine_has_memory() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import remat
-from remat import cost
+from remat import devices
 from remat.planner import make_menus, smallest_solution, solve
 from remat.program import Link, Op, Program
 from tests.models import build
@@ -81,7 +81,7 @@ def test_the_error_names_the_way_out() -> None:
 def _overlapping(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plan as for a device with a link of its own."""
     link = Link(6e3, 6e3, overlaps=True, start_us=3.0)
-    monkeypatch.setattr(cost, "CPU", dataclasses.replace(cost.CPU, link=link))
+    monkeypatch.setattr(devices, "CPU", dataclasses.replace(devices.CPU, link=link))
 
 
 @functools.cache

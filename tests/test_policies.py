@@ -166,10 +166,10 @@ def test_twenty_steps_with_copies_that_take_their_time(policy: str, monkeypatch:
 def overlapping(monkeypatch: pytest.MonkeyPatch) -> None:
     import dataclasses
 
-    from remat import cost
+    from remat import devices
 
-    link = cost.CPU.link._replace(overlaps=True)
-    monkeypatch.setattr(cost, "CPU", dataclasses.replace(cost.CPU, link=link))
+    link = devices.CPU.link._replace(overlaps=True)
+    monkeypatch.setattr(devices, "CPU", dataclasses.replace(devices.CPU, link=link))
 
 
 @pytest.mark.usefixtures("_dynamo")

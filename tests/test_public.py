@@ -19,16 +19,19 @@ def test_names() -> None:
         "CaptureError",
         "CompiledPlan",
         "Decision",
+        "DeviceProfile",
         "Measurement",
         "Plan",
         "RematError",
         "RewriteError",
+        "Transfer",
         "explain",
         "frontier",
         "measure",
         "optimize",
         "plan",
         "plans",
+        "profile_device",
     ]
     assert all(hasattr(remat, name) for name in remat.__all__)
 
@@ -50,12 +53,15 @@ COMMON = (
     ("name", "expected"),
     [
         ("optimize", COMMON),
-        ("plan", COMMON),
+        ("plan", COMMON.replace("host_budget=None)", "host_budget=None, device=None)")),
         (
             "frontier",
-            COMMON.replace("*, budget,", "*, budget=None,").replace("host_budget=None)", "host_budget=None, points=12)"),
+            COMMON.replace("*, budget,", "*, budget=None,").replace(
+                "host_budget=None)", "host_budget=None, device=None, points=12)"
+            ),
         ),
         ("measure", "(fn)"),
+        ("profile_device", "(device=None, *, again=False)"),
         ("plans", "(compiled)"),
         ("explain", "(model, args=(), kwargs=None, *, budget=None)"),
     ],

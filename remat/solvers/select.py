@@ -64,7 +64,7 @@ def select(
 
 def _undominated(saved: np.ndarray, time: np.ndarray) -> np.ndarray:
     """Indices of states that no other beats, by rising saved bytes; thinned evenly when there are too many."""
-    order = np.lexsort((time, saved))
+    order = np.argsort(saved, kind="stable")  # a merge sort, and what comes in is sorted runs
     best = np.minimum.accumulate(time[order])
     better = np.ones(order.size, dtype=bool)
     better[1:] = time[order][1:] < best[:-1] - 1e-12

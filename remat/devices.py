@@ -1,0 +1,187 @@
+"""What devices can do: rates that costs are computed with, and the memory there is.
+
+Figures are the makers' data sheets: dense arithmetic without sparsity, with accumulation in float32; memory as the driver
+reports it. What a step reaches of them is `_REACHED`, measured on matrix products and copies of training size by many and
+by `profile_device` here. A link's rate is what pinned copies reach: about 25 GB/s over PCIe 4 x16, 55 GB/s over PCIe 5.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from remat.errors import RematError
+from remat.program import Link
+
+_REACHED = 0.75
+
+
+@dataclass(frozen=True)
+class DeviceProfile:
+    """Rates of a device, per microsecond: arithmetic in 16 bit and in float32, memory traffic, the way to the host; a fixed
+    cost per kernel; the memory it has. `is_here` is False for a device that is planned for from afar.
+    """
+
+    name: str
+    half_flop_per_us: float
+    float_flop_per_us: float
+    bytes_per_us: float
+    launch_us: float
+    recompute_launch_us: float
+    random_ns_per_element: float
+    transcendental_ns_per_element: float
+    link: Link
+    memory_bytes: int = 0
+    is_here: bool = True
+
+    def flop_per_us(self, dtype: torch.dtype) -> float:
+        """Arithmetic rate of matrix products in a dtype."""
+        return self.half_flop_per_us if dtype.itemsize <= 2 else self.float_flop_per_us
+
+
+CPU = DeviceProfile("cpu", 120e3, 120e3, 12e3, 3.0, 3.0, 3.0, 0.6, Link(6e3, 6e3, overlaps=False, start_us=3.0))
+CUDA = DeviceProfile("cuda", 400e6, 40e6, 2.5e6, 4.0, 6.0, 0.0, 0.0, Link(20e3, 20e3, overlaps=True, start_us=10.0))
+
+
+def _gpu(
+    name: str, half_tflops: float, float_tflops: float, gb_per_s: float, link_gb_per_s: float, memory_gib: float
+) -> DeviceProfile:
+    link = Link(link_gb_per_s * 1e3, link_gb_per_s * 1e3, overlaps=True, start_us=10.0)
+    return DeviceProfile(
+        name,
+        half_tflops * 1e6 * _REACHED,
+        float_tflops * 1e6 * _REACHED,
+        gb_per_s * 1e3 * _REACHED,
+        4.0,
+        6.0,
+        0.0,
+        0.0,
+        link,
+        int(memory_gib * 2**30),
+        is_here=False,
+    )
+
+
+DEVICES = {
+    profile.name: profile
+    for profile in (
+        _gpu("a100-40gb", 312, 19.5, 1555, 25, 39.4),
+        _gpu("a100-80gb", 312, 19.5, 2039, 25, 79.2),
+        _gpu("h100", 989, 67, 3350, 55, 79.2),
+        _gpu("h200", 989, 67, 4800, 55, 139.8),
+        _gpu("l4", 121, 30.3, 300, 25, 22.0),
+        _gpu("rtx3090", 71, 35.6, 936, 25, 23.6),
+        _gpu("rtx4090", 165, 82.6, 1008, 25, 23.6),
+        _gpu("rtx5090", 209.5, 104.8, 1792, 55, 31.4),
+        dataclasses.replace(CPU, is_here=False),
+    )
+}
+
+
+def device_profile(name: str) -> DeviceProfile:
+    """A well-known device by name. Raises RematError with the names there are."""
+    found = DEVICES.get(name.lower().replace(" ", "")) if isinstance(name, str) else None
+    if found is None:
+        raise RematError(f"device={name!r} is unknown; there are {', '.join(DEVICES)}")
+    return found
+
+
+def profile_of(device: torch.device) -> DeviceProfile:
+    """The profile that costs on a device of this machine are computed with: measured, if `profile_device` did; else known by
+    its name; else a typical one."""
+    measured = _read(_cache_file(device))
+    if measured is not None:
+        return measured
+    if device.type != "cuda":
+        return CPU
+    return _known_gpu(torch.cuda.get_device_name(device)) or CUDA
+
+
+def _known_gpu(full_name: str) -> DeviceProfile | None:
+    words = full_name.lower().replace(" ", "").replace("-", "")
+    for name, profile in DEVICES.items():
+        if all(part in words for part in name.split("-")):
+            return dataclasses.replace(profile, is_here=True)
+    return None
+
+
+def profile_device(device: torch.device | str | None = None, *, again: bool = False) -> DeviceProfile:
+    """Measure a device of this machine in a few seconds; plans on it use the figures from then on, in later processes too.
+
+    device: by default the current GPU, or the CPU where there is none. again: measure even if there are figures.
+    """
+    chosen = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    if chosen.type not in ("cpu", "cuda"):
+        raise RematError(f"device={chosen} cannot be measured; there are 'cpu' and 'cuda'")
+    path = _cache_file(chosen)
+    known = None if again else _read(path)
+    if known is not None:
+        return known
+    profile = _measure(chosen)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(dataclasses.asdict(profile)))
+    _read.cache_clear()
+    return profile
+
+
+def _cache_file(device: torch.device) -> Path:
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "remat"
+    model = torch.cuda.get_device_name(device).replace(" ", "-") if device.type == "cuda" else f"cpu-{torch.get_num_threads()}"
+    return folder / f"{model}-torch-{torch.__version__}.json"
+
+
+@cache
+def _read(path: Path) -> DeviceProfile | None:
+    try:
+        data = json.loads(path.read_text())
+        return DeviceProfile(**{**data, "link": Link(*data["link"])})
+    except (OSError, ValueError, TypeError, KeyError):
+        return None  # never measured, or by another version: measure again
+
+
+def _measure(device: torch.device) -> DeviceProfile:
+    on_gpu = device.type == "cuda"
+    base = CUDA if on_gpu else CPU
+    side, size = (8192, 1 << 28) if on_gpu else (1024, 1 << 24)
+
+    def matmul_flop_per_us(dtype: torch.dtype) -> float:
+        a = torch.ones(side, side, dtype=dtype, device=device)
+        return 2 * side**3 / _seconds(lambda: a @ a, device) / 1e6
+
+    there = torch.ones(size, dtype=torch.uint8, device=device)
+    here = torch.ones(size, dtype=torch.uint8, pin_memory=on_gpu)
+    out = size / _seconds(lambda: here.copy_(there, non_blocking=True), device) / 1e6
+    back = size / _seconds(lambda: there.copy_(here, non_blocking=True), device) / 1e6
+    return dataclasses.replace(
+        base,
+        half_flop_per_us=matmul_flop_per_us(torch.bfloat16),
+        float_flop_per_us=matmul_flop_per_us(torch.float32),
+        bytes_per_us=2 * size / _seconds(there.clone, device) / 1e6,
+        link=base.link._replace(out_bytes_per_us=out, in_bytes_per_us=back),
+        memory_bytes=torch.cuda.get_device_properties(device).total_memory if on_gpu else 0,
+    )
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    """The best of five, after one to warm up."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    best = float("inf")
+    for _ in range(6):
+        wait()
+        start = time.perf_counter()
+        call()
+        wait()
+        best = min(best, time.perf_counter() - start)
+    return best
