@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -106,9 +107,9 @@ def profile_of(device: torch.device) -> DeviceProfile:
 
 
 def _known_gpu(full_name: str) -> DeviceProfile | None:
-    words = full_name.lower().replace(" ", "").replace("-", "")
+    words = full_name.lower().replace("rtx ", "rtx")
     for name, profile in DEVICES.items():
-        if all(part in words for part in name.split("-")):
+        if all(re.search(rf"\b{part}\b", words) for part in name.split("-")):
             return dataclasses.replace(profile, is_here=True)
     return None
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import remat
 from remat.absent import LIBRARY_BYTES
-from remat.devices import CPU, DEVICES, device_profile, profile_of
+from remat.devices import CPU, DEVICES, _known_gpu, device_profile, profile_of
 from tests.models import build, mlp
 
 LENGTH = 2048
@@ -89,6 +89,24 @@ def test_an_unknown_device_lists_the_known_ones(device: object) -> None:
 def test_names_are_read_as_people_write_them() -> None:
     assert device_profile("RTX 4090") is DEVICES["rtx4090"]
     assert device_profile("H100") is DEVICES["h100"]
+
+
+@pytest.mark.parametrize(
+    ("full_name", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA L40S", None),
+        ("NVIDIA GeForce RTX 3080", None),
+    ],
+)
+def test_gpus_are_known_by_the_drivers_name(full_name: str, name: str | None) -> None:
+    found = _known_gpu(full_name)
+    assert (found.name if found is not None else None) == name
+    assert found is None or found.is_here
 
 
 def test_a_measured_device_is_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:

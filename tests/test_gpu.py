@@ -8,6 +8,7 @@ from torch import nn
 
 import remat
 from remat.backend import remat_backend
+from remat.transfer import _StreamLane, host_tier
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -54,3 +55,39 @@ def test_door_2_holds_its_budget(compiler: str) -> None:
     torch._dynamo.reset()
     baseline, _ = _step(torch.compile(model, backend=remat_backend, options={"compiler": compiler}), x)
     assert peak < baseline
+
+
+@pytest.mark.parametrize("policy", ["offload", "offload-all"])
+def test_values_on_the_host_change_nothing_and_free_the_device(policy: str) -> None:
+    model, x = _encoder()
+    most, expected = _step(remat.optimize(model, (x,), budget=None), x)
+    module = remat.optimize(model, (x,), budget=None, policy=policy)
+    peak, found = _step(module, x)
+    assert module.plan is not None
+    assert peak < most
+    assert abs(module.plan.peak_bytes / peak - 1) <= 0.03
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_copies_that_take_their_time_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = _encoder()
+    _, expected = _step(remat.optimize(model, (x,), budget=None), x)
+    module = remat.optimize(model, (x,), budget=0.5, host_budget="8GiB")
+    assert module.plan is not None
+    assert module.plan.host_bytes > 0
+    monkeypatch.setattr(_StreamLane, "delay_s", 0.005)
+    for _ in range(5):
+        peak, found = _step(module, x)
+        assert peak <= module.plan.budget_bytes
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_steps_leak_nothing_and_pin_no_new_memory() -> None:
+    model, x = _encoder()
+    module = remat.optimize(model, (x,), budget=None, policy="offload-all")
+    pool = host_tier(x.device).pool
+    _step(module, x)
+    made, allocated = pool.made, torch.cuda.memory_allocated()
+    for _ in range(100):
+        _step(module, x)
+    assert (pool.made, pool.in_use_bytes, torch.cuda.memory_allocated()) == (made, 0, allocated)
