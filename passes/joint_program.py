@@ -128,7 +128,11 @@ def joint_program(graph: fx.Graph, halves: JointHalves, device: DeviceProfile, r
         for p, node in enumerate(halves.forward)
     )
     backward = tuple(_op(node, (), [], device, fuses, node in inlined) for node in halves.backward)
-    return Program(forward, (*backward, Op("end of step", 0.0, 0)), tuple(values), tuple(fixed), resident_bytes)
+    end_of_step = Op("end of step", 0.0, 0)
+    moments = tuple((position[node], node.name) for node in halves.backward)
+    return Program(
+        forward, (*backward, end_of_step), tuple(values), tuple(fixed), resident_bytes, moments, device.link, regions_hold=False
+    )
 
 
 def _owner(node: fx.Node) -> fx.Node:

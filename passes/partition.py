@@ -6,12 +6,14 @@ which is where torch's ratio budget loses its memory, so the order is mended her
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import fx
 
 from remat import _torch
-from remat.passes.aliasing import is_view, storage_roots
+from remat.ops import OFFLOAD, RELOAD, WAIT
+from remat.passes.aliasing import is_view, results, storage_roots
 from remat.passes.joint_program import JointHalves
 from remat.passes.regions import decision_policy
 
@@ -20,16 +22,57 @@ def partition(
     joint: fx.GraphModule,
     halves: JointHalves,
     dropped: frozenset[str],
+    moved: Mapping[str, str],
     num_fwd_outputs: int,
     static_lifetime_input_indices: Sequence[int] | None,
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """The forward and backward modules in AOTAutograd's calling convention. `dropped` names forward nodes to recompute."""
+    """The forward and backward modules in AOTAutograd's calling convention. `dropped` names forward nodes to recompute,
+    `moved` those whose results wait on the host (see `move`)."""
     saved = _saved_values(joint.graph, halves, dropped)
     for node in halves.forward:
         node.meta["recompute"] = decision_policy(node.name in dropped)
     forward, backward = _torch.extract_forward_backward(joint, saved, num_fwd_outputs, static_lifetime_input_indices)
     just_in_time(backward)
+    move(forward, backward, num_fwd_outputs, moved)
     return forward, backward
+
+
+def move(forward: fx.GraphModule, backward: fx.GraphModule, num_fwd_outputs: int, moved: Mapping[str, str]) -> None:
+    """Let values wait on the host between the halves, in place.
+
+    moved: names of the saved nodes that do, and the backward node before which the copy back starts, "" for its first reader.
+    """
+    if not moved:
+        return
+    outputs = list(results(forward.graph))
+    for index in range(num_fwd_outputs, len(outputs)):
+        node = outputs[index]
+        if isinstance(node, fx.Node) and node.name in moved:
+            with forward.graph.inserting_after(node):
+                host = outputs[index] = forward.graph.call_function(OFFLOAD, (node,))
+            host.meta["val"] = _run_fake(OFFLOAD, node.meta["val"])
+    forward.graph.output_node().args = (tuple(outputs),)
+    forward.recompile()
+    order = {node: i for i, node in enumerate(backward.graph.nodes)}
+    named = {node.name: node for node in order}
+    for node in backward.graph.find_nodes(op="placeholder"):
+        if node.name not in moved:
+            continue
+        value, users = node.meta["val"], sorted(node.users, key=order.__getitem__)
+        start = min([users[0], named.get(moved[node.name], users[0])], key=order.__getitem__)
+        with backward.graph.inserting_before(start):
+            back = backward.graph.call_function(RELOAD, (node, value.device))
+        node.replace_all_uses_with(back, delete_user_cb=lambda user, back=back: user is not back)
+        with backward.graph.inserting_before(users[0]):
+            backward.graph.call_function(WAIT, (back,)).meta["val"] = None
+        node.meta["val"] = _run_fake(OFFLOAD, value)
+        back.meta["val"] = value
+    backward.recompile()
+
+
+def _run_fake(op: Any, value: Any) -> Any:
+    with value.fake_mode:
+        return op(value)
 
 
 def _saved_values(graph: fx.Graph, halves: JointHalves, dropped: frozenset[str]) -> list[fx.Node]:

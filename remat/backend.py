@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from remat import _torch
-from remat.budget import BudgetLike, memory_of, parse_budget, resolve_budget
+from remat.budget import BudgetLike, memory_of, parse_budget, resolve_budget, resolve_host_budget
 from remat.describe import describe
 from remat.devices import profile_of
 from remat.errors import RematError
@@ -31,7 +31,7 @@ from remat.passes.joint_program import JointHalves, joint_program, split_joint
 from remat.passes.partition import partition
 from remat.plan import Plan
 from remat.planner import Menus, Solution, fastest_solution, make_menus, smallest_solution, solve
-from remat.policies import Policy, check_fits, check_policy, is_planned, policy_solution
+from remat.policies import Policy, check_fits, check_host, check_policy, is_planned, policy_solution
 from remat.program import SCALARS_BYTES, Program
 
 COMPILERS = ("inductor", "eager")
@@ -45,6 +45,7 @@ class Options:
     compiler: str = "inductor"
     policy: Policy = "auto"
     trainable_only: bool = True
+    host_budget: int | str | None = None
 
     @classmethod
     def read(cls, options: Mapping[str, Any] | None) -> Options:
@@ -54,6 +55,7 @@ class Options:
                 raise RematError(f"unknown option {name!r} of backend 'remat'; there are {', '.join(map(repr, known))}")
         read = cls(**dict(options or {}))
         parse_budget(read.budget)
+        resolve_host_budget(read.host_budget, memory_of(torch.device("cpu")))
         if read.compiler not in COMPILERS:
             raise RematError(f"compiler={read.compiler!r} is unknown; there are {', '.join(map(repr, COMPILERS))}")
         check_policy(read.policy)
@@ -93,8 +95,8 @@ def remat_backend(
     options: Mapping[str, Any] | None = None,
     mode: str | None = None,
 ) -> Callable[..., Any]:
-    """The Dynamo backend `remat`. Options: `compiler` ("inductor", "eager"); `budget`, `policy`, `trainable_only` as in
-    `remat.optimize`."""
+    """The Dynamo backend `remat`. Options: `compiler` ("inductor", "eager"); `budget`, `policy`, `trainable_only`,
+    `host_budget` as in `remat.optimize`."""
     if mode is not None:
         raise _torch.past_dynamo(RematError("backend 'remat' takes options, not mode; write options={'budget': ...}"))
     try:
@@ -183,11 +185,15 @@ class _Partitioner:
         device = _device(joint)
         start = time.perf_counter()
         program = joint_program(joint.graph, halves, profile_of(device), self._resident(joint, device), fuses)
-        menus = make_menus(program)
+        host = resolve_host_budget(self.options.host_budget, memory_of(device))
+        menus = make_menus(program, host)
 
         def apply(solution: Solution) -> Attempt:
             dropped = frozenset(halves.forward[p].name for p in solution.dropped)
-            forward, backward = partition(joint, halves, dropped, num_fwd_outputs, static_lifetime_input_indices)
+            starts = dict(program.moments)
+            values = [program.values[trip.value] for trip in solution.replay.trips]
+            moved = {value.name: starts.get(solution.moves[value.op].reload, "") for value in values}
+            forward, backward = partition(joint, halves, dropped, moved, num_fwd_outputs, static_lifetime_input_indices)
             if not fuses:
                 return Attempt(solution, forward, backward, solution.replay.peak_bytes)
             peak = program.resident_bytes + SCALARS_BYTES + _generated_peak(forward, backward, num_fwd_outputs)
@@ -198,6 +204,8 @@ class _Partitioner:
         if not is_planned(self.options.policy):
             attempt = apply(self._policy_solution(joint, halves, program, menus, num_fwd_outputs))
             check_fits(attempt.solution, attempt.peak_bytes, limit, self.options.policy)
+            if self.options.host_budget is not None:
+                check_host(attempt.solution, host, self.options.policy)
         elif target is None or everything.peak_bytes <= target:
             attempt = everything
         elif fuses:
@@ -222,12 +230,7 @@ class _Partitioner:
         roots = storage_roots(joint.graph)
         reads = [{roots[source] for source in node.all_input_nodes} for node in halves.forward]
         trains = frozenset(p for p, read in enumerate(reads) if read & trained) if self.options.trainable_only else None
-        solution = policy_solution(self.options.policy, program, halves.forward, menus.cuts, trains)
-        if solution.moves:
-            raise RematError(
-                f"policy={self.options.policy!r} offloads, which backend 'remat' does not do yet; use remat.optimize"
-            )
-        return solution
+        return policy_solution(self.options.policy, program, halves.forward, menus.cuts, trains)
 
     def _limits(
         self, program: Program, menus: Menus, device: torch.device, baseline_bytes: int

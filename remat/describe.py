@@ -64,7 +64,7 @@ def describe(
 
 def _transfers(nodes: Sequence[fx.Node], program: Program, solution: Solution) -> tuple[Transfer, ...]:
     """In the order in which backward wants them."""
-    starters = {ready: node.name for node, ready in zip(nodes, program.gradient_ready, strict=False) if ready >= 0}
+    starters = dict(program.moments)
     moved: dict[int, list[int]] = {}
     for trip in solution.replay.trips:
         moved.setdefault(program.values[trip.value].op, []).append(trip.value)

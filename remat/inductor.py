@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from remat import _torch
 from remat._torch import V, inductor_ir, wrapper_code
+from remat.ops import OFFLOAD, RELOAD, WAIT
 from remat.passes.aliasing import results, storage_bytes
 from remat.workspace import Call, TensorLike, workspace_bytes
 
@@ -106,9 +107,10 @@ def _probe(
     """Compile up to the wrapper code, and read that."""
     found: list[Memory] = []
     names = [node.name if isinstance(node, fx.Node) else "" for node in results(module.graph)]
+    hosted = frozenset(node.args[0].name for node in module.graph.find_nodes(op="call_function", target=RELOAD))
 
     def read(lines: Sequence[Any]) -> None:
-        found.append(_run_allocations(lines, kept, copied, names))
+        found.append(_run_allocations(lines, kept, copied, hosted, names))
         raise _torch.Probed
 
     twin = copy.deepcopy(module)
@@ -168,14 +170,17 @@ class _Heap:
         self.peak = max(self.peak, self.live + scratch)
 
 
-def _run_allocations(lines: Sequence[Any], kept: frozenset[str], copied: frozenset[str], names: Sequence[str]) -> Memory:
-    """Run the allocations of a graph's wrapper code. `names` are those of its results."""
+def _run_allocations(
+    lines: Sequence[Any], kept: frozenset[str], copied: frozenset[str], hosted: frozenset[str], names: Sequence[str]
+) -> Memory:
+    """Run the allocations of a graph's wrapper code. `names` are those of its results, `hosted` inputs on the host."""
     heap = _Heap()
     items: dict[str, list[Any]] = {}  # of the kernels with several results
     for line in lines:
         if isinstance(line, wrapper_code.MultiOutputLine):
             items.setdefault(line.arg_name, []).append(V.graph.get_buffer(line.result_name))
     coming = {n: _torch.buffer_bytes(v) for n, v in V.graph.graph_inputs.items() if n in copied or not _is_resident(n)}
+    coming = {name: size for name, size in coming.items() if name not in hosted}
     taken = sum(size for name, size in coming.items() if not name.startswith("tangents"))
     for name, size in coming.items():
         heap.allocate(name, size)
@@ -200,7 +205,8 @@ def _run_allocations(lines: Sequence[Any], kept: frozenset[str], copied: frozens
                 if shared:
                     heap.alias(buffer.get_name(), shared[0])
                 else:
-                    heap.allocate(buffer.get_name(), _torch.buffer_bytes(buffer))
+                    on_host = getattr(line.node, "op_overload", None) is OFFLOAD
+                    heap.allocate(buffer.get_name(), 0 if on_host else _torch.buffer_bytes(buffer))
             heap.touch(_scratch_bytes(line.node))
     outputs = zip(names, V.graph.graph_outputs, strict=True)
     strides = {name: stride for name, buffer in outputs if (stride := _torch.buffer_strides(buffer)) is not None}
@@ -213,7 +219,7 @@ def _run_allocations(lines: Sequence[Any], kept: frozenset[str], copied: frozens
 def _scratch_bytes(kernel: Any) -> int:
     """Scratch memory of a foreign kernel on inputs in the layout that Inductor gives them, which may not be the graph's."""
     node = getattr(kernel, "fx_node", None) or kernel.get_origin_node()
-    if node is None:
+    if node is None or node.target in (OFFLOAD, RELOAD, WAIT):
         return 0
     args, kwargs = pytree.tree_map_only(fx.Node, lambda n: n.meta.get("val"), (node.args, dict(node.kwargs)))
     call = Call.of(node.target, args, kwargs)

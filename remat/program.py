@@ -104,8 +104,8 @@ class Link(NamedTuple):
 class Program:
     """One step. Position p < len(forward) is forward op p; the backward ops follow.
 
-    `gradient_ready[p]` is the backward position before which the gradient of forward op p's result is complete, -1 where
-    none is: the moments at which something can be started in backward.
+    `moments` are the backward positions before which a copy back can be started, with the names of what tells that they have
+    come. Where `regions_hold`, the inputs of a stretch that runs as one stay to its end.
     """
 
     forward: tuple[Op, ...]
@@ -113,8 +113,9 @@ class Program:
     values: tuple[Value, ...]
     fixed: tuple[Fixed, ...]
     resident_bytes: int
-    gradient_ready: tuple[int, ...] = ()
+    moments: tuple[tuple[int, str], ...] = ()
     link: Link | None = None
+    regions_hold: bool = True
 
     @cached_property
     def fixed_table(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -286,8 +286,8 @@ def _program(
             )
         ops.append(op)
     backward = tuple(Op(name, cost, scratch(call)) for name, cost, call in recorder.kernels)
-    ready = tuple(recorder.gradient_ready.get(position, -1) for position in range(n_forward))
-    return Program(tuple(ops), backward, tuple(values), tuple(fixed), resident_bytes, ready, recorder.device.link)
+    moments = tuple(sorted((ready, nodes[position].name) for position, ready in recorder.gradient_ready.items()))
+    return Program(tuple(ops), backward, tuple(values), tuple(fixed), resident_bytes, moments, recorder.device.link)
 
 
 def _rng_state_bytes(device: DeviceProfile) -> int:

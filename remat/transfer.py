@@ -25,7 +25,7 @@ from remat.budget import format_bytes
 from remat.errors import RematError
 
 
-class _Event(Protocol):
+class Event(Protocol):
     """A moment on a stream; `wait` makes compute wait for it, without blocking the host where the device has streams."""
 
     def wait(self) -> None: ...
@@ -37,8 +37,12 @@ class HostBuffer:
     def __init__(self, size: int, pin: bool) -> None:
         self._memory = mmap.mmap(-1, size)
         self.bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
-        self.busy: _Event | None = None
+        self.busy: Event | None = None
         self._pinned = pin and _pin(self.bytes)
+
+    def fresh(self) -> torch.Tensor:
+        """The bytes as a tensor with a storage of its own, whose death tells when nobody uses them."""
+        return torch.frombuffer(self._memory, dtype=torch.uint8)
 
     def __del__(self) -> None:
         if getattr(self, "_pinned", False):
@@ -94,7 +98,7 @@ class _HostLane:
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1)
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor, *after: _Event | None) -> _Event:
+    def copy(self, target: torch.Tensor, source: torch.Tensor, *after: Event | None) -> Event:
         def run() -> None:
             if self.delay_s:
                 time.sleep(random.uniform(0, self.delay_s))
@@ -106,6 +110,9 @@ class _HostLane:
 
         done: Future[None] = self._thread.submit(run) if self.delay_s else _run_now(run)
         return _Done(done)
+
+    def holds(self, tensor: torch.Tensor) -> None:
+        """The thread that copies a tensor keeps it."""
 
 
 def _run_now(call: Callable[[], None]) -> Future[None]:
@@ -128,7 +135,7 @@ class _StreamLane:
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor, *after: _Event | None) -> _Event:
+    def copy(self, target: torch.Tensor, source: torch.Tensor, *after: Event | None) -> Event:
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream), torch.no_grad():
             for event in after:
@@ -140,6 +147,10 @@ class _StreamLane:
             event = torch.cuda.Event()
             event.record()
         return event
+
+    def holds(self, tensor: torch.Tensor) -> None:
+        """Keep the memory of a tensor until what is queued here so far has run."""
+        tensor.record_stream(self._stream)
 
 
 class HostTier:
@@ -175,8 +186,8 @@ class Moved:
         self._buffer: HostBuffer | None = self._tier.pool.take(storage.nbytes())
         self._there: torch.Tensor | None = _bytes_of(storage)
         self._back: torch.Tensor | None = None
-        self._arrived: _Event | None = None
-        self._copied: _Event = self._tier.out.copy(self._buffer.bytes, self._there, self._buffer.busy)
+        self._arrived: Event | None = None
+        self._copied: Event = self._tier.out.copy(self._buffer.bytes, self._there, self._buffer.busy)
         self._buffer.busy = self._copied
 
     def release(self) -> None:

@@ -23,7 +23,7 @@ def linked(link: Link | None, blocks: int = 8) -> Program:
     """A stack whose backward can start copies before each of its ops."""
     program = stack(blocks)
     n = len(program.forward)
-    return dataclasses.replace(program, link=link, gradient_ready=tuple(2 * n - 1 - p for p in range(n)))
+    return dataclasses.replace(program, link=link, moments=tuple((2 * n - 1 - p, f"f{p}") for p in range(n)))
 
 
 def test_over_a_fast_link_nothing_is_computed_again() -> None:

@@ -27,7 +27,7 @@ def timetable(
     last: dict[int, int] = {}
     for op in sorted(offloaded):
         reader = max(program.values[v].last_forward for v in program.forward[op].outputs)
-        own, other = bisect_right(stops, op), bisect_right(stops, reader)
+        own, other = bisect_right(stops, op), bisect_right(stops, reader) if program.regions_hold else 0
         last[op] = stops[other] - 1 if other > own and other < len(stops) else max(reader, op)
     moves = {op: Move(release) for op, release in last.items()}
     if program.link is None or not program.link.overlaps:
@@ -59,7 +59,7 @@ def _come_back(program: Program, replay: Replay, ends: Sequence[float], moves: d
     assert program.link is not None
     n = len(program.forward)
     when = {position: index for index, (position, again) in enumerate(replay.schedule) if not again}
-    starts = sorted({n, *(p for p in program.gradient_ready if p > n)})
+    starts = sorted({n, *(p for p, _ in program.moments)})
     moments = [ends[when[p - 1]] for p in starts]
     free = float("inf")
     found: dict[int, int] = {}

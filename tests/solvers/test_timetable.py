@@ -13,7 +13,9 @@ def program(link: Link, regions_ready: bool = True) -> Program:
     forward = tuple(Op(name, 1.0, 0, (p - 1,) if p else (), (p,)) for p, name in enumerate("abcd"))
     backward = tuple(Op(f"{name}'", 2.0, 0) for name in "dcba")
     values = tuple(Value(name, 100, p, min(p + 1, 3), (7 - p,), 7 - p) for p, name in enumerate("abcd"))
-    return Program(forward, backward, values, (), 0, (7, 6, 5, 4) if regions_ready else (), link)
+    return Program(
+        forward, backward, values, (), 0, tuple((7 - p, name) for p, name in enumerate("abcd")) if regions_ready else (), link
+    )
 
 
 def test_where_copies_stop_compute_nothing_is_started_early() -> None:
