@@ -49,8 +49,8 @@ def move(forward: fx.GraphModule, backward: fx.GraphModule, num_fwd_outputs: int
         node = outputs[index]
         if isinstance(node, fx.Node) and node.name in moved:
             with forward.graph.inserting_after(node):
-                host = outputs[index] = forward.graph.call_function(OFFLOAD, (node,))
-            host.meta["val"] = _run_fake(OFFLOAD, node.meta["val"])
+                host = outputs[index] = forward.graph.call_function(OFFLOAD, (node, node.meta["val"].stride()))
+            host.meta["val"] = _on_host(node.meta["val"])
     forward.graph.output_node().args = (tuple(outputs),)
     forward.recompile()
     order = {node: i for i, node in enumerate(backward.graph.nodes)}
@@ -61,18 +61,18 @@ def move(forward: fx.GraphModule, backward: fx.GraphModule, num_fwd_outputs: int
         value, users = node.meta["val"], sorted(node.users, key=order.__getitem__)
         start = min([users[0], named.get(moved[node.name], users[0])], key=order.__getitem__)
         with backward.graph.inserting_before(start):
-            back = backward.graph.call_function(RELOAD, (node, value.device))
+            back = backward.graph.call_function(RELOAD, (node, value.shape, value.stride(), value.device))
         node.replace_all_uses_with(back, delete_user_cb=lambda user, back=back: user is not back)
         with backward.graph.inserting_before(users[0]):
             backward.graph.call_function(WAIT, (back,)).meta["val"] = None
-        node.meta["val"] = _run_fake(OFFLOAD, value)
+        node.meta["val"] = _on_host(value)
         back.meta["val"] = value
     backward.recompile()
 
 
-def _run_fake(op: Any, value: Any) -> Any:
+def _on_host(value: Any) -> Any:
     with value.fake_mode:
-        return op(value)
+        return OFFLOAD(value, value.stride())
 
 
 def _saved_values(graph: fx.Graph, halves: JointHalves, dropped: frozenset[str]) -> list[fx.Node]:

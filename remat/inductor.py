@@ -199,14 +199,16 @@ def _run_allocations(
         elif isinstance(line, wrapper_code.ExternKernelOutLine):
             heap.touch(_scratch_bytes(line.node))
         elif isinstance(line, wrapper_code.ExternKernelAllocLine):
+            op = getattr(line.node, "op_overload", None)
+            if op is WAIT:
+                continue
             several = isinstance(line.node.get_output_spec(), inductor_ir.MultiOutputLayout)
             for buffer in items.get(line.node.get_name(), ()) if several else (line.node,):
                 shared = buffer.get_inputs_that_alias_output()
                 if shared:
                     heap.alias(buffer.get_name(), shared[0])
                 else:
-                    on_host = getattr(line.node, "op_overload", None) is OFFLOAD
-                    heap.allocate(buffer.get_name(), 0 if on_host else _torch.buffer_bytes(buffer))
+                    heap.allocate(buffer.get_name(), 0 if op is OFFLOAD else _torch.buffer_bytes(buffer))
             heap.touch(_scratch_bytes(line.node))
     outputs = zip(names, V.graph.graph_outputs, strict=True)
     strides = {name: stride for name, buffer in outputs if (stride := _torch.buffer_strides(buffer)) is not None}

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import remat
-from tests.models import llama, mlp
-from tests.steps import assert_close_gradients, run_step
+from tests.models import build, llama, mlp
+from tests.steps import Outcome, assert_close_gradients, run_step
 
 pytestmark = pytest.mark.usefixtures("_dynamo", "_own_cache")
 
@@ -124,3 +124,18 @@ def test_a_rewritten_module_under_inductor() -> None:
     assert_close_gradients(outcome.gradients, expected.gradients, 1e-4)
     gradients = sum(g.nbytes for g in outcome.gradients.values())
     assert outcome.peak_bytes <= 1.1 * expected.peak_bytes + gradients
+
+
+def test_values_wait_on_the_host_through_inductor() -> None:
+    def through(**options: Any) -> tuple[Outcome, remat.Plan]:
+        torch._dynamo.reset()
+        model, kwargs = build("resnet")  # channels-last inside
+        module = torch.compile(model, backend="remat", options=options)
+        return run_step(module, kwargs), remat.plans(module)[0].plan
+
+    expected, everything = through()
+    outcome, plan = through(policy="offload-all")
+    assert_close_gradients(outcome.gradients, expected.gradients, 1e-4)
+    assert plan.host_bytes > 0
+    assert outcome.peak_bytes <= plan.peak_bytes < everything.peak_bytes
+    assert plan.peak_bytes / outcome.peak_bytes <= 1.03

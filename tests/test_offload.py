@@ -12,6 +12,7 @@ import remat
 from remat import devices
 from remat.planner import make_menus, smallest_solution, solve
 from remat.program import Link, Op, Program
+from remat.transfer import host_tier
 from tests.models import build
 from tests.programs import stack
 from tests.steps import Outcome, assert_same, run_step
@@ -137,3 +138,42 @@ def test_a_policy_that_needs_more_of_the_host() -> None:
     with pytest.raises(remat.BudgetError, match="host memory") as error:
         remat.plan(model, (), kwargs, budget=None, policy="offload-all", host_budget=needs - 1)
     assert (error.value.minimum_bytes, error.value.where) == (needs, "host memory")
+
+
+@pytest.mark.usefixtures("_overlapping", "_dynamo")
+def test_a_budget_holds_in_compiled_graphs_with_values_on_the_host() -> None:
+    def through(budget: int | None, host_budget: str | int) -> tuple[Outcome, remat.CompiledPlan]:
+        torch._dynamo.reset()
+        model, kwargs = build("gpt2")
+        options = {"budget": budget, "host_budget": host_budget, "compiler": "eager"}
+        step = torch.compile(model, backend="remat", options=options)
+        return run_step(step, kwargs), remat.plans(step)[0]
+
+    expected, everything = through(None, 0)
+    budget = everything.plan.peak_bytes * 2 // 3
+    _, alone = through(budget, 0)
+    outcome, both = through(budget, "1GiB")
+    assert_same(outcome, expected)
+    assert outcome.peak_bytes <= both.plan.peak_bytes <= budget
+    assert both.plan.peak_bytes / outcome.peak_bytes <= 1.01
+    assert both.plan.host_bytes > 0
+    assert both.plan.recompute_us + both.plan.stall_us < alone.plan.recompute_us
+    assert "torch.ops.remat.offload" in both.forward.code
+    assert "torch.ops.remat.reload" in both.backward.code
+    assert any(transfer.reload for transfer in both.plan.transfers)
+
+
+def test_the_ops() -> None:
+    x = torch.randn(3, 4, 5).permute(2, 0, 1)
+    torch.library.opcheck(torch.ops.remat.offload.default, (x, x.stride()), test_utils=("test_schema", "test_faketensor"))
+    for stride in (x.stride(), (12, 4, 1)):
+        host = torch.ops.remat.offload(x, stride)
+        assert host.shape == (60,)
+        back = torch.ops.remat.reload(host, x.shape, stride, x.device)
+        torch.ops.remat.wait(back)
+        assert torch.equal(back, x)
+        assert back.stride() == stride
+    pool = host_tier(x.device).pool
+    held = pool.in_use_bytes
+    del host
+    assert pool.in_use_bytes == held - x.nbytes

@@ -173,26 +173,21 @@ def overlapping(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_dynamo")
-@pytest.mark.parametrize("policy", ["blocks", "selective"])
-def test_door_2_takes_the_same_rules(policy: str) -> None:
+@pytest.mark.parametrize("name", ["lora", "convnext"])
+def test_door_2_takes_the_same_rules(name: str) -> None:
     def through(policy: str) -> tuple[Outcome, remat.Plan]:
         torch._dynamo.reset()
-        model, kwargs = build("lora")
+        model, kwargs = build(name)
         step = torch.compile(model, backend="remat", options={"compiler": "eager", "policy": policy})
         return run_step(step, kwargs), remat.plans(step)[0].plan
 
     expected, everything = through("none")
-    outcome, plan = through(policy)
-    assert_same(outcome, expected)
-    assert len(plan.regions) == 2
-    assert outcome.peak_bytes <= plan.peak_bytes < everything.peak_bytes
-
-
-@pytest.mark.usefixtures("_dynamo")
-def test_door_2_says_that_it_does_not_offload() -> None:
-    model, x = mlp()
-    with pytest.raises(remat.RematError, match="does not do yet"):
-        torch.compile(model, backend="remat", options={"compiler": "eager", "policy": "offload-all"})(x)
+    for policy in ("blocks", "selective", "offload", "offload-all"):
+        outcome, plan = through(policy)
+        assert_same(outcome, expected)
+        assert outcome.peak_bytes <= plan.peak_bytes < everything.peak_bytes
+        assert plan.peak_bytes / outcome.peak_bytes <= 1.01
+        assert (plan.host_bytes > 0) == policy.startswith("offload")
 
 
 @pytest.mark.usefixtures("_dynamo")
