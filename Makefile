@@ -40,6 +40,7 @@ check: setup
 
 bench: setup
 	$(BIN)/python benchmarks/planning.py
+	$(BIN)/python benchmarks/absent.py
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/compiled.py
 	$(BIN)/python benchmarks/reach.py

@@ -71,12 +71,12 @@ class HostPool:
     def take(self, size: int) -> HostBuffer:
         """A buffer of `size` bytes, used before where there is one."""
         with self._lock:
+            if not self._free[size]:
+                self._free[size].append(HostBuffer(size, self.pin))
+                self.bytes += size
+                self.made += 1
             self.in_use_bytes += size
-            if self._free[size]:
-                return self._free[size].pop()
-            self.bytes += size
-            self.made += 1
-        return HostBuffer(size, self.pin)
+            return self._free[size].pop()
 
     def give(self, buffer: HostBuffer) -> None:
         with self._lock:
@@ -183,12 +183,13 @@ class Moved:
     def __init__(self, storage: torch.UntypedStorage) -> None:
         self._device = storage.device
         self._tier = host_tier(self._device)
-        self._buffer: HostBuffer | None = self._tier.pool.take(storage.nbytes())
         self._there: torch.Tensor | None = _bytes_of(storage)
         self._back: torch.Tensor | None = None
         self._arrived: Event | None = None
-        self._copied: Event = self._tier.out.copy(self._buffer.bytes, self._there, self._buffer.busy)
-        self._buffer.busy = self._copied
+        buffer = self._tier.pool.take(storage.nbytes())
+        self._copied: Event = self._tier.out.copy(buffer.bytes, self._there, buffer.busy)
+        buffer.busy = self._copied
+        self._buffer: HostBuffer | None = buffer
 
     def release(self) -> None:
         if self._there is not None:

@@ -65,6 +65,19 @@ def test_buffers_have_the_exact_size_and_are_used_again() -> None:
     assert pool.made == 2
 
 
+def test_memory_that_cannot_be_pinned_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        @staticmethod
+        def cudaHostRegister(*_: int) -> int:
+            return 2
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: Full)
+    pool = HostPool(pin=True)
+    with pytest.raises(remat.RematError, match=r"cannot pin 1000 B of host memory .* lower host_budget="):
+        pool.take(1000)
+    assert (pool.bytes, pool.in_use_bytes, pool.made) == (0, 0, 0)
+
+
 def test_a_value_that_nobody_asks_for_gives_its_buffer_back(tier: HostTier) -> None:
     moved = Moved(torch.randn(100).untyped_storage())
     moved.reload()
