@@ -45,7 +45,7 @@ class Options:
     compiler: str = "inductor"
     policy: Policy = "auto"
     trainable_only: bool = True
-    host_budget: int | str | None = None
+    host_budget: int | str | None = 0
 
     @classmethod
     def read(cls, options: Mapping[str, Any] | None) -> Options:
@@ -96,7 +96,7 @@ def remat_backend(
     mode: str | None = None,
 ) -> Callable[..., Any]:
     """The Dynamo backend `remat`. Options: `compiler` ("inductor", "eager"); `budget`, `policy`, `trainable_only`,
-    `host_budget` as in `remat.optimize`."""
+    `host_budget` as in `remat.optimize`, but that nothing moves to the host unless `host_budget` or a policy says so."""
     if mode is not None:
         raise _torch.past_dynamo(RematError("backend 'remat' takes options, not mode; write options={'budget': ...}"))
     try:
@@ -204,7 +204,7 @@ class _Partitioner:
         if not is_planned(self.options.policy):
             attempt = apply(self._policy_solution(joint, halves, program, menus, num_fwd_outputs))
             check_fits(attempt.solution, attempt.peak_bytes, limit, self.options.policy)
-            if self.options.host_budget is not None:
+            if self.options.host_budget:
                 check_host(attempt.solution, host, self.options.policy)
         elif target is None or everything.peak_bytes <= target:
             attempt = everything

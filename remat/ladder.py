@@ -67,7 +67,7 @@ class Ladder:
             )
         base = self._attempt(coarse)
         for rung in range(coarse + _FINE - 1, coarse, -1):
-            if self._solution(rung).replay.recompute_us > base.solution.replay.recompute_us:
+            if self._solution(rung).replay.added_us > base.solution.replay.added_us:
                 continue
             attempt = self._attempt(rung)
             if base.peak_bytes <= attempt.peak_bytes <= limit:

@@ -13,6 +13,7 @@ import mmap
 import random
 import threading
 import time
+import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,25 +39,26 @@ class HostBuffer:
         self._memory = mmap.mmap(-1, size)
         self.bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
         self.busy: Event | None = None
-        self._pinned = pin and _pin(self.bytes)
+        if pin:
+            _pin(self.bytes)
+            weakref.finalize(self, _unpin, self.bytes.data_ptr())
 
     def fresh(self) -> torch.Tensor:
         """The bytes as a tensor with a storage of its own, whose death tells when nobody uses them."""
         return torch.frombuffer(self._memory, dtype=torch.uint8)
 
-    def __del__(self) -> None:
-        if getattr(self, "_pinned", False):
-            torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr())
 
-
-def _pin(memory: torch.Tensor) -> bool:
+def _pin(memory: torch.Tensor) -> None:
     code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
     if code:
         raise RematError(
             f"cannot pin {format_bytes(memory.nbytes)} of host memory (cudaHostRegister returned {code}); lower host_budget=, "
             "or raise the limit on locked memory (ulimit -l)"
         )
-    return True
+
+
+def _unpin(address: int) -> None:
+    torch.cuda.cudart().cudaHostUnregister(address)
 
 
 class HostPool:
