@@ -28,7 +28,8 @@ from remat.passes.aliasing import is_view
 from remat.passes.regions import RegionGraph
 from remat.passes.transfers import is_mark, without_transfers
 from remat.plan import Plan
-from remat.runtime import compile_region, one_step, run_region
+from remat.runtime import one_step, run_region
+from remat.steps import compile_region
 
 log = logging.getLogger("remat")
 aten = torch.ops.aten

@@ -26,7 +26,7 @@ from remat.passes.aliasing import results
 from remat.passes.pinning import why_pinned
 from remat.passes.randomness import is_random
 from remat.program import HELD, SCALARS_BYTES, Fixed, Op, Program, Value
-from remat.runtime import bind, recompute_inputs
+from remat.steps import bind, recompute_inputs
 from remat.workspace import Call, workspace_bytes
 
 aten = torch.ops.aten

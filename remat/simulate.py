@@ -7,8 +7,8 @@ inputs it needs are computed then, once, and each is held until its last reader 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
@@ -175,32 +175,51 @@ def _transfer(
         return 0.0, ()
     n_forward = len(program.forward)
     leaving, gone, coming, wanted = (_grouped(trips, at) for at in ("born", "release", "reload", "use"))
-    now = lost = out_free = in_free = 0.0
-    out_end: dict[int, float] = {}
-    in_end: dict[int, float] = {}
-    copies: list[tuple[int, bool, float, float]] = []
+    clock = _Clock(link.overlaps)
+    out, back = _Lane(False, link.out_us), _Lane(True, link.in_us)
     for index, (position, again) in enumerate(schedule):
         for trip in coming.get(index, ()):
-            start = max(now, in_free, out_end[trip.value])
-            in_free = in_end[trip.value] = start + link.in_us(program.values[trip.value].bytes)
-            copies.append((trip.value, True, start, in_free))
-            if not link.overlaps:
-                lost += in_free - now
-                now = in_free
-        late = max([now, *(in_end[trip.value] for trip in wanted.get(index, ()))])
-        lost, now = lost + late - now, late
+            back.copy(clock, trip.value, program.values[trip.value].bytes, out.ends[trip.value])
+        for trip in wanted.get(index, ()):
+            clock.wait(back.ends[trip.value])
         op = program.forward[position] if position < n_forward else program.backward[position - n_forward]
-        now += op.cost_us + (op.launch_us if again else 0.0)
+        clock.now += op.cost_us + (op.launch_us if again else 0.0)
         for trip in leaving.get(index, ()):
-            start = max(now, out_free)
-            out_free = out_end[trip.value] = start + link.out_us(program.values[trip.value].bytes)
-            copies.append((trip.value, False, start, out_free))
-            if not link.overlaps:
-                lost += out_free - now
-                now = out_free
-        late = max([now, *(out_end[trip.value] for trip in gone.get(index, ()))])
-        lost, now = lost + late - now, late
-    return lost, tuple(copies)
+            out.copy(clock, trip.value, program.values[trip.value].bytes)
+        for trip in gone.get(index, ()):
+            clock.wait(out.ends[trip.value])
+    return clock.lost, tuple(sorted((*out.copies, *back.copies), key=lambda copy: copy[2]))
+
+
+@dataclass
+class _Clock:
+    """The time that compute has come to, and what of it was lost waiting."""
+
+    overlaps: bool
+    now: float = 0.0
+    lost: float = 0.0
+
+    def wait(self, until: float) -> None:
+        if until > self.now:
+            self.lost, self.now = self.lost + until - self.now, until
+
+
+@dataclass
+class _Lane:
+    """One way of the link: copies in order, each after the one before it."""
+
+    is_back: bool
+    copy_us: Callable[[int], float]
+    free: float = 0.0
+    ends: dict[int, float] = field(default_factory=dict)
+    copies: list[tuple[int, bool, float, float]] = field(default_factory=list)
+
+    def copy(self, clock: _Clock, value: int, size: int, after: float = 0.0) -> None:
+        start = max(clock.now, self.free, after)
+        self.free = self.ends[value] = start + self.copy_us(size)
+        self.copies.append((value, self.is_back, start, self.free))
+        if not clock.overlaps:
+            clock.wait(self.free)
 
 
 def _grouped(trips: Sequence[Trip], at: str) -> dict[int, list[Trip]]:

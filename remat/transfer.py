@@ -68,7 +68,7 @@ class HostPool:
         self.pin = pin
         self.bytes = self.in_use_bytes = self.made = 0
         self._free: dict[int, list[HostBuffer]] = defaultdict(list)
-        self._lock = threading.Lock()  # backward runs on threads of its own
+        self._lock = threading.RLock()  # backward has threads of its own, and a collection in `take` may give buffers back
 
     def take(self, size: int) -> HostBuffer:
         """A buffer of `size` bytes, used before where there is one."""

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import remat
-from remat.transfer import HostPool, HostTier, Moved, _HostLane, host_tier
+from remat import transfer
+from remat.transfer import HostBuffer, HostPool, HostTier, Moved, _HostLane, host_tier
 from tests.models import build, mlp
 from tests.steps import loss_of
 
@@ -63,6 +64,23 @@ def test_buffers_have_the_exact_size_and_are_used_again() -> None:
     assert pool.take(1000) is first
     assert pool.take(1000) is not first
     assert pool.made == 2
+
+
+def test_buffers_may_come_back_while_one_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A garbage collection runs when it likes, and what it finds gives its buffers back."""
+    pool = HostPool(pin=False)
+    lent = pool.take(10)
+
+    def collecting(size: int, pin: bool) -> HostBuffer:
+        pool.give(lent)
+        return HostBuffer(size, pin)
+
+    monkeypatch.setattr(transfer, "HostBuffer", collecting)
+    thread = threading.Thread(target=pool.take, args=(20,), daemon=True)
+    thread.start()
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+    assert pool.in_use_bytes == 20
 
 
 def test_memory_that_cannot_be_pinned_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

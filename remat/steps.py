@@ -1,0 +1,151 @@
+"""A region's graph as steps over numbered slots: what the runtime runs in forward and again in backward."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from remat._torch import pytree
+from remat.passes.aliasing import results
+from remat.passes.randomness import is_random
+from remat.passes.transfers import is_mark, read_transfers
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Step:
+    """One node of a region. `slots` are the environment slots of its tensor inputs, in the order that `call` takes them;
+    `random` is the device whose generator it draws from.
+
+    After it the device memory of the offloaded nodes in `releases` is let go of; when the gradient of its result is there, the
+    copies back of those in `reloads` start.
+    """
+
+    name: str
+    call: Callable[..., Any]
+    again: Callable[..., Any]
+    slots: tuple[int, ...]
+    again_slots: tuple[int, ...]
+    out: int
+    dropped: bool
+    random: torch.device | None
+    item: int | None = None
+    dead: tuple[int, ...] = ()
+    offloaded: tuple[int, ...] = ()
+    releases: tuple[str, ...] = ()
+    reloads: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RegionProgram:
+    """A region's nodes as steps over numbered slots; the first `n_inputs` slots are the region's inputs."""
+
+    steps: tuple[Step, ...]
+    n_inputs: int
+    n_slots: int
+    outputs: tuple[int, ...]
+
+
+def compile_region(graph: fx.Graph, dropped: frozenset[str]) -> RegionProgram:
+    """Turn a region's graph into steps. `dropped` names the nodes whose results are recomputed (views of them included)."""
+    slots = {node: i for i, node in enumerate(n for n in graph.nodes if n.op == "placeholder")}
+    n_inputs = len(slots)
+    nodes = [node for node in graph.nodes if node.op == "call_function" and not is_mark(node)]
+    transfers = read_transfers(graph)
+    for node in nodes:
+        slots[node] = len(slots)
+    outputs = tuple(slots[node] for node in results(graph))
+    last = {source: node for node in nodes for source in node.all_input_nodes}
+    steps = []
+    for node in nodes:
+        dead = tuple(
+            slots[s]
+            for s in dict.fromkeys([*node.all_input_nodes, node])
+            if last.get(s, node) is node and slots[s] not in outputs
+        )
+        is_dropped = node.name in dropped
+        call, order = bind(node)
+        again, again_order = _bind_again(node)
+        steps.append(
+            Step(
+                node.name,
+                call,
+                again,
+                tuple(slots[s] for s in order),
+                tuple(slots[s] for s in again_order),
+                slots[node],
+                is_dropped,
+                _device_of(node) if is_random(node) else None,
+                node.args[1] if node.target is operator.getitem else None,
+                dead,
+                transfers.offloaded.get(node.name, ()),
+                transfers.releases.get(node.name, ()),
+                transfers.reloads.get(node.name, ()),
+            )
+        )
+    return RegionProgram(tuple(steps), n_inputs, len(slots), outputs)
+
+
+def _device_of(node: fx.Node) -> torch.device:
+    leaves = pytree.tree_leaves(node.meta["val"])
+    return next(leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor))
+
+
+def recompute_inputs(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The nodes that recomputing `node` reads."""
+    if node.target is aten._native_batch_norm_legit_functional.default and node.args[5] is True:
+        return tuple(a for a in node.args[:3] if isinstance(a, fx.Node))
+    return tuple(node.all_input_nodes)
+
+
+def _bind_again(node: fx.Node) -> tuple[Callable[..., Any], tuple[fx.Node, ...]]:
+    """The call that recomputes a node: its own, but batch norm without the running statistics it has updated by then."""
+    if node.target is not aten._native_batch_norm_legit_functional.default or node.args[5] is not True:
+        return bind(node)
+    momentum, eps = node.args[6:8]
+    tensors = recompute_inputs(node)
+
+    def call(*values: Any) -> Any:
+        x, weight, bias = values if len(values) == 3 else (values[0], None, None)
+        return aten._native_batch_norm_legit.no_stats(x, weight, bias, True, momentum, eps)
+
+    return call, tensors
+
+
+def bind(node: fx.Node) -> tuple[Callable[..., Any], tuple[fx.Node, ...]]:
+    """A callable that takes the node's tensor inputs in order and runs the node's op with its other arguments."""
+    target: Any = node.target
+    leaves, spec = pytree.tree_flatten((node.args, dict(node.kwargs)))
+    order = tuple(leaf for leaf in leaves if isinstance(leaf, fx.Node))
+    places = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, fx.Node))
+    plain = not node.kwargs and all(not isinstance(a, tuple | list | dict) or not _has_node(a) for a in node.args)
+    if plain:
+        template = list(node.args)
+        at = tuple(i for i, a in enumerate(template) if isinstance(a, fx.Node))
+
+        def call_plain(*values: Any) -> Any:
+            arguments = list(template)
+            for i, value in zip(at, values, strict=True):
+                arguments[i] = value
+            return target(*arguments)
+
+        return call_plain, order
+
+    def call_nested(*values: Any) -> Any:
+        filled = list(leaves)
+        for i, value in zip(places, values, strict=True):
+            filled[i] = value
+        args, kwargs = pytree.tree_unflatten(filled, spec)
+        return target(*args, **kwargs)
+
+    return call_nested, order
+
+
+def _has_node(argument: Any) -> bool:
+    return any(isinstance(leaf, fx.Node) for leaf in pytree.tree_leaves(argument))
