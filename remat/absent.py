@@ -1,8 +1,8 @@
 """Planning for a device that is not there: the model as fake CPU tensors, which take no memory whatever their size.
 
 On fake CPU tensors fused attention is one op that saves its output and log-sum-exp, as on a GPU; on `meta` it decomposes into
-its quadratic form. Scratch memory cannot be measured on a device that is not there; `scratch_bytes` says what CUDA kernels
-take.
+its quadratic form. Scratch memory cannot be measured on a device that is not there; `scratch_bytes` estimates it from how the
+CUDA kernels work, and has not been held against one.
 """
 
 from __future__ import annotations

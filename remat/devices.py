@@ -1,8 +1,8 @@
 """What devices can do: rates that costs are computed with, and the memory there is.
 
-Figures are the makers' data sheets: dense arithmetic without sparsity, with accumulation in float32; memory as the driver
-reports it. What a step reaches of them is `_REACHED`, measured on matrix products and copies of training size by many and
-by `profile_device` here. A link's rate is what pinned copies reach: about 25 GB/s over PCIe 4 x16, 55 GB/s over PCIe 5.
+Arithmetic and memory rates of the well-known GPUs are those of the makers' data sheets: dense, without sparsity, with
+accumulation in float32. Their memory is about what drivers report. How much of a rate a step reaches (`_REACHED`) and what
+pinned copies do (25 GB/s over PCIe 4 x16, 55 GB/s over PCIe 5) are assumptions; `profile_device` measures both.
 """
 
 from __future__ import annotations
