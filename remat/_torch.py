@@ -84,6 +84,7 @@ __all__ = [
     "specializing",
     "storage_key",
     "watch_for_opaque_autograd",
+    "without_autocast",
     "wrapper_code",
 ]
 
@@ -228,6 +229,7 @@ def compile_call_of(compiled: Any) -> Any:
     return None
 
 
+without_autocast = torch._C._DisableAutocast  # on all devices at once, cheap enough for every op
 no_dispatch_modes = _disable_current_modes  # so that real tensors stay real while a compiler is tracing
 
 

@@ -36,7 +36,7 @@ Span: TypeAlias = "tuple[int, int]"
 NAMED = ("blocks", "sqrt", "selective", "offload", "offload-all")
 _PLANNED = ("auto", "none")
 _EVERY = re.compile(r"every-([1-9]\d*)")
-_ELEMENT = re.compile(r"^(?:.*?\.)?\d+(?=\.|$)")
+_ELEMENT = re.compile(r"^(?:.*?\.)??\d+(?=\.|$)")
 _aten = torch.ops.aten
 _DEAR = {
     _aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten.matmul, _aten.linear, _aten.convolution,

@@ -60,7 +60,7 @@ class Cell:
     def force(self) -> Any:
         """The value, computed now if it was not yet, and its dropped inputs before it."""
         if self.waiting:
-            with torch.no_grad():
+            with torch.no_grad(), _torch.without_autocast():  # backward may be called within autocast
                 _force(self)
         return self.value
 

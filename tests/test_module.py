@@ -147,6 +147,25 @@ def test_backward_outside_of_autocast() -> None:
     assert_close_gradients(gradients(module), gradients(model), 1e-2)
 
 
+@pytest.mark.parametrize("forward_too", [True, False])
+def test_backward_within_autocast(forward_too: bool) -> None:
+    """What is recomputed there is computed as it was in forward."""
+    model, x = mlp()
+
+    def gradients(m: nn.Module) -> dict[str, torch.Tensor]:
+        m.zero_grad()
+        torch.manual_seed(1)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=forward_too):
+            loss = m(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss.backward()
+        return {n: p.grad for n, p in m.named_parameters()}
+
+    module, unconstrained = (remat.optimize(model, budget=None, policy=policy) for policy in ("blocks", "auto"))
+    assert_same_gradients(gradients(module), gradients(unconstrained))
+    assert remat.Decision.RECOMPUTE in module.plan.decisions.values()
+
+
 def test_deepcopy_is_independent() -> None:
     model, x, module = small()
     expected = gradients_of(module, x)

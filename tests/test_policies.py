@@ -70,6 +70,13 @@ def test_blocks_that_do_not_train_are_left_alone() -> None:
     assert regions == [2, 4]
 
 
+def test_the_outermost_list_of_modules_names_the_blocks() -> None:
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.LayerNorm(8)) for _ in range(4)])
+    plan = remat.plan(model, (torch.randn(4, 8),), budget=None, policy="blocks")
+    assert [plan.regions[i] for i in (0, 3)] == [("t", "getitem"), ("t_3", "getitem_9")]
+    assert {plan.decisions[name] for name in ("addmm", "gelu", "addmm_3", "gelu_3")} == {Decision.RECOMPUTE}
+
+
 def test_a_model_without_lists_of_modules_is_cut_by_the_planner() -> None:
     class Plain(nn.Module):
         def __init__(self) -> None:
