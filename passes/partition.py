@@ -12,7 +12,7 @@ from typing import Any
 from torch import fx
 
 from remat import _torch
-from remat.ops import OFFLOAD, RELOAD, WAIT
+from remat.ops import OFFLOAD, RELEASE, RELOAD, WAIT
 from remat.passes.aliasing import is_view, results, storage_roots
 from remat.passes.joint_program import JointHalves
 from remat.passes.regions import decision_policy
@@ -22,7 +22,7 @@ def partition(
     joint: fx.GraphModule,
     halves: JointHalves,
     dropped: frozenset[str],
-    moved: Mapping[str, str],
+    moved: Mapping[str, tuple[str, str]],
     num_fwd_outputs: int,
     static_lifetime_input_indices: Sequence[int] | None,
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -37,29 +37,47 @@ def partition(
     return forward, backward
 
 
-def move(forward: fx.GraphModule, backward: fx.GraphModule, num_fwd_outputs: int, moved: Mapping[str, str]) -> None:
+def move(
+    forward: fx.GraphModule, backward: fx.GraphModule, num_fwd_outputs: int, moved: Mapping[str, tuple[str, str]]
+) -> None:
     """Let values wait on the host between the halves, in place.
 
-    moved: names of the saved nodes that do, and the backward node before which the copy back starts, "" for its first reader.
+    moved: by name of the saved nodes that do, the forward node after which their device memory goes, and the backward node before
+        which the copy back starts, "" for its first reader.
     """
     if not moved:
         return
+    _move_out(forward, num_fwd_outputs, moved)
+    _move_back(backward, moved)
+
+
+def _move_out(forward: fx.GraphModule, num_fwd_outputs: int, moved: Mapping[str, tuple[str, str]]) -> None:
     outputs = list(results(forward.graph))
+    order = {node: i for i, node in enumerate(forward.graph.nodes)}
+    named = {node.name: node for node in order}
     for index in range(num_fwd_outputs, len(outputs)):
         node = outputs[index]
-        if isinstance(node, fx.Node) and node.name in moved:
-            with forward.graph.inserting_after(node):
-                host = outputs[index] = forward.graph.call_function(OFFLOAD, (node, node.meta["val"].stride()))
-            host.meta["val"] = _on_host(node.meta["val"])
+        if not isinstance(node, fx.Node) or node.name not in moved:
+            continue
+        readers = [user for user in node.users if user in order and user.op != "output"]
+        last = max([node, *readers, named.get(moved[node.name][0], node)], key=order.__getitem__)
+        with forward.graph.inserting_after(node):
+            host = outputs[index] = forward.graph.call_function(OFFLOAD, (node, node.meta["val"].stride()))
+        host.meta["val"] = _on_host(node.meta["val"])
+        with forward.graph.inserting_after(host if last is node else last):
+            forward.graph.call_function(RELEASE, (node, host)).meta["val"] = None
     forward.graph.output_node().args = (tuple(outputs),)
     forward.recompile()
+
+
+def _move_back(backward: fx.GraphModule, moved: Mapping[str, tuple[str, str]]) -> None:
     order = {node: i for i, node in enumerate(backward.graph.nodes)}
     named = {node.name: node for node in order}
     for node in backward.graph.find_nodes(op="placeholder"):
         if node.name not in moved:
             continue
         value, users = node.meta["val"], sorted(node.users, key=order.__getitem__)
-        start = min([users[0], named.get(moved[node.name], users[0])], key=order.__getitem__)
+        start = min([users[0], named.get(moved[node.name][1], users[0])], key=order.__getitem__)
         with backward.graph.inserting_before(start):
             back = backward.graph.call_function(RELOAD, (node, value.shape, value.stride(), value.device))
         node.replace_all_uses_with(back, delete_user_cb=lambda user, back=back: user is not back)

@@ -192,7 +192,8 @@ class _Partitioner:
             dropped = frozenset(halves.forward[p].name for p in solution.dropped)
             starts = dict(program.moments)
             values = [program.values[trip.value] for trip in solution.replay.trips]
-            moved = {value.name: starts.get(solution.moves[value.op].reload, "") for value in values}
+            moves = [(value.name, solution.moves[value.op]) for value in values]
+            moved = {name: (halves.forward[move.release].name, starts.get(move.reload, "")) for name, move in moves}
             forward, backward = partition(joint, halves, dropped, moved, num_fwd_outputs, static_lifetime_input_indices)
             if not fuses:
                 return Attempt(solution, forward, backward, solution.replay.peak_bytes)

@@ -113,10 +113,6 @@ class _HostLane:
         done: Future[None] = self._thread.submit(run) if self.delay_s else _run_now(run)
         return _Done(done)
 
-    def holds(self, tensor: torch.Tensor) -> None:
-        """The thread that copies a tensor keeps it."""
-
-
 def _run_now(call: Callable[[], None]) -> Future[None]:
     done: Future[None] = Future()
     call()
@@ -149,10 +145,6 @@ class _StreamLane:
             event = torch.cuda.Event()
             event.record()
         return event
-
-    def holds(self, tensor: torch.Tensor) -> None:
-        """Keep the memory of a tensor until what is queued here so far has run."""
-        tensor.record_stream(self._stream)
 
 
 class HostTier:
