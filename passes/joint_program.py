@@ -86,7 +86,8 @@ def joint_program(graph: fx.Graph, halves: JointHalves, device: DeviceProfile, r
     for node in (*halves.forward, *halves.backward):
         if is_view(node) or node.target is operator.getitem or node in late:
             continue
-        for item, size in _storages(node):
+        for item, requested in _storages(node):
+            size = device.allocated_bytes(requested)
             uses = sorted(position[r] for r in readers.get(item, ()) if r in position)
             born = position[node]
             if born >= n_forward:

@@ -37,13 +37,11 @@ def partition(
     return forward, backward
 
 
-def move(
-    forward: fx.GraphModule, backward: fx.GraphModule, num_fwd_outputs: int, moved: Mapping[str, tuple[str, str]]
-) -> None:
+def move(forward: fx.GraphModule, backward: fx.GraphModule, num_fwd_outputs: int, moved: Mapping[str, tuple[str, str]]) -> None:
     """Let values wait on the host between the halves, in place.
 
-    moved: by name of the saved nodes that do, the forward node after which their device memory goes, and the backward node before
-        which the copy back starts, "" for its first reader.
+    moved: by name of the saved nodes that do, the forward node after which their device memory goes, and the backward node
+        before which the copy back starts, "" for its first reader.
     """
     if not moved:
         return

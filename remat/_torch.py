@@ -61,6 +61,7 @@ __all__ = [
     "aot_eager",
     "buffer_bytes",
     "buffer_strides",
+    "clear_library_workspaces",
     "compile_call",
     "compile_call_of",
     "compile_fx",
@@ -241,6 +242,11 @@ def profiler_is_running() -> bool:
 def in_functorch() -> bool:
     """True inside a torch.func transform, where saved-tensor hooks do not work."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def clear_library_workspaces() -> None:
+    """Let cuBLAS give back the workspaces that it keeps; it takes them again when needed."""
+    torch._C._cuda_clearCublasWorkspaces()
 
 
 class OpaqueAutograd(Exception):

@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from remat._torch import pytree
-from remat.absent import stand_in
+from remat.absent import LIBRARY_BYTES, stand_in
 from remat.budget import BudgetLike, Memory, memory_of, parse_budget, resolve_budget, resolve_host_budget
 from remat.capture import Captured, capture
 from remat.describe import describe
@@ -31,6 +31,7 @@ from remat.program import Program
 from remat.record import record
 from remat.resident import resident_bytes
 from remat.simulate import simulate
+from remat.workspace import library_bytes
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,8 @@ def trace(
         raise RematError("no parameter or input requires grad, so there is no backward to plan for; unfreeze something first")
     place = next((t.device for t in tensors if t.requires_grad), torch.device("cpu"))
     profile = profile or profile_of(place)
-    resident = resident_bytes(tensors, model, optimizer)
+    libraries = library_bytes(place) if profile.is_here else LIBRARY_BYTES if profile.is_gpu else 0
+    resident = resident_bytes(tensors, model, optimizer) + libraries
     program = record(captured, tensors, profile, resident)
     text = "\n".join(f"{n.name} {n.target} {n.args} {getattr(n.meta.get('val'), 'shape', '')}" for n in captured.graph.nodes)
     return Traced(

@@ -33,6 +33,7 @@ from remat.plan import Plan
 from remat.planner import Menus, Solution, fastest_solution, make_menus, smallest_solution, solve
 from remat.policies import Policy, check_fits, check_host, check_policy, is_planned, policy_solution
 from remat.program import SCALARS_BYTES, Program
+from remat.workspace import library_bytes
 
 COMPILERS = ("inductor", "eager")
 
@@ -249,6 +250,7 @@ class _Partitioner:
 
     def _resident(self, joint: fx.GraphModule, device: torch.device) -> int:
         if device.type == "cuda":
+            library_bytes(device)  # which from now on are there
             return torch.cuda.memory_allocated(device)  # with all that earlier graphs hold, and the optimizer's state
         inputs = [n.meta["val"] for n in joint.graph.nodes if n.op == "placeholder" and "tangent" not in n.name]
         tensors = [t for t in inputs if isinstance(t, torch.Tensor)]

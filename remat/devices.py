@@ -43,9 +43,25 @@ class DeviceProfile:
     memory_bytes: int = 0
     is_here: bool = True
 
+    @property
+    def is_gpu(self) -> bool:
+        return not self.name.startswith("cpu")
+
+    def allocated_bytes(self, size: int) -> int:
+        """What the device's allocator takes for a tensor of `size` bytes."""
+        return cuda_block_bytes(size) if self.is_gpu else size
+
     def flop_per_us(self, dtype: torch.dtype) -> float:
         """Arithmetic rate of matrix products in a dtype."""
         return self.half_flop_per_us if dtype.itemsize <= 2 else self.float_flop_per_us
+
+
+def cuda_block_bytes(size: int) -> int:
+    """What torch's CUDA allocator counts for a tensor of `size` bytes: steps of 512 bytes, and from 10 MiB on whole blocks of
+    2 MiB where at most 1 MiB of the last one would be left over (`CUDACachingAllocator`, `should_split`)."""
+    size += -size % 512
+    rest = -size % 2**21
+    return size + rest if size >= 10 * 2**20 and rest <= 2**20 else size
 
 
 CPU = DeviceProfile("cpu", 120e3, 120e3, 12e3, 3.0, 3.0, 3.0, 0.6, Link(6e3, 6e3, overlaps=False, start_us=3.0))

@@ -18,7 +18,8 @@ from torch.utils import _pytree as pytree
 
 from remat import _torch
 from remat._torch import V, inductor_ir, wrapper_code
-from remat.ops import OFFLOAD, RELOAD, WAIT
+from remat.devices import cuda_block_bytes
+from remat.ops import OFFLOAD, RELEASE, RELOAD, WAIT
 from remat.passes.aliasing import results, storage_bytes
 from remat.workspace import Call, TensorLike, workspace_bytes
 
@@ -179,14 +180,14 @@ def _run_allocations(
     for line in lines:
         if isinstance(line, wrapper_code.MultiOutputLine):
             items.setdefault(line.arg_name, []).append(V.graph.get_buffer(line.result_name))
-    coming = {n: _torch.buffer_bytes(v) for n, v in V.graph.graph_inputs.items() if n in copied or not _is_resident(n)}
+    coming = {n: _allocated_bytes(v) for n, v in V.graph.graph_inputs.items() if n in copied or not _is_resident(n)}
     coming = {name: size for name, size in coming.items() if name not in hosted}
     taken = sum(size for name, size in coming.items() if not name.startswith("tangents"))
     for name, size in coming.items():
         heap.allocate(name, size)
     for line in lines:
         if isinstance(line, wrapper_code.AllocateLine):
-            heap.allocate(line.node.get_name(), _torch.buffer_bytes(line.node))
+            heap.allocate(line.node.get_name(), _allocated_bytes(line.node))
         elif isinstance(line, wrapper_code.ReuseLine):
             heap.alias(line.reused_as.get_name(), line.node.get_name())
             if line.delete_old:
@@ -200,7 +201,7 @@ def _run_allocations(
             heap.touch(_scratch_bytes(line.node))
         elif isinstance(line, wrapper_code.ExternKernelAllocLine):
             op = getattr(line.node, "op_overload", None)
-            if op is WAIT:
+            if op in (RELEASE, WAIT):
                 continue
             several = isinstance(line.node.get_output_spec(), inductor_ir.MultiOutputLayout)
             for buffer in items.get(line.node.get_name(), ()) if several else (line.node,):
@@ -208,7 +209,7 @@ def _run_allocations(
                 if shared:
                     heap.alias(buffer.get_name(), shared[0])
                 else:
-                    heap.allocate(buffer.get_name(), 0 if op is OFFLOAD else _torch.buffer_bytes(buffer))
+                    heap.allocate(buffer.get_name(), 0 if op is OFFLOAD else _allocated_bytes(buffer))
             heap.touch(_scratch_bytes(line.node))
     outputs = zip(names, V.graph.graph_outputs, strict=True)
     strides = {name: stride for name, buffer in outputs if (stride := _torch.buffer_strides(buffer)) is not None}
@@ -218,10 +219,15 @@ def _run_allocations(
     return Memory(heap.peak, taken, heap.bytes_of(returned), strides, fresh)
 
 
+def _allocated_bytes(buffer: Any) -> int:
+    size = _torch.buffer_bytes(buffer)
+    return cuda_block_bytes(size) if size and buffer.get_device().type == "cuda" else size
+
+
 def _scratch_bytes(kernel: Any) -> int:
     """Scratch memory of a foreign kernel on inputs in the layout that Inductor gives them, which may not be the graph's."""
     node = getattr(kernel, "fx_node", None) or kernel.get_origin_node()
-    if node is None or node.target in (OFFLOAD, RELOAD, WAIT):
+    if node is None or node.target in (OFFLOAD, RELEASE, RELOAD, WAIT):
         return 0
     args, kwargs = pytree.tree_map_only(fx.Node, lambda n: n.meta.get("val"), (node.args, dict(node.kwargs)))
     call = Call.of(node.target, args, kwargs)

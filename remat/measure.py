@@ -34,10 +34,13 @@ class Measurement:
 
 
 def measure(fn: Callable[[], object]) -> Measurement:
-    """Run `fn()` once, in place, and count what the allocator did. On CUDA the peak statistics are reset first."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    """Run `fn()` once, in place, and count what the allocator did: CUDA's, whose peak statistics are reset first, if `fn` can
+    reach a tensor there."""
+    tensors = _reachable(fn)
+    if any(t.device.type == "cuda" for t in tensors) or (not tensors and torch.cuda.is_initialized()):
         return _measure_cuda(fn)
-    resident = _reachable_storages(fn)
+    resident = list({storage_key(t): t.untyped_storage() for t in tensors if t.device.type == "cpu"}.values())
+    del tensors
     released: list[tuple[int, int]] = []
     watches = [weakref.finalize(storage, _note, released, storage.nbytes()) for storage in resident]
     total = sum(storage.nbytes() for storage in resident)
@@ -83,8 +86,8 @@ def _measure_cuda(fn: Callable[[], object]) -> Measurement:
     return Measurement(torch.cuda.max_memory_allocated(), resident, time.perf_counter() - start)
 
 
-def _reachable_storages(fn: Callable[[], object]) -> list[torch.UntypedStorage]:
-    storages: dict[int, torch.UntypedStorage] = {}
+def _reachable(fn: Callable[[], object]) -> list[torch.Tensor]:
+    tensors: list[torch.Tensor] = []
     seen: set[int] = set()
     stack: list[object] = [fn]
     while stack:
@@ -93,13 +96,12 @@ def _reachable_storages(fn: Callable[[], object]) -> list[torch.UntypedStorage]:
             continue
         seen.add(id(item))
         if isinstance(item, torch.Tensor):
-            if item.device.type == "cpu":
-                storages[storage_key(item)] = item.untyped_storage()
+            tensors.append(item)
             if item.is_leaf and item.grad is not None:
                 stack.append(item.grad)
             continue
         stack.extend(_referents(item))
-    return list(storages.values())
+    return tensors
 
 
 def _referents(item: object) -> Iterable[object]:

@@ -67,9 +67,9 @@ def _give_back(key: int, device: torch.device) -> None:
     host_tier(device).pool.give(lent.buffer)
 
 
-@torch.library.custom_op("remat::release", mutates_args={"x"}, tags=_ANY_LAYOUT)
+@torch.library.custom_op("remat::release", mutates_args={"host"}, tags=_ANY_LAYOUT)
 def release(x: torch.Tensor, host: torch.Tensor) -> None:
-    """Make compute wait for the copy of `x` to `host`. (Said to write to x, so that a compiler keeps it in its place.)"""
+    """Make compute wait for the copy of `x` to `host`, which is whole from here on."""
     _lent[storage_key(host)].release()
 
 

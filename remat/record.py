@@ -18,7 +18,7 @@ from torch import fx
 
 from remat import _torch
 from remat._torch import pytree
-from remat.absent import LIBRARY_BYTES, scratch_bytes
+from remat.absent import scratch_bytes
 from remat.capture import Captured
 from remat.cost import op_cost_us
 from remat.devices import DeviceProfile
@@ -92,7 +92,7 @@ class _Recorder(_torch.TorchDispatchMode):
             if key in self.known or key in self.storages:
                 continue
             raw = tensor.untyped_storage()
-            storage = self.storages[key] = _Storage(raw.nbytes(), at)
+            storage = self.storages[key] = _Storage(self.device.allocated_bytes(raw.nbytes()), at)
             self.all.append(storage)
             weakref.finalize(raw, self.died, key, storage)
 
@@ -267,9 +267,8 @@ def _program(
                 HELD if held else why_pinned(storage.node, mutated),
             )
         )
-    here = recorder.device.is_here
-    fixed.append(Fixed(0, end, SCALARS_BYTES if here else LIBRARY_BYTES))
-    scratch = workspace_bytes if here else scratch_bytes
+    fixed.append(Fixed(0, end, SCALARS_BYTES))
+    scratch = workspace_bytes if recorder.device.is_here else scratch_bytes
     ops = []
     for position, node in enumerate(nodes):
         own = [index[id(s)] for s in produced[node] if id(s) in index and s.born == position]
@@ -292,7 +291,7 @@ def _program(
 
 def _rng_state_bytes(device: DeviceProfile) -> int:
     """What the runtime keeps to replay a random op: the Mersenne twister's state; a GPU's lies in host memory."""
-    return torch.get_rng_state().nbytes if device.name == "cpu" else 0
+    return 0 if device.is_gpu else torch.get_rng_state().nbytes
 
 
 def _mutated_inputs(captured: Captured) -> frozenset[fx.Node]:

@@ -113,6 +113,7 @@ class _HostLane:
         done: Future[None] = self._thread.submit(run) if self.delay_s else _run_now(run)
         return _Done(done)
 
+
 def _run_now(call: Callable[[], None]) -> Future[None]:
     done: Future[None] = Future()
     call()

@@ -2,7 +2,8 @@
 
 It is in no graph (attention and convolution backward, norm backward on strided inputs), so each distinct op is run once
 under the meter, on zeros of its real shapes, strides and dtypes, and remembered for the life of the process. Ops that
-cannot have any (the common pointwise ops, views, copies, matrix products) are not run.
+cannot have any (the common pointwise ops, views, copies, a CPU's matrix products) are not run. What cuBLAS keeps from its first
+product on is no op's own: `library_bytes`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,8 +24,9 @@ from remat.measure import measure_cpu
 log = logging.getLogger("remat")
 aten = torch.ops.aten
 
+_PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}  # without scratch on a CPU
 _EXACT = {
-    aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.cat.default, aten.clone.default,
+    aten.cat.default, aten.clone.default,
     aten.sum.dim_IntList, aten.sum.default, aten.mean.dim, aten.mean.default,
     aten._to_copy.default, aten.copy_.default, aten.ones_like.default, aten.zeros_like.default, aten.full.default,
     aten.new_zeros.default, aten.zeros.default, aten.arange.start, aten.arange.default, aten.arange.start_step,
@@ -70,6 +73,8 @@ class Call:
         if not isinstance(op, torch._ops.OpOverload) or op in _EXACT:
             return None
         leaves, spec = pytree.tree_flatten((args, kwargs))
+        if op in _PRODUCTS and all(leaf.device.type == "cpu" for leaf in leaves if isinstance(leaf, torch.Tensor)):
+            return None
         return cls(op, tuple(TensorLike.of(x) if isinstance(x, torch.Tensor) else x for x in leaves), spec)
 
     @property
@@ -103,6 +108,22 @@ def _measured(call: Call) -> int:
     except (RuntimeError, IndexError) as error:  # zeros are no valid input for a few ops
         log.debug("workspace of %s is unknown: %s", call.op, error)
         return 0
+
+
+@cache
+def library_bytes(device: torch.device) -> int:
+    """What libraries keep of the device's memory once a step has run: cuBLAS a workspace for each thread, forward's and
+    backward's. Present from then on."""
+    if device.type != "cuda":
+        return 0
+    _torch.clear_library_workspaces()
+    before = torch.cuda.memory_allocated(device)
+    with _torch.no_dispatch_modes(), torch.enable_grad():
+        for dtype in (torch.float32, torch.bfloat16):
+            x, weight, bias = (torch.zeros(*shape, dtype=dtype, device=device) for shape in ((16, 16), (16, 16), (16,)))
+            torch.nn.functional.linear(x, weight.requires_grad_(), bias.requires_grad_()).sum().backward()
+            del x, weight, bias
+    return torch.cuda.memory_allocated(device) - before
 
 
 def _run_once(call: Call, devices: set[torch.device]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import weakref
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import remat
 from remat import devices
 from remat.planner import make_menus, smallest_solution, solve
 from remat.program import Link, Op, Program
-from remat.transfer import host_tier
+from remat.transfer import _HostLane, host_tier
 from tests.models import build
 from tests.programs import stack
 from tests.steps import Outcome, assert_same, run_step
@@ -159,6 +160,7 @@ def test_a_budget_holds_in_compiled_graphs_with_values_on_the_host() -> None:
     assert both.plan.host_bytes > 0
     assert both.plan.recompute_us + both.plan.stall_us < alone.plan.recompute_us
     assert "torch.ops.remat.offload" in both.forward.code
+    assert both.forward.code.count("remat.release") == both.forward.code.count("remat.offload")
     assert "torch.ops.remat.reload" in both.backward.code
     assert any(transfer.reload for transfer in both.plan.transfers)
 
@@ -177,3 +179,19 @@ def test_the_ops() -> None:
     held = pool.in_use_bytes
     del host
     assert pool.in_use_bytes == held - x.nbytes
+
+
+@pytest.mark.parametrize("released", [True, False])
+def test_a_tensor_stays_until_it_is_released(released: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_HostLane, "delay_s", 0.05)
+    x = torch.randn(1000)
+    gone, expected = weakref.ref(x.untyped_storage()), x.clone()
+    host = torch.ops.remat.offload(x, x.stride())
+    if released:
+        torch.ops.remat.release(x, host)
+    del x
+    assert (gone() is None) == released
+    back = torch.ops.remat.reload(host, expected.shape, expected.stride(), expected.device)
+    assert gone() is None
+    torch.ops.remat.wait(back)
+    assert torch.equal(back, expected)
