@@ -249,9 +249,9 @@ class _Partitioner:
         return limit, max(smallest, smallest + (target - smallest) // 2)
 
     def _resident(self, joint: fx.GraphModule, device: torch.device) -> int:
-        if device.type == "cuda":
+        if device.type != "cpu":
             library_bytes(device)  # which from now on are there
-            return torch.cuda.memory_allocated(device)  # with all that earlier graphs hold, and the optimizer's state
+            return torch.accelerator.memory_allocated(device)  # with all that earlier graphs hold, and the optimizer's state
         inputs = [n.meta["val"] for n in joint.graph.nodes if n.op == "placeholder" and "tangent" not in n.name]
         tensors = [t for t in inputs if isinstance(t, torch.Tensor)]
         own = sum(t.untyped_storage().nbytes() for t in tensors)

@@ -89,7 +89,7 @@ class Memory:
 
 def memory_of(device: torch.device) -> Memory:
     """The memory of a device of this machine. Half of the host's free memory is for a GPU's values, and none for a CPU's."""
-    host = free_bytes(torch.device("cpu")) // 2 if device.type == "cuda" else 0
+    host = free_bytes(torch.device("cpu")) // 2 if device.type not in ("cpu", "meta") else 0
     return Memory(str(device), device_bytes(device), free_bytes(device), host)
 
 
@@ -126,17 +126,16 @@ def resolve_host_budget(host_budget: int | str | None, memory: Memory) -> int:
 
 def device_bytes(device: torch.device) -> int:
     """All memory of the device, in bytes."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
+    if device.type not in ("cpu", "meta"):
+        return torch.accelerator.get_memory_info(device)[1]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def free_bytes(device: torch.device) -> int:
     """Memory that the device has free now, in bytes; on a CPU what the system can give without swapping."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(free + cached)
+    if device.type not in ("cpu", "meta"):
+        free, _ = torch.accelerator.get_memory_info(device)
+        return free + torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 

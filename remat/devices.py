@@ -117,9 +117,9 @@ def profile_of(device: torch.device) -> DeviceProfile:
     measured = _read(_cache_file(device))
     if measured is not None:
         return measured
-    if device.type != "cuda":
+    if device.type in ("cpu", "meta"):
         return CPU
-    return _known_gpu(torch.cuda.get_device_name(device)) or CUDA
+    return _known_gpu(_full_name(device)) or CUDA
 
 
 def _known_gpu(full_name: str) -> DeviceProfile | None:
@@ -133,11 +133,14 @@ def _known_gpu(full_name: str) -> DeviceProfile | None:
 def profile_device(device: torch.device | str | None = None, *, again: bool = False) -> DeviceProfile:
     """Measure a device of this machine in a few seconds; plans on it use the figures from then on, in later processes too.
 
-    device: by default the current GPU, or the CPU where there is none. again: measure even if there are figures.
+    device: by default the current accelerator, or the CPU where there is none. again: measure even if there are figures.
     """
-    chosen = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-    if chosen.type not in ("cpu", "cuda"):
-        raise RematError(f"device={chosen} cannot be measured; there are 'cpu' and 'cuda'")
+    here = torch.accelerator.current_accelerator()
+    chosen = torch.device(device if device is not None else here or "cpu")
+    if chosen.type != "cpu" and (here is None or chosen.type != here.type):
+        raise RematError(
+            f"device={chosen} cannot be measured; there are {' and '.join(map(repr, {'cpu', str(here or 'cpu')}))}"
+        )
     path = _cache_file(chosen)
     known = None if again else _read(path)
     if known is not None:
@@ -151,8 +154,12 @@ def profile_device(device: torch.device | str | None = None, *, again: bool = Fa
 
 def _cache_file(device: torch.device) -> Path:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "remat"
-    model = torch.cuda.get_device_name(device).replace(" ", "-") if device.type == "cuda" else f"cpu-{torch.get_num_threads()}"
+    model = f"cpu-{torch.get_num_threads()}" if device.type in ("cpu", "meta") else _full_name(device).replace(" ", "-")
     return folder / f"{model}-torch-{torch.__version__}.json"
+
+
+def _full_name(device: torch.device) -> str:
+    return str(torch.cuda.get_device_name(device)) if device.type == "cuda" else device.type
 
 
 @cache
@@ -165,7 +172,7 @@ def _read(path: Path) -> DeviceProfile | None:
 
 
 def _measure(device: torch.device) -> DeviceProfile:
-    on_gpu = device.type == "cuda"
+    on_gpu = device.type != "cpu"
     base = CUDA if on_gpu else CPU
     side, size = (8192, 1 << 28) if on_gpu else (1024, 1 << 24)
 
@@ -183,7 +190,7 @@ def _measure(device: torch.device) -> DeviceProfile:
         float_flop_per_us=matmul_flop_per_us(torch.float32),
         bytes_per_us=2 * size / _seconds(there.clone, device) / 1e6,
         link=base.link._replace(out_bytes_per_us=out, in_bytes_per_us=back),
-        memory_bytes=torch.cuda.get_device_properties(device).total_memory if on_gpu else 0,
+        memory_bytes=torch.accelerator.get_memory_info(device)[1] if on_gpu else 0,
     )
 
 
@@ -191,8 +198,8 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
     """The best of five, after one to warm up."""
 
     def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
 
     best = float("inf")
     for _ in range(6):

@@ -1,6 +1,6 @@
 """What a step really allocated.
 
-On a GPU these are `torch.cuda`'s own statistics. On a CPU they are the allocator events of
+On an accelerator these are its allocator's own statistics (`torch.accelerator`). On a CPU they are the allocator events of
 `torch.profiler.profile(profile_memory=True)`, on top of what was allocated when the step began: the storages of all tensors
 that `fn` can reach (its closure, the globals it names, modules, optimizers).
 """
@@ -34,11 +34,12 @@ class Measurement:
 
 
 def measure(fn: Callable[[], object]) -> Measurement:
-    """Run `fn()` once, in place, and count what the allocator did: CUDA's, whose peak statistics are reset first, if `fn` can
-    reach a tensor there."""
+    """Run `fn()` once, in place, and count what the allocator did: an accelerator's, whose peak statistics are reset first, if
+    `fn` can reach a tensor there."""
     tensors = _reachable(fn)
-    if any(t.device.type == "cuda" for t in tensors) or (not tensors and torch.cuda.is_initialized()):
-        return _measure_cuda(fn)
+    accelerator = next((t.device for t in tensors if t.device.type not in ("cpu", "meta")), None)
+    if accelerator is not None:
+        return measure_accelerator(fn, accelerator)
     resident = list({storage_key(t): t.untyped_storage() for t in tensors if t.device.type == "cpu"}.values())
     del tensors
     released: list[tuple[int, int]] = []
@@ -76,14 +77,15 @@ def measure_cpu(fn: Callable[[], object], released: Sequence[tuple[int, int]] = 
     return peak, seconds
 
 
-def _measure_cuda(fn: Callable[[], object]) -> Measurement:
-    torch.cuda.synchronize()
-    resident = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
+def measure_accelerator(fn: Callable[[], object], device: torch.device) -> Measurement:
+    """Run `fn()` once and read the allocator's statistics of `device`."""
+    torch.accelerator.synchronize(device)
+    resident = torch.accelerator.memory_allocated(device)
+    torch.accelerator.reset_peak_memory_stats(device)
     start = time.perf_counter()
     fn()
-    torch.cuda.synchronize()
-    return Measurement(torch.cuda.max_memory_allocated(), resident, time.perf_counter() - start)
+    torch.accelerator.synchronize(device)
+    return Measurement(torch.accelerator.max_memory_allocated(device), resident, time.perf_counter() - start)
 
 
 def _reachable(fn: Callable[[], object]) -> list[torch.Tensor]:

@@ -9,6 +9,7 @@ milliseconds each. On a CPU the host tier is a plain copy, done at once.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import random
 import threading
@@ -33,24 +34,29 @@ class Event(Protocol):
 
 
 class HostBuffer:
-    """Host memory for one storage. `busy` is the last copy from or to it."""
+    """Host memory for one storage, pinned for `device`. `busy` is the last copy from or to it."""
 
-    def __init__(self, size: int, pin: bool) -> None:
-        self._memory = mmap.mmap(-1, size)
-        self.bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
+    def __init__(self, size: int, device: torch.device) -> None:
         self.busy: Event | None = None
-        if pin:
-            _pin(self.bytes)
-            weakref.finalize(self, _unpin, self.bytes.data_ptr())
+        if device.type in ("cpu", "cuda"):
+            self._memory = memoryview(mmap.mmap(-1, size))
+            self.bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
+            if device.type == "cuda":
+                _pin(self.bytes, device)
+                weakref.finalize(self, _unpin, self.bytes.data_ptr())
+        else:
+            self.bytes = torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
     def fresh(self) -> torch.Tensor:
         """The bytes as a tensor with a storage of its own, whose death tells when nobody uses them."""
-        return torch.frombuffer(self._memory, dtype=torch.uint8)
+        return torch.from_dlpack(self.bytes)
 
 
-def _pin(memory: torch.Tensor) -> None:
+def _pin(memory: torch.Tensor, device: torch.device) -> None:
     code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
     if code:
+        with contextlib.suppress(RuntimeError):  # CUDA tells the next kernel of it too
+            torch.zeros(1, device=device)
         raise RematError(
             f"cannot pin {format_bytes(memory.nbytes)} of host memory (cudaHostRegister returned {code}); lower host_budget=, "
             "or raise the limit on locked memory (ulimit -l)"
@@ -64,8 +70,8 @@ def _unpin(address: int) -> None:
 class HostPool:
     """The host buffers of one device. `bytes` is all that it holds, `in_use_bytes` what is lent, both in bytes."""
 
-    def __init__(self, pin: bool) -> None:
-        self.pin = pin
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.bytes = self.in_use_bytes = self.made = 0
         self._free: dict[int, list[HostBuffer]] = defaultdict(list)
         self._lock = threading.RLock()  # backward has threads of its own, and a collection in `take` may give buffers back
@@ -74,7 +80,7 @@ class HostPool:
         """A buffer of `size` bytes, used before where there is one."""
         with self._lock:
             if not self._free[size]:
-                self._free[size].append(HostBuffer(size, self.pin))
+                self._free[size].append(HostBuffer(size, self.device))
                 self.bytes += size
                 self.made += 1
             self.in_use_bytes += size
@@ -127,23 +133,23 @@ class _Done:
 
 
 class _StreamLane:
-    """Copies on a CUDA stream of their own."""
+    """Copies on a stream of their own."""
 
     delay_s = 0.0
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.Stream(device)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, *after: Event | None) -> Event:
-        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        with torch.cuda.stream(self._stream), torch.no_grad():
+        self._stream.wait_stream(torch.accelerator.current_stream(self._stream.device))
+        with self._stream, torch.no_grad():
             for event in after:
                 if event is not None:
                     event.wait()  # on this stream, which is the current one here
             if self.delay_s:
                 torch.cuda._sleep(int(random.uniform(0, self.delay_s) * 1e9))
             target.copy_(source, non_blocking=True)
-            event = torch.cuda.Event()
+            event = torch.Event(self._stream.device)
             event.record()
         return event
 
@@ -152,16 +158,16 @@ class HostTier:
     """Where a device's values go: a pool of host buffers and a lane for each direction."""
 
     def __init__(self, device: torch.device) -> None:
-        self.pool = HostPool(pin=device.type == "cuda")
-        on_gpu = device.type == "cuda"
-        self.out: Any = _StreamLane(device) if on_gpu else _HostLane()
-        self.back: Any = _StreamLane(device) if on_gpu else _HostLane()
+        self.pool = HostPool(device)
+        on_host = device.type == "cpu"
+        self.out: Any = _HostLane() if on_host else _StreamLane(device)
+        self.back: Any = _HostLane() if on_host else _StreamLane(device)
 
 
 @cache
 def host_tier(device: torch.device) -> HostTier:
     """The host tier of a device; the same one each time."""
-    if device.type not in ("cpu", "cuda"):
+    if device.type in ("meta", "mps"):  # without memory, without streams
         raise RematError(f"offload is not supported on {device.type}; plan with host_budget=0")
     return HostTier(device)
 

@@ -19,7 +19,7 @@ import torch
 
 from remat import _torch
 from remat._torch import pytree
-from remat.measure import measure_cpu
+from remat.measure import measure_accelerator, measure_cpu
 
 log = logging.getLogger("remat")
 aten = torch.ops.aten
@@ -101,7 +101,7 @@ def workspace_bytes(call: Call | None) -> int:
 
 def _measured(call: Call) -> int:
     devices = {leaf.device for leaf in call.leaves if isinstance(leaf, TensorLike)}
-    if any(device.type not in ("cpu", "cuda") for device in devices):
+    if any(device.type == "meta" for device in devices):
         return 0
     try:
         return _run_once(call, devices)
@@ -128,20 +128,12 @@ def library_bytes(device: torch.device) -> int:
 
 def _run_once(call: Call, devices: set[torch.device]) -> int:
     results: list[Any] = []
-    cuda = [device for device in devices if device.type == "cuda"]
-    with _torch.no_dispatch_modes(), torch.no_grad(), torch.random.fork_rng(cuda):
+    accelerators = [device for device in devices if device.type != "cpu"]
+    kind = accelerators[0].type if accelerators else "cpu"
+    with _torch.no_dispatch_modes(), torch.no_grad(), torch.random.fork_rng(accelerators, device_type=kind):
         leaves = [leaf.zeros() if isinstance(leaf, TensorLike) else leaf for leaf in call.leaves]
         args, kwargs = pytree.tree_unflatten(leaves, call.spec)
         run = lambda: results.append(call.op(*args, **kwargs))  # noqa: E731
-        peak = _peak_cuda(run) if cuda else measure_cpu(run)[0]
+        peak = measure_accelerator(run, accelerators[0]).above_resident_bytes if accelerators else measure_cpu(run)[0]
     outputs = [t for t in pytree.tree_leaves(results) if isinstance(t, torch.Tensor)]
     return max(0, peak - sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in outputs}.values()))
-
-
-def _peak_cuda(run: Callable[[], None]) -> int:
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before

@@ -57,7 +57,7 @@ def test_host_memory_is_not_the_devices(tier: HostTier) -> None:
 
 
 def test_buffers_have_the_exact_size_and_are_used_again() -> None:
-    pool = HostPool(pin=False)
+    pool = HostPool(torch.device("cpu"))
     first = pool.take(1000)
     assert (first.bytes.nbytes, pool.bytes, pool.in_use_bytes) == (1000, 1000, 1000)
     pool.give(first)
@@ -68,12 +68,12 @@ def test_buffers_have_the_exact_size_and_are_used_again() -> None:
 
 def test_buffers_may_come_back_while_one_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """A garbage collection runs when it likes, and what it finds gives its buffers back."""
-    pool = HostPool(pin=False)
+    pool = HostPool(torch.device("cpu"))
     lent = pool.take(10)
 
-    def collecting(size: int, pin: bool) -> HostBuffer:
+    def collecting(size: int, device: torch.device) -> HostBuffer:
         pool.give(lent)
-        return HostBuffer(size, pin)
+        return HostBuffer(size, device)
 
     monkeypatch.setattr(transfer, "HostBuffer", collecting)
     thread = threading.Thread(target=pool.take, args=(20,), daemon=True)
@@ -90,7 +90,7 @@ def test_memory_that_cannot_be_pinned_is_an_error(monkeypatch: pytest.MonkeyPatc
             return 2
 
     monkeypatch.setattr(torch.cuda, "cudart", lambda: Full)
-    pool = HostPool(pin=True)
+    pool = HostPool(torch.device("cuda"))
     with pytest.raises(remat.RematError, match=r"cannot pin 1000 B of host memory .* lower host_budget="):
         pool.take(1000)
     assert (pool.bytes, pool.in_use_bytes, pool.made) == (0, 0, 0)

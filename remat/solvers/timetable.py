@@ -30,7 +30,7 @@ def timetable(
         own, other = bisect_right(stops, op), bisect_right(stops, reader) if program.regions_hold else 0
         last[op] = stops[other] - 1 if other > own and other < len(stops) else max(reader, op)
     moves = {op: Move(release) for op, release in last.items()}
-    if program.link is None or not program.link.overlaps:
+    if program.link is None or not program.link.overlaps or not program.moments:
         return moves
     replay = simulate(program, dropped, moves)
     ends = list(accumulate(_times(program, replay)))
@@ -57,9 +57,8 @@ def _leave(program: Program, replay: Replay, ends: Sequence[float], moves: dict[
 
 def _come_back(program: Program, replay: Replay, ends: Sequence[float], moves: dict[int, Move]) -> dict[int, Move]:
     assert program.link is not None
-    n = len(program.forward)
     when = {position: index for index, (position, again) in enumerate(replay.schedule) if not again}
-    starts = sorted({n, *(p for p, _ in program.moments)})
+    starts = sorted({p for p, _ in program.moments})
     moments = [ends[when[p - 1]] for p in starts]
     free = float("inf")
     found: dict[int, int] = {}
