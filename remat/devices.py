@@ -135,12 +135,10 @@ def profile_device(device: torch.device | str | None = None, *, again: bool = Fa
 
     device: by default the current accelerator, or the CPU where there is none. again: measure even if there are figures.
     """
-    here = torch.accelerator.current_accelerator()
-    chosen = torch.device(device if device is not None else here or "cpu")
-    if chosen.type != "cpu" and (here is None or chosen.type != here.type):
-        raise RematError(
-            f"device={chosen} cannot be measured; there are {' and '.join(map(repr, {'cpu', str(here or 'cpu')}))}"
-        )
+    here = torch.accelerator.current_accelerator() or torch.device("cpu")
+    chosen = torch.device(device if device is not None else here)
+    if chosen.type not in ("cpu", here.type):
+        raise RematError(f"device={chosen} cannot be measured; there are 'cpu' and {here.type!r}")
     path = _cache_file(chosen)
     known = None if again else _read(path)
     if known is not None:

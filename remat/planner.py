@@ -162,9 +162,9 @@ def solution_of(
     """The solution with given decisions; regions are those that something happens in."""
     if not offloaded:
         regions = tuple((a, b) for a, b in regions if any(a <= p < b for p in dropped))
-        return Solution(dropped, regions, simulate(program, dropped))
+        return Solution(dropped, regions, simulate(program, dropped, None, regions))
     moves = timetable(program, dropped, offloaded, regions)
-    return Solution(dropped, regions, simulate(program, dropped, moves), moves)
+    return Solution(dropped, regions, simulate(program, dropped, moves, regions), moves)
 
 
 def fastest_solution(program: Program, menus: Menus) -> Solution:
@@ -273,7 +273,7 @@ def _solution(program: Program, menus: Menus, path: list[tuple[int, int, int]]) 
 def _tightened(
     program: Program, menus: Menus, path: list[tuple[int, int, int]], solution: Solution, budget_bytes: int
 ) -> Solution:
-    dropped = improve(program, solution.dropped, budget_bytes, solution.moves)
+    dropped = improve(program, solution.dropped, budget_bytes, solution.moves, solution.regions)
     better = solution_of(program, dropped, frozenset(solution.moves), _spans(menus, path))
     return better if better.replay.peak_bytes <= budget_bytes else solution
 

@@ -7,6 +7,7 @@ inputs it needs are computed then, once, and each is held until its last reader 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -91,9 +92,14 @@ class Replay:
         return self.moments[max(range(len(self.live_bytes)), key=self.live_bytes.__getitem__)]
 
 
-def simulate(program: Program, dropped: Collection[int], moves: Mapping[int, Move] | None = None) -> Replay:
+def simulate(
+    program: Program,
+    dropped: Collection[int],
+    moves: Mapping[int, Move] | None = None,
+    regions: Sequence[tuple[int, int]] = (),
+) -> Replay:
     """Replay `program` with the results of the forward ops in `dropped` recomputed, those in `moves` on the host between
-    forward and backward, all others saved while needed."""
+    forward and backward, all others saved while needed. `regions` are the stretches [start, stop) of forward that run as one."""
     moves = moves or {}
     drop = {v for op in dropped for v in program.forward[op].outputs}
     schedule = _schedule(program, drop)
@@ -130,7 +136,10 @@ def simulate(program: Program, dropped: Collection[int], moves: Mapping[int, Mov
             extra[index] += op.state_bytes
     dies = [max(when.get(value.release, -1), last_again.get(v, -1)) for v, value in enumerate(program.values)]
     kept = [v not in drop and last >= n_forward for v, last in enumerate(dies)]
-    last_forward = _last_forward(program, kept)
+    last_forward = [
+        held_until(program, regions, value.op, last)
+        for value, last in zip(program.values, _last_forward(program, kept), strict=True)
+    ]
     trips: list[Trip] = []
     for v, value in enumerate(program.values):
         move = moves.get(value.op) if kept[v] else None
@@ -227,6 +236,18 @@ def _grouped(trips: Sequence[Trip], at: str) -> dict[int, list[Trip]]:
     for trip in trips:
         groups.setdefault(getattr(trip, at), []).append(trip)
     return groups
+
+
+def held_until(program: Program, regions: Sequence[tuple[int, int]], op: int, reader: int) -> int:
+    """The forward position to which the result of `op` stays, when `reader` is the last to read it: inputs of a region stay to its
+    end. A result that nobody lets go of in forward (its `reader` comes later) stays."""
+    if not program.regions_hold or reader >= len(program.forward):
+        return reader
+    index = bisect_right(regions, reader, key=lambda region: region[0]) - 1
+    if index < 0:
+        return reader
+    start, stop = regions[index]
+    return stop - 1 if op < start <= reader < stop else reader
 
 
 def _last_forward(program: Program, kept: Sequence[bool]) -> list[int]:

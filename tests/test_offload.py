@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -110,12 +112,15 @@ def test_a_budget_holds_with_values_on_the_host(name: str, share: float) -> None
     assert module.plan.step_us == pytest.approx(module.plan.baseline_step_us + module.plan.recompute_us + module.plan.stall_us)
 
 
-@pytest.mark.usefixtures("_overlapping")
-def test_every_copy_back_starts_before_it_is_asked_for() -> None:
-    model, kwargs = build("gpt2")
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_every_copy_back_starts_before_it_is_asked_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a GPU's rates: values that leave late overlap with later blocks."""
+    expected = unchanged(name)
+    monkeypatch.setattr(devices, "CPU", dataclasses.replace(devices.CUDA, name="cpu"))
+    model, kwargs = build(name)
     module = remat.optimize(model, (), kwargs, budget=None, policy="offload-all")
     outcome = run_step(module, kwargs)
-    assert_same(outcome, unchanged("gpt2"))
+    assert_same(outcome, expected)
     assert module.plan is not None
     assert all(transfer.reload for transfer in module.plan.transfers)
     assert 1 <= module.plan.peak_bytes / outcome.peak_bytes <= 1.01
@@ -192,6 +197,14 @@ def test_the_ops() -> None:
     assert pool.in_use_bytes == held - x.nbytes
 
 
+def soon(true: Callable[[], bool]) -> bool:
+    """The thread that copied lets go of the tensor a moment after it says that it is done."""
+    deadline = time.monotonic() + 10
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return true()
+
+
 @pytest.mark.parametrize("released", [True, False])
 def test_a_tensor_stays_until_it_is_released(released: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_HostLane, "delay_s", 0.05)
@@ -201,8 +214,11 @@ def test_a_tensor_stays_until_it_is_released(released: bool, monkeypatch: pytest
     if released:
         torch.ops.remat.release(x, host)
     del x
-    assert (gone() is None) == released
+    if released:
+        assert soon(lambda: gone() is None)
+    else:
+        assert gone() is not None
     back = torch.ops.remat.reload(host, expected.shape, expected.stride(), expected.device)
-    assert gone() is None
+    assert soon(lambda: gone() is None)
     torch.ops.remat.wait(back)
     assert torch.equal(back, expected)

@@ -56,6 +56,16 @@ def test_a_dropped_value_is_recomputed_just_in_time() -> None:
     ]
 
 
+def test_what_a_region_reads_stays_to_its_end() -> None:
+    forward = tuple(Op(name, 1.0, 0, inputs, (p,)) for p, (name, inputs) in enumerate([("a", ()), ("b", (0,)), ("c", (1,))]))
+    values = tuple(Value(name, 100, p, min(p + 1, 2)) for p, name in enumerate("abc"))
+    program = Program(forward, (Op("end", 0.0, 0),), values, (), 0)
+    assert simulate(program, ()).live_bytes == (100, 200, 200, 0)
+    assert simulate(program, (), regions=((1, 3),)).live_bytes == (100, 200, 300, 0)
+    assert simulate(program, (), regions=((0, 3),)).live_bytes == (100, 200, 200, 0)
+    assert simulate(program, (), regions=((2, 3),)).live_bytes == (100, 200, 200, 0)
+
+
 def test_a_dropped_chain_is_recomputed_from_its_source_and_held_to_its_last_reader() -> None:
     assert live(chain(), (0, 1, 2)) == [
         ("forward", "a", 100),

@@ -6,7 +6,7 @@ all that time, the op need not run twice. The referee has the last word on the r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -17,15 +17,19 @@ _ROUNDS = 4
 
 
 def improve(
-    program: Program, dropped: frozenset[int], budget_bytes: int, moves: Mapping[int, Move] | None = None
+    program: Program,
+    dropped: frozenset[int],
+    budget_bytes: int,
+    moves: Mapping[int, Move] | None = None,
+    regions: Sequence[tuple[int, int]] = (),
 ) -> frozenset[int]:
-    """A subset of `dropped` (op positions) that takes no more time and still fits, with `moves` as they are."""
-    best, replay = dropped, simulate(program, dropped, moves)
+    """A subset of `dropped` (op positions) that takes no more time and still fits, with `moves` and `regions` as they are."""
+    best, replay = dropped, simulate(program, dropped, moves, regions)
     for _ in range(_ROUNDS):
         smaller = prune(program, _fill(program, best, replay, budget_bytes))
         if smaller == best:
             break
-        attempt = simulate(program, smaller, moves)
+        attempt = simulate(program, smaller, moves, regions)
         if attempt.peak_bytes > budget_bytes or attempt.added_us > replay.added_us:
             break
         best, replay = smaller, attempt

@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 from itertools import accumulate
 
 from remat.program import Move, Program
-from remat.simulate import Replay, simulate
+from remat.simulate import Replay, held_until, simulate
 
 
 def timetable(
@@ -21,18 +21,15 @@ def timetable(
 ) -> dict[int, Move]:
     """A `Move` for each op position in `offloaded`.
 
-    regions: the stretches [start, stop) of forward positions that run as one; inputs of a region stay to its end.
+    regions: the stretches [start, stop) of forward positions that run as one.
     """
-    stops = [stop for _, stop in regions]
-    last: dict[int, int] = {}
+    moves: dict[int, Move] = {}
     for op in sorted(offloaded):
         reader = max(program.values[v].last_forward for v in program.forward[op].outputs)
-        own, other = bisect_right(stops, op), bisect_right(stops, reader) if program.regions_hold else 0
-        last[op] = stops[other] - 1 if other > own and other < len(stops) else max(reader, op)
-    moves = {op: Move(release) for op, release in last.items()}
+        moves[op] = Move(held_until(program, regions, op, max(reader, op)))
     if program.link is None or not program.link.overlaps or not program.moments:
         return moves
-    replay = simulate(program, dropped, moves)
+    replay = simulate(program, dropped, moves, regions)
     ends = list(accumulate(_times(program, replay)))
     return _come_back(program, replay, ends, _leave(program, replay, ends, moves))
 
