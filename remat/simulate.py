@@ -99,7 +99,8 @@ def simulate(
     regions: Sequence[tuple[int, int]] = (),
 ) -> Replay:
     """Replay `program` with the results of the forward ops in `dropped` recomputed, those in `moves` on the host between
-    forward and backward, all others saved while needed. `regions` are the stretches [start, stop) of forward that run as one."""
+    forward and backward, all others saved while needed. `regions` are the stretches [start, stop) of forward that run as one.
+    """
     moves = moves or {}
     drop = {v for op in dropped for v in program.forward[op].outputs}
     schedule = _schedule(program, drop)
@@ -239,8 +240,8 @@ def _grouped(trips: Sequence[Trip], at: str) -> dict[int, list[Trip]]:
 
 
 def held_until(program: Program, regions: Sequence[tuple[int, int]], op: int, reader: int) -> int:
-    """The forward position to which the result of `op` stays, when `reader` is the last to read it: inputs of a region stay to its
-    end. A result that nobody lets go of in forward (its `reader` comes later) stays."""
+    """The forward position to which the result of `op` stays, when `reader` is the last to read it: inputs of a region stay to
+    its end. A `reader` after forward says that it is never let go of there."""
     if not program.regions_hold or reader >= len(program.forward):
         return reader
     index = bisect_right(regions, reader, key=lambda region: region[0]) - 1
