@@ -13,7 +13,8 @@ from remat.backend import CompiledPlan, plans
 from remat.devices import DeviceProfile, profile_device
 from remat.errors import BudgetError, CaptureError, RematError, RewriteError
 from remat.measure import Measurement, measure
-from remat.plan import Activation, Block, Decision, Plan, Transfer
+from remat.plan import Activation, Block, Plan, Transfer
+from remat.program import Decision
 
 __version__ = "0.1.0"
 

@@ -24,6 +24,7 @@ from remat.module import RematModule
 from remat.passes.aliasing import storage_roots
 from remat.passes.regions import RegionGraph, Stretch, form_regions
 from remat.passes.transfers import Transfers
+from remat.pins import Pins, check_pins, pinned
 from remat.plan import Plan
 from remat.planner import Menus, Solution, frontier_solutions, make_menus, solve
 from remat.policies import Policy, check_fits, check_host, check_policy, is_planned, policy_solution
@@ -44,11 +45,13 @@ class Settings:
     host_budget: int | str | None = None
     plan: Plan | None = None
     optimizer: torch.optim.Optimizer | None = None
+    pin: Pins = None
 
     def __post_init__(self) -> None:
         parse_budget(self.budget)
         resolve_host_budget(self.host_budget, memory_of(torch.device("cpu")))
         check_policy(self.policy)
+        check_pins(self.pin)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "optimizer": None}
@@ -82,18 +85,19 @@ class Traced:
         if settings.plan is not None:
             return self.apply(settings.plan)
         start = time.perf_counter()
-        baseline = simulate(self.program, ())
-        limit = resolve_budget(parse_budget(settings.budget), self.memory, self.program.resident_bytes, baseline.peak_bytes)
+        program = pinned(self.program, self.nodes, settings.pin)
+        baseline = simulate(program, ())
+        limit = resolve_budget(parse_budget(settings.budget), self.memory, program.resident_bytes, baseline.peak_bytes)
         host = resolve_host_budget(settings.host_budget, self.memory)
-        menus = make_menus(self.program, host)
+        menus = make_menus(program, host)
         if is_planned(settings.policy):
-            solution = solve(self.program, menus, None if settings.policy == "none" else limit)
+            solution = solve(program, menus, None if settings.policy == "none" else limit)
         else:
             trains = self.trains if settings.trainable_only else None
-            solution = policy_solution(settings.policy, self.program, self.nodes, menus.cuts, trains)
+            solution = policy_solution(settings.policy, program, self.nodes, menus.cuts, trains)
             check_fits(solution, solution.replay.peak_bytes, limit, settings.policy)
-            if settings.host_budget is not None:
-                check_host(solution, host, settings.policy)
+        if settings.host_budget is not None:
+            check_host(solution, host, settings.policy)
         return self.describe(menus, solution, limit, time.perf_counter() - start)
 
     @cached_property
@@ -111,13 +115,15 @@ class Traced:
     def frontier(self, settings: Settings, points: int) -> Iterator[Plan]:
         """Plans from the fastest to the smallest."""
         start = time.perf_counter()
-        menus = make_menus(self.program, resolve_host_budget(settings.host_budget, self.memory))
-        for solution in frontier_solutions(self.program, menus, points):
+        program = pinned(self.program, self.nodes, settings.pin)
+        menus = make_menus(program, resolve_host_budget(settings.host_budget, self.memory))
+        for solution in frontier_solutions(program, menus, points):
             yield self.describe(menus, solution, solution.replay.peak_bytes, time.perf_counter() - start)
             start = time.perf_counter()
 
     def describe(self, menus: Menus, solution: Solution, limit: int | None, seconds: float) -> Plan:
-        return describe(self.nodes, self.program, menus, solution, limit, seconds, self.memory.name, "eager", self.fingerprint)
+        program, name = solution.replay.program, self.memory.name
+        return describe(self.nodes, program, menus, solution, limit, seconds, name, "eager", self.fingerprint)
 
     def apply(self, plan: Plan) -> Plan:
         """A plan made earlier, checked against this graph."""
@@ -221,6 +227,7 @@ def optimize(
     plan: Plan | None = None,
     trainable_only: bool = True,
     host_budget: int | str | None = None,
+    pin: Pins = None,
 ) -> RematModule:
     """Rewrite `model` so that a training step fits in `budget`; returns a `torch.fx.GraphModule` to train as before.
 
@@ -239,6 +246,8 @@ def optimize(
         plan: a plan made earlier for the same model and shapes, used instead of planning.
         host_budget: host memory that values may wait in between forward and backward: bytes, "64GiB", or "50%" of what is free;
             by default half of what is free where the model is on a GPU, and none where it is on the host already.
+        pin: decisions of yours for some activations, before those of the policy: `{"layers.*.mlp::aten.mm.default": "SAVE"}`,
+            names of nested modules and an op, or the name of an activation as `explain` shows it (remat/pins.py).
         trainable_only: fixed rules leave blocks alone in which no parameter trains.
 
     Raises:
@@ -246,7 +255,7 @@ def optimize(
         CaptureError: the model cannot be captured as one graph.
     """
     module = RematModule(
-        model, Settings(budget, policy, trainable_only, host_budget, plan, optimizer), quiet=dynamic_shapes is not None
+        model, Settings(budget, policy, trainable_only, host_budget, plan, optimizer, pin), quiet=dynamic_shapes is not None
     )
     if args or kwargs:
         module.capture(args, kwargs or {})
@@ -265,6 +274,7 @@ def plan(
     plan: Plan | None = None,
     trainable_only: bool = True,
     host_budget: int | str | None = None,
+    pin: Pins = None,
     device: str | None = None,
 ) -> Plan:
     """Plan one training step without running it. Arguments and errors as in `optimize`.
@@ -272,7 +282,7 @@ def plan(
     device: plan for a well-known device, which need not be there ("h100"; remat/devices.py has them), whatever the model and
         its inputs lie on, `meta` included. Nothing is allocated. "auto" and "80%" are of that device's memory.
     """
-    settings = Settings(budget, policy, trainable_only, host_budget, plan, optimizer)
+    settings = Settings(budget, policy, trainable_only, host_budget, plan, optimizer, pin)
     return trace(model, args, kwargs or {}, optimizer, device).plan(settings)
 
 
@@ -288,12 +298,13 @@ def frontier(
     plan: Plan | None = None,
     trainable_only: bool = True,
     host_budget: int | str | None = None,
+    pin: Pins = None,
     device: str | None = None,
     points: int = 12,
 ) -> list[Plan]:
     """The trade-off between memory and time: plans from the fastest to the smallest, each smaller and slower than the one
     before. With a budget, only those within it. Arguments and errors as in `plan`."""
-    settings = Settings(budget, policy, trainable_only, host_budget, plan, optimizer)
+    settings = Settings(budget, policy, trainable_only, host_budget, plan, optimizer, pin)
     traced = trace(model, args, kwargs or {}, optimizer, device)
     plans = list(traced.frontier(settings, points))
     limit = resolve_budget(parse_budget(budget), traced.memory, traced.program.resident_bytes, plans[0].peak_bytes)

@@ -29,6 +29,7 @@ from remat.ladder import Attempt, Ladder
 from remat.passes.aliasing import results, storage_roots
 from remat.passes.joint_program import JointHalves, joint_program, split_joint
 from remat.passes.partition import partition
+from remat.pins import Pins, check_pins, pinned
 from remat.plan import Plan
 from remat.planner import Menus, Solution, fastest_solution, make_menus, smallest_solution, solve
 from remat.policies import Policy, check_fits, check_host, check_policy, is_planned, policy_solution
@@ -47,6 +48,7 @@ class Options:
     policy: Policy = "auto"
     trainable_only: bool = True
     host_budget: int | str | None = 0
+    pin: Pins = None
 
     @classmethod
     def read(cls, options: Mapping[str, Any] | None) -> Options:
@@ -60,6 +62,7 @@ class Options:
         if read.compiler not in COMPILERS:
             raise RematError(f"compiler={read.compiler!r} is unknown; there are {', '.join(map(repr, COMPILERS))}")
         check_policy(read.policy)
+        check_pins(read.pin)
         return read
 
 
@@ -97,7 +100,7 @@ def remat_backend(
     mode: str | None = None,
 ) -> Callable[..., Any]:
     """The Dynamo backend `remat`. Options: `compiler` ("inductor", "eager"); `budget`, `policy`, `trainable_only`,
-    `host_budget` as in `remat.optimize`, but that nothing moves to the host unless `host_budget` or a policy says so."""
+    `host_budget`, `pin` as in `remat.optimize`, but that nothing moves to the host unless `host_budget` or a policy says so."""
     if mode is not None:
         raise _torch.past_dynamo(RematError("backend 'remat' takes options, not mode; write options={'budget': ...}"))
     try:
@@ -186,6 +189,7 @@ class _Partitioner:
         device = _device(joint)
         start = time.perf_counter()
         program = joint_program(joint.graph, halves, profile_of(device), self._resident(joint, device), fuses)
+        program = pinned(program, halves.forward, self.options.pin)
         host = resolve_host_budget(self.options.host_budget, memory_of(device))
         menus = make_menus(program, host)
 
@@ -206,14 +210,14 @@ class _Partitioner:
         if not is_planned(self.options.policy):
             attempt = apply(self._policy_solution(joint, halves, program, menus, num_fwd_outputs))
             check_fits(attempt.solution, attempt.peak_bytes, limit, self.options.policy)
-            if self.options.host_budget:
-                check_host(attempt.solution, host, self.options.policy)
         elif target is None or everything.peak_bytes <= target:
             attempt = everything
         elif fuses:
             attempt = Ladder(program, menus, everything, apply).highest_within(target)
         else:
             attempt = apply(solve(program, menus, target))
+        if self.options.host_budget:
+            check_host(attempt.solution, host, self.options.policy)
         seconds = time.perf_counter() - start
         text = "\n".join(f"{n.name} {n.target}" for n in joint.graph.nodes)
         fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]

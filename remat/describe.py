@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from remat.plan import Activation, Block, Decision, Plan, Transfer
+from remat.plan import Activation, Block, Plan, Transfer
 from remat.planner import Menus, Solution, fastest_solution, without_gc
-from remat.program import Program
+from remat.program import Decision, Program
 
 _ENTRY = re.compile(r"__dict__\['_modules'\]\['(\w+)'\]")
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
@@ -141,7 +141,9 @@ def activation_of(
     shown = node.meta.get("val")
     shown = shown if isinstance(shown, torch.Tensor) else shown[outputs.index(v)] if shown is not None else None
     cost = program.forward[value.op].cost_us
-    if decision is Decision.OFFLOAD:
+    if program.forward[value.op].pin is not None:
+        reason = "pinned"
+    elif decision is Decision.OFFLOAD:
         reason = f"{value.bytes / 2**20:.2f} MiB wait on the host"
     elif decision is Decision.RECOMPUTE and not value.passing:
         reason = "fused into what reads it"

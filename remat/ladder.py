@@ -16,7 +16,7 @@ from torch import fx
 from remat.budget import format_bytes
 from remat.errors import BudgetError
 from remat.planner import Menus, Solution, smallest_solution, solve
-from remat.program import Program
+from remat.program import Move, Program
 
 _COARSE, _FINE = 12, 4  # coarse rungs, and steps from one to the next
 _SLACK = 0.02  # of the budget: how much smaller than expected a plan's code may be
@@ -40,7 +40,7 @@ class Ladder:
     menus: Menus
     everything: Attempt
     apply: Callable[[Solution], Attempt]
-    _tried: dict[frozenset[int], Attempt] = field(default_factory=dict)
+    _tried: dict[tuple[frozenset[int], frozenset[tuple[int, Move]]], Attempt] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._bottom = smallest_solution(self.program, self.menus)
@@ -83,6 +83,7 @@ class Ladder:
 
     def _attempt(self, rung: int) -> Attempt:
         solution = self._solution(rung)
-        if solution.dropped not in self._tried:
-            self._tried[solution.dropped] = self.apply(solution)
-        return self._tried[solution.dropped]
+        decisions = solution.dropped, frozenset(solution.moves.items())
+        if decisions not in self._tried:
+            self._tried[decisions] = self.apply(solution)
+        return self._tried[decisions]

@@ -6,22 +6,14 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 from functools import cached_property
 from typing import Any
 
 from remat.errors import RematError
+from remat.program import Decision
 from remat.simulate import Moment
 
 FORMAT = 1
-
-
-class Decision(str, Enum):
-    """What happens to an activation between forward and backward (the words of `CheckpointPolicy`)."""
-
-    SAVE = "save"
-    RECOMPUTE = "recompute"
-    OFFLOAD = "offload"
 
 
 @dataclass(frozen=True)

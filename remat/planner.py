@@ -14,7 +14,7 @@ import numpy as np
 
 from remat.budget import format_bytes
 from remat.errors import BudgetError
-from remat.program import Link, Move, Op, Program
+from remat.program import Decision, Link, Move, Op, Program
 from remat.simulate import Replay, simulate
 from remat.solvers.improve import improve, prune
 from remat.solvers.menu import Option, block_keys, make_menu, outside_bytes, slice_program
@@ -97,12 +97,14 @@ class Menus:
 
 @without_gc()
 def make_menus(program: Program, host_bytes: int = 0) -> Menus:
-    """Segment the forward pass and solve each distinct stretch of blocks once. `host_bytes` is what the host has for values."""
+    """Segment the forward pass and solve each distinct stretch of blocks once. `host_bytes` is what the host has for values;
+    those that a person has decided to move come first, and are moved even if it has less."""
     cuts = find_cuts(program)
     back = backward_cuts(program, cuts)
     n_blocks = len(cuts) - 1
     keys = block_keys(program, cuts, back, reach=max(_MERGES))
-    least = _least_moved(program.link) if program.link is not None and host_bytes else None
+    decided = sum(program.values[v].bytes for p in program.pinned(Decision.OFFLOAD) for v in program.forward[p].outputs)
+    least = _least_moved(program.link) if program.link is not None and host_bytes > decided else None
     forward_us = _prefix_sums(program.forward)
     backward_us = _prefix_sums(program.backward)
     outside, options, compute_us = {}, {}, {}
@@ -121,7 +123,7 @@ def make_menus(program: Program, host_bytes: int = 0) -> Menus:
                 part = slice_program(program, *bounds)
                 solved[key] = solved[part] = solved[part] if part in solved else make_menu(part, least)
             options[i, j] = solved[key]
-    return Menus(cuts, outside, options, compute_us, program.link, host_bytes)
+    return Menus(cuts, outside, options, compute_us, program.link, max(host_bytes, decided))
 
 
 def _least_moved(link: Link) -> int:
@@ -168,10 +170,11 @@ def solution_of(
 
 
 def fastest_solution(program: Program, menus: Menus) -> Solution:
-    """Nothing is recomputed that takes time: everything is saved but what a compiler fuses into its readers."""
-    nothing = frozenset[int]()
+    """Nothing is recomputed that takes time: everything is saved but what a compiler fuses into its readers, and what a person
+    has decided otherwise about."""
     if all(value.passing for value in program.values):
-        return Solution(nothing, (), simulate(program, nothing))
+        dropped, moved = program.pinned(Decision.RECOMPUTE), program.pinned(Decision.OFFLOAD)
+        return solution_of(program, dropped, moved, tuple(itertools.pairwise(menus.cuts)) if dropped or moved else ())
     path = select(menus.choices, len(menus.cuts) - 1, sum(value.bytes for value in program.values) * 10)
     assert path is not None
     dropped = prune(program, _positions(menus, path, lambda option: option.dropped))

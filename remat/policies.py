@@ -25,9 +25,9 @@ from torch import fx
 from remat.budget import format_bytes
 from remat.describe import activation_of, module_path
 from remat.errors import BudgetError, RematError
-from remat.plan import Activation, Decision
+from remat.plan import Activation
 from remat.planner import Solution, solution_of
-from remat.program import HELD, Program
+from remat.program import HELD, Decision, Program
 from remat.solvers.improve import prune
 
 Policy: TypeAlias = "str | Callable[[Activation], Decision | None]"
@@ -73,9 +73,9 @@ def policy_solution(
         return _by_activation(policy, program, nodes, spans)
     if policy == "offload-all":
         moved = frozenset(
-            v.op for a, b in spans for v in program.values if v.reads and a <= v.op < b and not _held(program, v.op)
+            v.op for a, b in spans for v in program.values if v.reads and a <= v.op < b and _may_move(program, v.op)
         )
-        return solution_of(program, frozenset(), moved, _regions(spans, len(nodes)))
+        return _decided(program, frozenset(), moved, spans)
     inputs: frozenset[int] = frozenset()
     if match := _EVERY.fullmatch(policy):
         spans = spans[:: int(match[1])]
@@ -84,12 +84,11 @@ def policy_solution(
         groups = [spans[i : i + size] for i in range(0, len(spans), size)]
         spans = [(group[0][0], group[-1][1]) for group in groups if group]
     elif policy == "offload":
-        inputs = frozenset(p for span in spans for p in _read_from_outside(program, span) if not _held(program, p))
+        inputs = frozenset(p for span in spans for p in _read_from_outside(program, span) if _may_move(program, p))
     dropped = {p for span in spans for p in range(*span) if _may_drop(program, p, span[1])}
     if policy == "selective":
         dropped = {p for p in dropped if getattr(nodes[p].target, "overloadpacket", None) not in _DEAR}
-    regions = _regions(spans, len(nodes)) if inputs else tuple(spans)
-    return solution_of(program, prune(program, frozenset(dropped)), inputs, regions)
+    return _decided(program, frozenset(dropped), inputs, spans)
 
 
 def check_fits(solution: Solution, peak_bytes: int, limit: int | None, policy: Policy) -> None:
@@ -145,10 +144,17 @@ def _by_activation(
             wanted = {Decision(decision) for decision in found if decision is not None}
             if Decision.RECOMPUTE in wanted and _may_drop(program, p, stop):
                 dropped.add(p)
-            elif Decision.OFFLOAD in wanted and not _held(program, p):
+            elif Decision.OFFLOAD in wanted and _may_move(program, p):
                 moved.add(p)
-    regions = _regions(spans, len(nodes)) if moved else tuple(spans)
-    return solution_of(program, prune(program, frozenset(dropped)), frozenset(moved), regions)
+    return _decided(program, frozenset(dropped), frozenset(moved), spans)
+
+
+def _decided(program: Program, dropped: frozenset[int], moved: frozenset[int], spans: Sequence[Span]) -> Solution:
+    """The solution with a policy's decisions, and those of a person before them."""
+    again, away = program.pinned(Decision.RECOMPUTE), program.pinned(Decision.OFFLOAD)
+    dropped, moved = prune(program, dropped | again), moved | away
+    regions = _regions(spans, len(program.forward)) if moved or again else tuple(spans)
+    return solution_of(program, dropped, moved, regions)
 
 
 def _regions(spans: Sequence[Span], end: int) -> tuple[Span, ...]:
@@ -165,9 +171,11 @@ def _read_from_outside(program: Program, span: Span) -> set[int]:
 
 def _may_drop(program: Program, position: int, stop: int) -> bool:
     outputs = [program.values[v] for v in program.forward[position].outputs]
-    return bool(outputs) and not any(value.pinned or value.last_forward >= stop for value in outputs)
+    pin = program.forward[position].pin
+    return bool(outputs) and pin is None and not any(value.pinned or value.last_forward >= stop for value in outputs)
 
 
-def _held(program: Program, position: int) -> bool:
-    """True if someone else holds the result: moving it would free nothing."""
-    return any(program.values[v].pinned == HELD for v in program.forward[position].outputs)
+def _may_move(program: Program, position: int) -> bool:
+    """False if someone else holds the result, so that moving it would free nothing, or has decided about it."""
+    op = program.forward[position]
+    return op.pin is None and not any(program.values[v].pinned == HELD for v in op.outputs)

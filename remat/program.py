@@ -15,6 +15,7 @@ No torch in here, and none needed to test what is built on it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from functools import cached_property
 from typing import NamedTuple
 
@@ -24,10 +25,19 @@ HELD = "an output of the model"  # why a value is pinned that someone else holds
 SCALARS_BYTES = 4096  # Python numbers that kernels wrap into tensors: a few bytes each, in no graph
 
 
+class Decision(str, Enum):
+    """What happens to an activation between forward and backward (the words of `CheckpointPolicy`)."""
+
+    SAVE = "save"
+    RECOMPUTE = "recompute"
+    OFFLOAD = "offload"
+
+
 class Op(NamedTuple):
     """One kernel. `inputs` and `outputs` index `Program.values`.
 
-    Recomputing it costs `cost_us + launch_us`, and holds `state_bytes` (random state) from its first run to the second.
+    Recomputing it costs `cost_us + launch_us`, and holds `state_bytes` (random state) from its first run to the second. `pin`
+    is the decision for its results where a person has made it.
     """
 
     name: str
@@ -37,6 +47,7 @@ class Op(NamedTuple):
     outputs: tuple[int, ...] = ()
     launch_us: float = 0.0
     state_bytes: int = 0
+    pin: Decision | None = None
 
 
 class Value(NamedTuple):
@@ -122,6 +133,10 @@ class Program:
         """`fixed` as arrays: born, dies, bytes."""
         table = np.array(self.fixed, dtype=np.int64).reshape(-1, 3)
         return table[:, 0], table[:, 1], table[:, 2]
+
+    def pinned(self, decision: Decision) -> frozenset[int]:
+        """The forward ops for whose results a person has made this decision."""
+        return frozenset(p for p, op in enumerate(self.forward) if op.pin is decision)
 
     @property
     def step_us(self) -> float:

@@ -41,7 +41,8 @@ def _fill(program: Program, dropped: frozenset[int], replay: Replay, budget_byte
     first = {p: i for i, (p, repeated) in enumerate(replay.schedule) if not repeated}
     again = {p: i for i, (p, repeated) in enumerate(replay.schedule) if repeated}
     left = set(dropped)
-    order = sorted((p for p in again if _gain(program, p)), key=lambda p: -_gain(program, p))
+    free = [p for p in again if _gain(program, p) and program.forward[p].pin is None]
+    order = sorted(free, key=lambda p: -_gain(program, p))
     for op in order:
         outputs = [program.values[v] for v in program.forward[op].outputs]
         start = min(first[min(v.last_forward, len(program.forward) - 1)] for v in outputs) + 1

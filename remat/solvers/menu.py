@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from remat.program import HELD, Fixed, Move, Op, Program, Value
+from remat.program import HELD, Decision, Fixed, Move, Op, Program, Value
 from remat.simulate import simulate
 from remat.solvers.mincut import Items, closure, hull
 
@@ -63,7 +63,7 @@ def block_keys(program: Program, cuts: Sequence[int], back: Sequence[int], reach
             ends = (value.last_forward, *value.reads, *((value.release,) if value.release >= 0 else ()))
             marks = tuple(place(q, k) for q in ends)
             outputs.append((value.bytes, value.passing_bytes, value.pinned, value.release >= 0, marks))
-        parts[k].append((op.cost_us, op.workspace_bytes, op.launch_us, op.state_bytes, tuple(inputs), tuple(outputs)))
+        parts[k].append((op.cost_us, op.workspace_bytes, op.launch_us, op.state_bytes, op.pin, tuple(inputs), tuple(outputs)))
     for p, op in enumerate(program.backward, len(program.forward)):
         if p < back[0]:
             parts[places[p][0]].append(op.workspace_bytes)
@@ -150,10 +150,11 @@ def make_menu(block: Program, least_bytes: int | None = None) -> tuple[Option, .
     candidates: set[frozenset[int]] = set()
     for recomputed in hull(items):
         again, _ = closure(items, recomputed)
-        candidates.add(frozenset(positions[v] for v in again))
-    options = [_option(block, dropped, frozenset()) for dropped in candidates]
+        candidates.add(frozenset(positions[v] for v in again) | block.pinned(Decision.RECOMPUTE))
+    always = block.pinned(Decision.OFFLOAD)
+    options = [_option(block, dropped, always) for dropped in candidates]
     if least_bytes is not None:
-        options += [_option(block, d, moved) for d in candidates for moved in _movable(block, d, least_bytes)]
+        options += [_option(block, d, moved | always) for d in candidates for moved in _movable(block, d, least_bytes)]
     kept = [o for o in options if not any(_better(other, o) for other in options)]
     return tuple(sorted(kept, key=lambda o: o.recompute_us))
 
@@ -164,7 +165,7 @@ def _movable(block: Program, dropped: frozenset[int], least_bytes: int) -> set[f
     sizes: dict[int, int] = {}
     leaving = set()
     for value in (block.values[v] for v in replay.kept):
-        if value.bytes >= least_bytes and value.pinned != HELD:
+        if value.bytes >= least_bytes and value.pinned != HELD and block.forward[value.op].pin is None:
             sizes[value.op] = sizes.get(value.op, 0) + value.bytes
             if value.pinned == _LEAVES:
                 leaving.add(value.op)
@@ -213,7 +214,10 @@ def _items(block: Program) -> tuple[Items, list[int]]:
             cost_us=[block.forward[p].cost_us + block.forward[p].launch_us for p in positions],
             inputs=[[index[block.values[v].op] for v in block.forward[p].inputs] for p in positions],
             needed=[any(v.reads for v in vs) for vs in outputs],
-            banned=[any(v.pinned for v in vs) for vs in outputs],
+            banned=[
+                any(v.pinned for v in vs) or block.forward[p].pin in (Decision.SAVE, Decision.OFFLOAD)
+                for p, vs in zip(positions, outputs, strict=True)
+            ],
         ),
         positions,
     )

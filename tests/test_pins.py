@@ -1,0 +1,127 @@
+"""Decisions of a person, before those of the policy."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+
+import remat
+from remat import Activation, Decision, devices
+from remat.program import Link
+from tests.models import build
+from tests.steps import Outcome, assert_same, run_step
+
+GATES = "layers.*.mlp.gate_proj::aten.mm.default"
+
+
+@functools.cache
+def unchanged(name: str) -> Outcome:
+    model, kwargs = build(name)
+    return run_step(remat.optimize(model, (), kwargs, budget=None), kwargs)
+
+
+def found(plan: remat.Plan, module: str, op: str) -> list[Activation]:
+    return [a for block in plan.blocks for a in block.activations if a.module.endswith(module) and a.op == op]
+
+
+@pytest.mark.parametrize("decision", list(Decision))
+@pytest.mark.parametrize("policy", ["none", "blocks", "offload-all"])
+def test_a_pin_comes_before_the_policy(policy: str, decision: Decision) -> None:
+    model, kwargs = build("llama")
+    module = remat.optimize(model, (), kwargs, budget=None, policy=policy, pin={GATES: decision.name})
+    outcome = run_step(module, kwargs)
+    assert_same(outcome, unchanged("llama"))
+    assert module.plan is not None
+    assert 0 <= module.plan.peak_bytes / outcome.peak_bytes - 1 <= 0.01
+    gates = found(module.plan, "gate_proj", "aten.mm.default")
+    assert [(a.decision, a.reason) for a in gates] == [(decision, "pinned")] * 2
+    others = found(module.plan, "up_proj", "aten.mm.default")
+    free = {"none": Decision.SAVE, "blocks": Decision.RECOMPUTE, "offload-all": Decision.OFFLOAD}[policy]
+    assert [a.decision for a in others] == [free] * 2
+
+
+@pytest.mark.parametrize("decision", list(Decision))
+def test_the_planner_plans_around_a_pin(decision: Decision, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = unchanged("llama")
+    link = Link(6e3, 6e3, overlaps=True, start_us=3.0)
+    monkeypatch.setattr(devices, "CPU", dataclasses.replace(devices.CPU, link=link))
+    model, kwargs = build("llama")
+    for host_budget in (None, "1GiB"):
+        module = remat.optimize(model, (), kwargs, budget=0.8, pin={GATES: decision}, host_budget=host_budget)
+        outcome = run_step(module, kwargs)
+        assert_same(outcome, expected)
+        assert module.plan is not None
+        assert outcome.peak_bytes <= module.plan.peak_bytes <= (module.plan.budget_bytes or 0)
+        assert {a.decision for a in found(module.plan, "gate_proj", "aten.mm.default")} == {decision}
+        if host_budget is None and decision is not Decision.OFFLOAD:
+            assert module.plan.host_bytes == 0
+
+
+def test_what_can_be_pinned() -> None:
+    model, kwargs = build("llama")
+
+    def decisions(pin: dict[str, str]) -> dict[str, Decision]:
+        return dict(remat.plan(model, (), kwargs, budget=None, pin=pin).decisions)
+
+    everything = decisions({})
+    assert set(everything.values()) == {Decision.SAVE}
+    one = decisions({"mm_4": "recompute"})
+    assert [name for name, decision in one.items() if decision is Decision.RECOMPUTE] == ["mm_4"]
+    first = decisions({"layers.0.mlp::": "RECOMPUTE"})
+    assert 1 < list(first.values()).count(Decision.RECOMPUTE) < len(first) // 2
+    both = decisions({"layers.?.mlp::": "RECOMPUTE"})
+    assert list(both.values()).count(Decision.RECOMPUTE) == 2 * list(first.values()).count(Decision.RECOMPUTE)
+    assert list(decisions({"::aten.silu*": "OFFLOAD"}).values()).count(Decision.OFFLOAD) == 2
+    last = decisions({"layers.?.mlp::": "RECOMPUTE", "layers.1.mlp::": "SAVE"})
+    assert last == first
+
+
+@pytest.mark.parametrize(
+    ("pin", "message"),
+    [
+        ({"layers.*.mpl::aten.mm.default": "SAVE"}, "matches no activation"),
+        ({"mm_4000": "SAVE"}, "matches no activation"),
+        ({GATES: "KEEP"}, "there are 'SAVE', 'RECOMPUTE', 'OFFLOAD'"),
+        ({GATES: None}, "is no decision"),
+        ([GATES], "is not a mapping"),
+    ],
+)
+def test_pins_that_mean_nothing_are_refused(pin: object, message: str) -> None:
+    model, kwargs = build("llama")
+    with pytest.raises(remat.RematError, match=message):
+        remat.optimize(model, (), kwargs, budget=None, pin=pin)  # type: ignore[arg-type]
+
+
+def test_a_pin_that_cannot_be_carried_out_says_why() -> None:
+    model, kwargs = build("mixtral")
+    with pytest.raises(remat.RematError, match=r"topk cannot be recomputed: .*rout"):
+        remat.plan(model, (), kwargs, budget=None, pin={"::aten.topk.default": "RECOMPUTE"})
+
+
+def test_pinned_values_count_against_a_host_budget() -> None:
+    model, kwargs = build("llama")
+    needed = remat.plan(model, (), kwargs, budget=None, pin={GATES: "OFFLOAD"}).host_bytes
+    assert needed > 0
+    with pytest.raises(remat.BudgetError, match="host memory") as error:
+        remat.plan(model, (), kwargs, budget=None, pin={GATES: "OFFLOAD"}, host_budget=needed - 1)
+    assert error.value.minimum_bytes == needed
+
+
+@pytest.mark.usefixtures("_dynamo")
+def test_door_2_takes_pins() -> None:
+    model, kwargs = build("llama")
+    pin = {GATES: "OFFLOAD", "layers.*.mlp.up_proj::": "RECOMPUTE"}
+    compiled = torch.compile(model, backend="remat", options={"compiler": "eager", "pin": pin})
+    outcome = run_step(compiled, kwargs)
+    plan = remat.plans(compiled)[0].plan
+    assert {a.decision for a in found(plan, "gate_proj", "aten.mm.default")} == {Decision.OFFLOAD}
+    assert {a.decision for a in found(plan, "up_proj", "aten.mm.default")} == {Decision.RECOMPUTE}
+    assert 0 <= plan.peak_bytes / outcome.peak_bytes - 1 <= 0.01
+    torch._dynamo.reset()
+    model, kwargs = build("llama")
+    assert_same(outcome, run_step(torch.compile(model, backend="remat", options={"compiler": "eager"}), kwargs))
+    with pytest.raises(remat.RematError, match="matches no activation"):
+        torch.compile(model, backend="remat", options={"compiler": "eager", "pin": {"nowhere": "SAVE"}})(**kwargs)
