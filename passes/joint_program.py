@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from remat.cost import op_cost_us
 from remat.devices import DeviceProfile
+from remat.op_times import OpTimes
 from remat.passes.aliasing import is_view, results, storage_bytes
 from remat.passes.pinning import why_pinned
 from remat.passes.randomness import is_random
@@ -71,8 +72,18 @@ def _ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def joint_program(graph: fx.Graph, halves: JointHalves, device: DeviceProfile, resident_bytes: int, fuses: bool) -> Program:
-    """The step as numbers. Outputs of forward are held to the end of the step, and so are the gradients."""
+def joint_program(
+    graph: fx.Graph,
+    halves: JointHalves,
+    device: DeviceProfile,
+    resident_bytes: int,
+    fuses: bool,
+    times: OpTimes | None = None,
+) -> Program:
+    """The step as numbers. Outputs of forward are held to the end of the step, and so are the gradients.
+
+    times: measured costs of ops; None: those of the device's profile.
+    """
     position = {node: p for p, node in enumerate([*halves.forward, *halves.backward])}
     n_forward, end = len(halves.forward), len(position)
     inlined = halves.inlined
@@ -125,10 +136,11 @@ def joint_program(graph: fx.Graph, halves: JointHalves, device: DeviceProfile, r
             device,
             fuses,
             node in inlined,
+            times,
         )
         for p, node in enumerate(halves.forward)
     )
-    backward = tuple(_op(node, (), [], device, fuses, node in inlined) for node in halves.backward)
+    backward = tuple(_op(node, (), [], device, fuses, node in inlined, times) for node in halves.backward)
     end_of_step = Op("end of step", 0.0, 0)
     moments = tuple((position[node], node.name) for node in halves.backward)
     return Program(
@@ -246,13 +258,24 @@ def is_reduction(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target.__name__.split(".")[0] in _REDUCTIONS
 
 
-def _op(node: fx.Node, own: tuple[int, ...], reads: list[int], device: DeviceProfile, fuses: bool, inlined: bool) -> Op:
+def _op(
+    node: fx.Node,
+    own: tuple[int, ...],
+    reads: list[int],
+    device: DeviceProfile,
+    fuses: bool,
+    inlined: bool,
+    times: OpTimes | None,
+) -> Op:
     if is_view(node) or node.target is operator.getitem or not isinstance(node.target, torch._ops.OpOverload):
         return Op(node.name, 0.0, 0)
     args, kwargs = pytree.tree_map_only(fx.Node, lambda n: n.meta.get("val"), (node.args, dict(node.kwargs)))
     cost = float(op_cost_us(node.target, tuple(args), dict(kwargs), node.meta.get("val"), device))  # sizes may be symbols
+    call = Call.of(node.target, args, kwargs)
+    if times is not None and call is not None:
+        cost = times.time_us(call, cost)
     generated = fuses and (is_pointwise(node) or is_reduction(node))
-    scratch = 0 if generated else workspace_bytes(Call.of(node.target, args, kwargs))
+    scratch = 0 if generated else workspace_bytes(call)
     if not own:
         return Op(node.name, 0.0 if inlined else cost, scratch)
     launch = 0.0 if inlined else device.recompute_launch_us

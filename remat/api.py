@@ -21,6 +21,7 @@ from remat.describe import describe
 from remat.devices import DeviceProfile, device_profile, profile_of
 from remat.errors import RematError
 from remat.module import RematModule
+from remat.op_times import check_costs, op_times
 from remat.passes.aliasing import storage_roots
 from remat.passes.regions import RegionGraph, Stretch, form_regions
 from remat.passes.transfers import Transfers
@@ -46,12 +47,14 @@ class Settings:
     plan: Plan | None = None
     optimizer: torch.optim.Optimizer | None = None
     pin: Pins = None
+    costs: str = "analytic"
 
     def __post_init__(self) -> None:
         parse_budget(self.budget)
         resolve_host_budget(self.host_budget, memory_of(torch.device("cpu")))
         check_policy(self.policy)
         check_pins(self.pin)
+        check_costs(self.costs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "optimizer": None}
@@ -63,7 +66,7 @@ class Settings:
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Captured, Plan, fx.Graph, tuple[RegionGraph, ...]]:
         """Capture, plan and rewrite one kind of call."""
-        traced = trace(model, args, kwargs, self.optimizer)
+        traced = trace(model, args, kwargs, self.optimizer, costs=self.costs)
         plan = traced.plan(self)
         outer, regions = form_regions(traced.captured.graph, traced.stretches(plan), transfers_of(plan))
         return traced.captured, plan, outer, regions
@@ -165,11 +168,14 @@ def trace(
     kwargs: dict[str, Any],
     optimizer: torch.optim.Optimizer | None = None,
     device: str | None = None,
+    costs: str = "analytic",
 ) -> Traced:
     """Capture one call of `model` and record its training step, as on the device it is on or on a well-known one by name.
     Allocates nothing on the device."""
     profile = None
     if device is not None:
+        if costs == "measured":
+            raise RematError(f"costs='measured' needs the device itself; without device={device!r} this machine's is measured")
         profile = device_profile(device)
         model, args, kwargs = stand_in(model, args, kwargs)
     if not model.training:
@@ -182,7 +188,10 @@ def trace(
     profile = profile or profile_of(place)
     libraries = library_bytes(place) if profile.is_here else LIBRARY_BYTES if profile.is_gpu else 0
     resident = resident_bytes(tensors, model, optimizer) + libraries
-    program = record(captured, tensors, profile, resident)
+    times = op_times(place) if costs == "measured" else None
+    program = record(captured, tensors, profile, resident, times)
+    if times is not None:
+        times.save()
     text = "\n".join(f"{n.name} {n.target} {n.args} {getattr(n.meta.get('val'), 'shape', '')}" for n in captured.graph.nodes)
     return Traced(
         captured, program, place, profile, hashlib.sha256(text.encode()).hexdigest()[:16], _training(captured, tensors)
@@ -228,6 +237,7 @@ def optimize(
     trainable_only: bool = True,
     host_budget: int | str | None = None,
     pin: Pins = None,
+    costs: str = "analytic",
 ) -> RematModule:
     """Rewrite `model` so that a training step fits in `budget`; returns a `torch.fx.GraphModule` to train as before.
 
@@ -248,6 +258,8 @@ def optimize(
             by default half of what is free where the model is on a GPU, and none where it is on the host already.
         pin: decisions of yours for some activations, before those of the policy: `{"layers.*.mlp::aten.mm.default": "SAVE"}`,
             names of nested modules and an op, or the name of an activation as `explain` shows it (remat/pins.py).
+        costs: "analytic" times of ops are computed from the device's rates; "measured" ones on the device, once for each op and
+            shape, and kept for later processes.
         trainable_only: fixed rules leave blocks alone in which no parameter trains.
 
     Raises:
@@ -255,7 +267,9 @@ def optimize(
         CaptureError: the model cannot be captured as one graph.
     """
     module = RematModule(
-        model, Settings(budget, policy, trainable_only, host_budget, plan, optimizer, pin), quiet=dynamic_shapes is not None
+        model,
+        Settings(budget, policy, trainable_only, host_budget, plan, optimizer, pin, costs),
+        quiet=dynamic_shapes is not None,
     )
     if args or kwargs:
         module.capture(args, kwargs or {})
@@ -275,6 +289,7 @@ def plan(
     trainable_only: bool = True,
     host_budget: int | str | None = None,
     pin: Pins = None,
+    costs: str = "analytic",
     device: str | None = None,
 ) -> Plan:
     """Plan one training step without running it. Arguments and errors as in `optimize`.
@@ -282,8 +297,8 @@ def plan(
     device: plan for a well-known device, which need not be there ("h100"; remat/devices.py has them), whatever the model and
         its inputs lie on, `meta` included. Nothing is allocated. "auto" and "80%" are of that device's memory.
     """
-    settings = Settings(budget, policy, trainable_only, host_budget, plan, optimizer, pin)
-    return trace(model, args, kwargs or {}, optimizer, device).plan(settings)
+    settings = Settings(budget, policy, trainable_only, host_budget, plan, optimizer, pin, costs)
+    return trace(model, args, kwargs or {}, optimizer, device, costs).plan(settings)
 
 
 def frontier(
@@ -299,13 +314,14 @@ def frontier(
     trainable_only: bool = True,
     host_budget: int | str | None = None,
     pin: Pins = None,
+    costs: str = "analytic",
     device: str | None = None,
     points: int = 12,
 ) -> list[Plan]:
     """The trade-off between memory and time: plans from the fastest to the smallest, each smaller and slower than the one
     before. With a budget, only those within it. Arguments and errors as in `plan`."""
-    settings = Settings(budget, policy, trainable_only, host_budget, plan, optimizer, pin)
-    traced = trace(model, args, kwargs or {}, optimizer, device)
+    settings = Settings(budget, policy, trainable_only, host_budget, plan, optimizer, pin, costs)
+    traced = trace(model, args, kwargs or {}, optimizer, device, costs)
     plans = list(traced.frontier(settings, points))
     limit = resolve_budget(parse_budget(budget), traced.memory, traced.program.resident_bytes, plans[0].peak_bytes)
     return [p for p in plans if limit is None or p.peak_bytes <= limit]

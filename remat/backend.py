@@ -26,6 +26,7 @@ from remat.devices import profile_of
 from remat.errors import RematError
 from remat.inductor import backward_memory, compile_graph, forward_memory
 from remat.ladder import Attempt, Ladder
+from remat.op_times import check_costs, op_times
 from remat.passes.aliasing import results, storage_roots
 from remat.passes.joint_program import JointHalves, joint_program, split_joint
 from remat.passes.partition import partition
@@ -49,6 +50,7 @@ class Options:
     trainable_only: bool = True
     host_budget: int | str | None = 0
     pin: Pins = None
+    costs: str = "analytic"
 
     @classmethod
     def read(cls, options: Mapping[str, Any] | None) -> Options:
@@ -63,6 +65,7 @@ class Options:
             raise RematError(f"compiler={read.compiler!r} is unknown; there are {', '.join(map(repr, COMPILERS))}")
         check_policy(read.policy)
         check_pins(read.pin)
+        check_costs(read.costs)
         return read
 
 
@@ -100,7 +103,8 @@ def remat_backend(
     mode: str | None = None,
 ) -> Callable[..., Any]:
     """The Dynamo backend `remat`. Options: `compiler` ("inductor", "eager"); `budget`, `policy`, `trainable_only`,
-    `host_budget`, `pin` as in `remat.optimize`, but that nothing moves to the host unless `host_budget` or a policy says so."""
+    `host_budget`, `pin`, `costs` as in `remat.optimize`, but that nothing moves to the host unless `host_budget`, a policy or a
+    pin says so."""
     if mode is not None:
         raise _torch.past_dynamo(RematError("backend 'remat' takes options, not mode; write options={'budget': ...}"))
     try:
@@ -188,7 +192,10 @@ class _Partitioner:
         halves = split_joint(joint.graph, num_fwd_outputs, fuses)
         device = _device(joint)
         start = time.perf_counter()
-        program = joint_program(joint.graph, halves, profile_of(device), self._resident(joint, device), fuses)
+        times = op_times(device) if self.options.costs == "measured" else None
+        program = joint_program(joint.graph, halves, profile_of(device), self._resident(joint, device), fuses, times)
+        if times is not None:
+            times.save()
         program = pinned(program, halves.forward, self.options.pin)
         host = resolve_host_budget(self.options.host_budget, memory_of(device))
         menus = make_menus(program, host)

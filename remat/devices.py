@@ -114,7 +114,7 @@ def device_profile(name: str) -> DeviceProfile:
 def profile_of(device: torch.device) -> DeviceProfile:
     """The profile that costs on a device of this machine are computed with: measured, if `profile_device` did; else known by
     its name; else a typical one."""
-    measured = _read(_cache_file(device))
+    measured = _read(cache_file(device))
     if measured is not None:
         return measured
     if device.type in ("cpu", "meta"):
@@ -139,7 +139,7 @@ def profile_device(device: torch.device | str | None = None, *, again: bool = Fa
     chosen = torch.device(device if device is not None else here)
     if chosen.type not in ("cpu", here.type):
         raise RematError(f"device={chosen} cannot be measured; there are 'cpu' and {here.type!r}")
-    path = _cache_file(chosen)
+    path = cache_file(chosen)
     known = None if again else _read(path)
     if known is not None:
         return known
@@ -150,10 +150,11 @@ def profile_device(device: torch.device | str | None = None, *, again: bool = Fa
     return profile
 
 
-def _cache_file(device: torch.device) -> Path:
+def cache_file(device: torch.device, what: str = "") -> Path:
+    """Where figures measured on a device are kept; `what` tells kinds of figures apart."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "remat"
     model = f"cpu-{torch.get_num_threads()}" if device.type in ("cpu", "meta") else _full_name(device).replace(" ", "-")
-    return folder / f"{model}-torch-{torch.__version__}.json"
+    return folder / f"{model}-torch-{torch.__version__}{what and f'-{what}'}.json"
 
 
 def _full_name(device: torch.device) -> str:

@@ -22,6 +22,7 @@ from remat.absent import scratch_bytes
 from remat.capture import Captured
 from remat.cost import op_cost_us
 from remat.devices import DeviceProfile
+from remat.op_times import OpTimes
 from remat.passes.aliasing import results
 from remat.passes.pinning import why_pinned
 from remat.passes.randomness import is_random
@@ -133,10 +134,16 @@ def _is_free(func: Any) -> bool:
     )
 
 
-def record(captured: Captured, tensors: Sequence[torch.Tensor], device: DeviceProfile, resident_bytes: int) -> Program:
+def record(
+    captured: Captured,
+    tensors: Sequence[torch.Tensor],
+    device: DeviceProfile,
+    resident_bytes: int,
+    times: OpTimes | None = None,
+) -> Program:
     """Record one training step of the captured graph.
 
-    tensors: one per placeholder; only their metadata is used.
+    tensors: one per placeholder; only their metadata is used. times: measured costs; None: those of the device's profile.
     Outputs of the model are counted as held until the step ends. When one output is a scalar that requires grad it is the
     loss; otherwise every output that requires grad gets a dense gradient from outside.
     """
@@ -160,7 +167,7 @@ def record(captured: Captured, tensors: Sequence[torch.Tensor], device: DevicePr
         _backward(held)
     recorder.position += 1
     recorder.kernels.append(("end of step", 0.0, None))
-    return _program(captured, nodes, recorder, costs, produced, resident_bytes)
+    return _program(captured, nodes, recorder, costs, produced, resident_bytes, times)
 
 
 def _fake_like(tensor: torch.Tensor) -> torch.Tensor:
@@ -242,6 +249,7 @@ def _program(
     costs: list[tuple[float, Call | None]],
     produced: dict[fx.Node, tuple[_Storage, ...]],
     resident_bytes: int,
+    times: OpTimes | None,
 ) -> Program:
     n_forward, end = len(nodes), recorder.position - 1
     mutated = _mutated_inputs(captured)
@@ -274,7 +282,7 @@ def _program(
         own = [index[id(s)] for s in produced[node] if id(s) in index and s.born == position]
         reads = {index[id(s)] for source in recompute_inputs(node) for s in produced.get(source, ()) if id(s) in index}
         cost, call = costs[position]
-        op = Op(node.name, cost, scratch(call))
+        op = Op(node.name, _time_us(times, call, cost), scratch(call))
         if own:
             state = _rng_state_bytes(recorder.device) if is_random(node) else 0
             op = op._replace(
@@ -284,9 +292,13 @@ def _program(
                 state_bytes=state,
             )
         ops.append(op)
-    backward = tuple(Op(name, cost, scratch(call)) for name, cost, call in recorder.kernels)
+    backward = tuple(Op(name, _time_us(times, call, cost), scratch(call)) for name, cost, call in recorder.kernels)
     moments = tuple(sorted((ready, nodes[position].name) for position, ready in recorder.gradient_ready.items()))
     return Program(tuple(ops), backward, tuple(values), tuple(fixed), resident_bytes, moments, recorder.device.link)
+
+
+def _time_us(times: OpTimes | None, call: Call | None, estimate_us: float) -> float:
+    return estimate_us if times is None or call is None else times.time_us(call, estimate_us)
 
 
 def _rng_state_bytes(device: DeviceProfile) -> int:

@@ -54,8 +54,13 @@ class TensorLike:
     def bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def zeros(self) -> torch.Tensor:
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device).zero_()
+    def tensor(self, random: bool = False) -> torch.Tensor:
+        """Zeros, or normally distributed numbers where the dtype has them, laid out like this."""
+        size = 0 if 0 in self.shape else 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
+        flat = torch.zeros(size, dtype=self.dtype, device=self.device)
+        if random and self.dtype.is_floating_point and self.dtype.itemsize > 1:
+            flat.normal_()
+        return flat.as_strided(self.shape, self.stride)
 
 
 @dataclass(frozen=True)
@@ -68,13 +73,20 @@ class Call:
 
     @classmethod
     def of(cls, op: Any, args: Any, kwargs: Any) -> Call | None:
-        """None for an op that has no scratch memory."""
-        if not isinstance(op, torch._ops.OpOverload) or op in _EXACT:
+        """None for what is no op of torch's."""
+        if not isinstance(op, torch._ops.OpOverload):
             return None
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        if op in _PRODUCTS and all(leaf.device.type == "cpu" for leaf in leaves if isinstance(leaf, torch.Tensor)):
-            return None
         return cls(op, tuple(TensorLike.of(x) if isinstance(x, torch.Tensor) else x for x in leaves), spec)
+
+    @property
+    def devices(self) -> set[torch.device]:
+        return {leaf.device for leaf in self.leaves if isinstance(leaf, TensorLike)}
+
+    @property
+    def has_scratch(self) -> bool:
+        """False for an op that allocates its results and nothing else."""
+        return self.op not in _EXACT and not (self.op in _PRODUCTS and all(d.type == "cpu" for d in self.devices))
 
     @property
     def key(self) -> tuple[str, str]:
@@ -89,7 +101,7 @@ def workspace_bytes(call: Call | None) -> int:
 
     While somebody else's profiler runs, an op not measured before counts with its largest input.
     """
-    if call is None:
+    if call is None or not call.has_scratch:
         return 0
     if call.key not in _known:
         if _torch.profiler_is_running():  # the meter is a profiler too, and two cannot run at once
@@ -99,11 +111,10 @@ def workspace_bytes(call: Call | None) -> int:
 
 
 def _measured(call: Call) -> int:
-    devices = {leaf.device for leaf in call.leaves if isinstance(leaf, TensorLike)}
-    if any(device.type == "meta" for device in devices):
+    if any(device.type == "meta" for device in call.devices):
         return 0
     try:
-        return _run_once(call, devices)
+        return _run_once(call)
     except (RuntimeError, IndexError) as error:  # zeros are no valid input for a few ops
         log.debug("workspace of %s is unknown: %s", call.op, error)
         return 0
@@ -125,12 +136,12 @@ def library_bytes(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) - before
 
 
-def _run_once(call: Call, devices: set[torch.device]) -> int:
+def _run_once(call: Call) -> int:
     results: list[Any] = []
-    accelerators = [device for device in devices if device.type != "cpu"]
+    accelerators = [device for device in call.devices if device.type != "cpu"]
     kind = accelerators[0].type if accelerators else "cpu"
     with _torch.no_dispatch_modes(), torch.no_grad(), torch.random.fork_rng(accelerators, device_type=kind):
-        leaves = [leaf.zeros() if isinstance(leaf, TensorLike) else leaf for leaf in call.leaves]
+        leaves = [leaf.tensor() if isinstance(leaf, TensorLike) else leaf for leaf in call.leaves]
         args, kwargs = pytree.tree_unflatten(leaves, call.spec)
         run = lambda: results.append(call.op(*args, **kwargs))  # noqa: E731
         peak = measure_accelerator(run, accelerators[0]).above_resident_bytes if accelerators else measure_cpu(run)[0]

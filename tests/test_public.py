@@ -45,7 +45,7 @@ def parameters(function: object) -> str:
 
 COMMON = (
     "(model, args=(), kwargs=None, *, budget, policy='auto', optimizer=None, dynamic_shapes=None, plan=None, "
-    "trainable_only=True, host_budget=None)"
+    "trainable_only=True, host_budget=None, pin=None, costs='analytic')"
 )
 
 
@@ -53,12 +53,10 @@ COMMON = (
     ("name", "expected"),
     [
         ("optimize", COMMON),
-        ("plan", COMMON.replace("host_budget=None)", "host_budget=None, device=None)")),
+        ("plan", COMMON.replace("'analytic')", "'analytic', device=None)")),
         (
             "frontier",
-            COMMON.replace("*, budget,", "*, budget=None,").replace(
-                "host_budget=None)", "host_budget=None, device=None, points=12)"
-            ),
+            COMMON.replace("*, budget,", "*, budget=None,").replace("'analytic')", "'analytic', device=None, points=12)"),
         ),
         ("measure", "(fn)"),
         ("profile_device", "(device=None, *, again=False)"),
