@@ -40,7 +40,8 @@ def stand_in(
 
     memo: dict[int, Any] = {id(b): fake(b) for b in model.buffers()}
     for p in model.parameters():
-        memo[id(p)] = nn.Parameter(fake(p), requires_grad=p.requires_grad)
+        twin = memo[id(p)] = nn.Parameter(fake(p), requires_grad=p.requires_grad)
+        twin.grad = fake(p.grad) if p.grad is not None else None
     args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: fake(t).requires_grad_(t.requires_grad), (args, kwargs))
     return copy.deepcopy(model, memo), args, kwargs
 
