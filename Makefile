@@ -14,7 +14,7 @@ help:
 	@echo "make test    run the tests"
 	@echo "make check   ruff and mypy"
 	@echo "make bench   speed and planning time, printed and written to benchmarks/results/ (an hour, most of it compiling)"
-	@echo "make gpu     the tests that need a device, with the python3 that is there and no set-up"
+	@echo "make gpu     the tests and benchmarks that need an accelerator, with the python3 that is there and no set-up"
 	@echo "make setup   only the set-up: .venv with the versions of constraints.txt"
 
 setup: $(STAMP)
@@ -46,4 +46,6 @@ bench: setup
 	$(BIN)/python benchmarks/reach.py
 
 gpu:
-	PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu
+	PYTHONPATH=. $(PYTHON) -m unittest -v $(wildcard tests/gpu/test_*.py)
+	PYTHONPATH=. $(PYTHON) -m benchmarks.prediction
+	PYTHONPATH=. $(PYTHON) -m benchmarks.depth
