@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
+import os
 import unittest
 from collections.abc import Callable, Sequence
 from typing import Any
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; without it products may vary in their bits
 
 import torch
 from torch import nn
@@ -17,7 +20,7 @@ DEVICE = accelerator()
 
 
 class Case(unittest.TestCase):
-    """A test case that is skipped where there is no accelerator."""
+    """A test case that is skipped where there is no accelerator. Kernels are deterministic, so that bits can be compared."""
 
     device: torch.device
 
@@ -26,6 +29,11 @@ class Case(unittest.TestCase):
         if DEVICE is None:
             raise unittest.SkipTest("needs an accelerator")
         cls.device = DEVICE
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+    @classmethod
+    def tearDownClass(cls) -> None:
+        torch.use_deterministic_algorithms(False)
 
     def setUp(self) -> None:
         torch.compiler.reset()
