@@ -39,8 +39,16 @@ from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._ordered_set import OrderedSet
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, is_traceable_wrapper_subclass
 from torch.utils.flop_counter import flop_registry
+
+try:  # objects that are inputs of a graph, such as a DeviceMesh: since 2.12
+    from torch._functorch._aot_autograd.graph_compile import is_opaque_node
+except ImportError:
+
+    def is_opaque_node(node: Any) -> bool:
+        return False
+
 
 __all__ = [
     "BoxedBool",
@@ -74,6 +82,7 @@ __all__ = [
     "in_functorch",
     "inductor_config",
     "inductor_ir",
+    "is_traceable_wrapper_subclass",
     "joint_graph",
     "memory_events",
     "no_dispatch_modes",
@@ -117,10 +126,12 @@ def extract_forward_backward(
     """AOTAutograd's own split of a joint graph at the given saved values."""
     placeholders = joint.graph.find_nodes(op="placeholder")
     static = OrderedSet(placeholders[i] for i in static_inputs or ())
-    symbols = [node for node in saved if not isinstance(node.meta.get("val"), torch.Tensor)]
+    opaque = [node for node in saved if is_opaque_node(node)]
     tensors = [node for node in saved if isinstance(node.meta.get("val"), torch.Tensor)]
+    symbols = [node for node in saved if node not in opaque and node not in tensors]
+    more: dict[str, Any] = {"saved_opaque_nodes": opaque} if opaque else {}
     return _extract_fwd_bwd_modules(
-        joint, tensors, symbols, num_fwd_outputs=num_fwd_outputs, static_lifetime_input_nodes=static
+        joint, tensors, symbols, num_fwd_outputs=num_fwd_outputs, static_lifetime_input_nodes=static, **more
     )
 
 

@@ -66,6 +66,9 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     devices = {t.device for t in itertools.chain(model.parameters(), model.buffers()) if t.numel()}
     if len(devices) > 1:
         raise CaptureError(f"the model is on several devices ({', '.join(sorted(map(str, devices)))}); remat plans for one")
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if _torch.is_traceable_wrapper_subclass(tensor):
+            raise CaptureError(f"{name} is a {type(tensor).__name__}, which a graph of plain tensors cannot hold; {_DOOR_2}")
     exported = _export(model, args, kwargs)
     module, constant_outputs = _flat_module(exported, flat)
     inputs = tuple(leaf for leaf in flat if isinstance(leaf, torch.Tensor))
