@@ -261,6 +261,8 @@ class _Run:
         return handle
 
     def clear(self) -> None:
+        for handle in self.pending or ():  # of an op that failed
+            handle.kept = None
         for part in (self.env, self.cells, self.kept, self.owners):
             part.clear()
         self.state = StepState()
@@ -319,12 +321,13 @@ def run_region(program: RegionProgram, inputs: Sequence[Any]) -> tuple[Any, ...]
         )
     state = _step.get() or StepState()
     run = _Run(program, [*inputs, *[None] * (program.n_slots - program.n_inputs)], state)
-    with torch.autograd.graph.saved_tensors_hooks(run.pack, unpack):
-        for step in program.steps:
-            _run_step(run, step)
-    outputs = tuple(run.env[slot] for slot in program.outputs)
-    run.clear()  # autograd holds on to the pack hook, and so to the run
-    return outputs
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(run.pack, unpack):
+            for step in program.steps:
+                _run_step(run, step)
+        return tuple(run.env[slot] for slot in program.outputs)
+    finally:
+        run.clear()  # autograd holds on to the pack hook, and so to the run
 
 
 def _run_step(run: _Run, step: Step) -> None:

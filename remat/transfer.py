@@ -16,7 +16,7 @@ import threading
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from typing import Any, Protocol
@@ -55,7 +55,7 @@ class HostBuffer:
 def _pin(memory: torch.Tensor, device: torch.device) -> None:
     code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
     if code:
-        with contextlib.suppress(RuntimeError):  # CUDA tells the next kernel of it too
+        with contextlib.suppress(RuntimeError, AssertionError):  # CUDA tells the next kernel of it too
             torch.zeros(1, device=device)
         raise RematError(
             f"cannot pin {format_bytes(memory.nbytes)} of host memory (cudaHostRegister returned {code}); lower host_budget=, "
@@ -85,6 +85,16 @@ class HostPool:
                 self.made += 1
             self.in_use_bytes += size
             return self._free[size].pop()
+
+    @contextlib.contextmanager
+    def lending(self, size: int) -> Iterator[HostBuffer]:
+        """`take`, undone if what follows fails."""
+        buffer = self.take(size)
+        try:
+            yield buffer
+        except BaseException:
+            self.give(buffer)
+            raise
 
     def give(self, buffer: HostBuffer) -> None:
         with self._lock:
@@ -187,8 +197,8 @@ class Moved:
         self._there: torch.Tensor | None = _bytes_of(storage)
         self._back: torch.Tensor | None = None
         self._arrived: Event | None = None
-        buffer = self._tier.pool.take(storage.nbytes())
-        self._copied: Event = self._tier.out.copy(buffer.bytes, self._there, buffer.busy)
+        with self._tier.pool.lending(storage.nbytes()) as buffer:
+            self._copied: Event = self._tier.out.copy(buffer.bytes, self._there, buffer.busy)
         buffer.busy = self._copied
         self._buffer: HostBuffer | None = buffer
 

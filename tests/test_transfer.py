@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import remat
 from remat import transfer
@@ -130,6 +132,60 @@ def test_steps_leak_nothing_and_allocate_no_new_buffers(policy: str, tier: HostT
     peaks = {remat.measure(step).peak_bytes for _ in range(10)}
     assert len(peaks) == 1
     assert (tier.pool.made, tier.pool.bytes, tier.pool.in_use_bytes) == (made, held, 0)
+
+
+@pytest.mark.parametrize("door", [1, 2])
+@pytest.mark.usefixtures("_dynamo")
+def test_a_thousand_steps_leak_nothing(door: int, tier: HostTier) -> None:
+    model, x = mlp(dropout=0.1)
+    if door == 1:
+        step_of = remat.optimize(model, (x,), budget=None, policy="offload-all")
+    else:
+        step_of = torch.compile(model, backend="remat", options={"compiler": "eager", "policy": "offload-all"})
+
+    def step() -> None:
+        step_of(x).backward()
+        model.zero_grad(set_to_none=True)
+
+    step()
+    first = remat.measure(step).peak_bytes
+    gc.collect()
+    made, held, objects = tier.pool.made, tier.pool.bytes, len(gc.get_objects())
+    assert made > 0
+    for _ in range(1000):
+        step()
+    gc.collect()
+    assert (tier.pool.made, tier.pool.bytes, tier.pool.in_use_bytes) == (made, held, 0)
+    assert len(gc.get_objects()) < objects + 1000
+    assert remat.measure(step).peak_bytes == first
+
+
+class _FailsAt(TorchDispatchMode):
+    """Runs out of memory at the k-th op."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.left = k
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.left -= 1
+        if self.left == 0:
+            raise torch.OutOfMemoryError("made up")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("k", [10, 25, 40, 55])
+def test_running_out_of_memory_frees_everything(k: int, tier: HostTier) -> None:
+    """In forward or in backward; the next step is right."""
+    model, x = mlp(dropout=0.0)
+    module = remat.optimize(model, (x,), budget=None, policy="offload-all")
+    expected = torch.autograd.grad(module(x), list(model.parameters()))
+    with pytest.raises(torch.OutOfMemoryError, match="made up"), _FailsAt(k):
+        module(x).backward()
+    gc.collect()
+    assert tier.pool.in_use_bytes == 0
+    found = torch.autograd.grad(module(x), list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_an_exception_frees_everything(tier: HostTier) -> None:
