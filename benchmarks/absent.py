@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import remat
@@ -29,6 +30,7 @@ SHAPES = {
 CASES = (
     ("8B", "LoRA", 4096, "rtx4090"),
     ("8B", "LoRA", 8192, "rtx4090"),
+    ("8B", "LoRA, loss in chunks", 8192, "rtx4090"),
     ("8B", "LoRA", 8192, "rtx5090"),
     ("8B", "AdamW", 32768, "h200"),
     ("70B", "LoRA", 4096, "h200"),
@@ -96,13 +98,31 @@ def plan(size: str, method: str, tokens: int, device: str) -> Row:
     return Row(f"{size} {method}", tokens, device, fits, *numbers, seconds, process_gib)
 
 
+class ChunkedLoss(torch.nn.Module):
+    """A causal language model whose loss is summed over chunks of tokens, so that the logits of one lie in memory at a time."""
+
+    def __init__(self, model: Any, chunk: int = 1024) -> None:
+        super().__init__()
+        self.model, self.chunk = model, chunk
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        language_model = self.model.get_base_model()
+        hidden = language_model.model(input_ids).last_hidden_state[:, :-1]
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        for states, wanted in zip(hidden.split(self.chunk, 1), labels[:, 1:].split(self.chunk, 1), strict=True):
+            logits = language_model.lm_head(states).float()
+            loss = loss + cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum")
+        return loss / (labels.numel() - len(labels))
+
+
 def build(size: str, method: str) -> tuple[Any, torch.optim.Optimizer | None]:
     config = LlamaConfig(vocab_size=128256, num_key_value_heads=8, rope_theta=5e5, use_cache=False, **SHAPES[size])
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(torch.bfloat16).train()
-        if method == "LoRA":
+        if method.startswith("LoRA"):
             adapters = peft.LoraConfig(r=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-            return peft.get_peft_model(model, adapters), None
+            model = peft.get_peft_model(model, adapters)
+            return model if method == "LoRA" else ChunkedLoss(model), None
     return model, torch.optim.AdamW(model.parameters())
 
 

@@ -64,7 +64,9 @@ def measure_cpu(fn: Callable[[], object], released: Sequence[tuple[int, int]] = 
     released: (time in ns, -bytes) of memory that was there before and went meanwhile; `fn` may add to it.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports its own start and stop on stderr otherwise
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profile:
         start = time.perf_counter()
         fn()
         seconds = time.perf_counter() - start

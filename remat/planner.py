@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import itertools
 import math
@@ -83,6 +84,16 @@ class Menus:
             for key, options in self.options.items()
         }
 
+    @cached_property
+    def staying(self) -> dict[tuple[int, int], list[Choice]]:
+        """The choices that move nothing but what a person has decided to move."""
+        options = self.options
+        least = {key: min(option.host_bytes for option in found) for key, found in options.items()}
+        return {
+            key: [choice for choice in choices if options[key][choice.index].host_bytes == least[key]]
+            for key, choices in self.choices.items()
+        }
+
     def _stall_us(self, key: tuple[int, int], option: Option) -> float:
         """Time that the stretch's copies take beyond its own compute, under which they hide where the link overlaps."""
         if self.link is None or not option.n_moved:
@@ -146,6 +157,7 @@ def solve(program: Program, menus: Menus, budget_bytes: int | None) -> Solution:
         smallest = smallest_solution(program, menus)
         if smallest.replay.peak_bytes <= budget_bytes:
             return smallest
+        _check_host(program, menus, budget_bytes)
         where = smallest.replay.peak_at
         more = ", or allow offload with host_budget=" if menus.link is not None and not menus.host_bytes else ""
         raise BudgetError(
@@ -156,6 +168,24 @@ def solve(program: Program, menus: Menus, budget_bytes: int | None) -> Solution:
             where=f"{where.name} ({where.phase})",
         )
     return solution
+
+
+def _check_host(program: Program, menus: Menus, budget_bytes: int) -> None:
+    """Raises BudgetError if more host memory would do."""
+    if not menus.host_bytes:
+        return
+    unbounded = dataclasses.replace(menus, host_bytes=sum(value.bytes for value in program.values))
+    solution = _attempt(program, unbounded, budget_bytes)
+    if solution is None:
+        return
+    needed = solution.replay.host_bytes
+    raise BudgetError(
+        f"no plan fits in {format_bytes(budget_bytes)} with {format_bytes(menus.host_bytes)} of host memory; with "
+        f"{format_bytes(needed)} ({needed} bytes) one does. Raise host_budget=, or budget=.",
+        budget_bytes=menus.host_bytes,
+        minimum_bytes=needed,
+        where="host memory",
+    )
 
 
 def solution_of(
@@ -187,8 +217,8 @@ def smallest_solution(program: Program, menus: Menus) -> Solution:
     for choices in itertools.chain([menus.choices], map(menus.priced, _rising_prices(program, menus))):
         best = _smallest_among(program, menus, choices)
         if best.replay.host_bytes <= menus.host_bytes:
-            break
-    return best
+            return best
+    return _smallest_among(program, menus, menus.staying)
 
 
 def _rising_prices(program: Program, menus: Menus) -> Iterator[float]:
@@ -237,13 +267,13 @@ def _attempt(program: Program, menus: Menus, budget_bytes: int) -> Solution | No
         return solution
     assert menus.link is not None
     low, price = _HOST_PRICE / menus.link.in_bytes_per_us, program.step_us  # for one byte: then nothing moves that need not
-    best, high = None, price
+    best, high = _attempt_with(program, menus, menus.staying, budget_bytes), price
     for _ in range(_PRICES):
         solution = _attempt_with(program, menus, menus.priced(price), budget_bytes)
         if solution is not None and solution.replay.host_bytes <= menus.host_bytes:
             best, high = solution, price
         elif price == high:
-            return None
+            return best
         else:
             low = price
         price = math.sqrt(low * high)
@@ -262,7 +292,7 @@ def _attempt_with(
         solution = _solution(program, menus, path)
         if solution.replay.peak_bytes <= budget_bytes:
             return _tightened(program, menus, path, solution, budget_bytes)
-        missed = solution.replay.peak_bytes - program.resident_bytes - _expected_peak(choices, path)
+        missed = solution.replay.peak_bytes - program.resident_bytes - _expected_peak(menus, path)
         target = min(target - 1, budget_bytes - program.resident_bytes - missed)
     return None
 
@@ -281,10 +311,10 @@ def _tightened(
     return better if better.replay.peak_bytes <= budget_bytes else solution
 
 
-def _expected_peak(choices: dict[tuple[int, int], list[Choice]], path: list[tuple[int, int, int]]) -> int:
+def _expected_peak(menus: Menus, path: list[tuple[int, int, int]]) -> int:
     saved = peak = 0
     for i, j, option in path:
-        choice = choices[i, j][option]
+        choice = menus.choices[i, j][option]
         peak = max(peak, saved + choice.forward_bytes, saved + choice.backward_bytes)
         saved += choice.saved_bytes
     return peak

@@ -126,6 +126,19 @@ def test_every_copy_back_starts_before_it_is_asked_for(name: str, monkeypatch: p
     assert 1 <= module.plan.peak_bytes / outcome.peak_bytes <= 1.01
 
 
+def test_too_little_host_memory_is_named_as_what_binds() -> None:
+    program = linked(FAST)
+    with_host = make_menus(program, host_bytes=10**9)
+    budget = smallest_solution(program, with_host).replay.peak_bytes
+    with pytest.raises(remat.BudgetError, match=r"Raise host_budget=") as error:
+        solve(program, make_menus(program, host_bytes=1), budget)
+    assert error.value.where == "host memory"
+    assert error.value.budget_bytes == 1
+    needed = error.value.minimum_bytes
+    assert needed is not None
+    assert solve(program, make_menus(program, host_bytes=needed), budget).replay.peak_bytes <= budget
+
+
 @pytest.mark.usefixtures("_overlapping")
 def test_a_host_budget_is_kept() -> None:
     model, kwargs = build("gpt2")
