@@ -15,6 +15,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from remat._torch import TANGENTS_GO
 from remat.cost import op_cost_us
 from remat.devices import DeviceProfile
 from remat.op_times import OpTimes
@@ -125,7 +126,7 @@ def joint_program(
     for tangent in graph.nodes:
         if tangent.op == "placeholder" and "tangent" in tangent.name:
             last = max((position[r] for r in readers[tangent] if r in position), default=n_forward)
-            fixed.append(Fixed(n_forward, last, storage_bytes(tangent.meta.get("val"))))
+            fixed.append(Fixed(n_forward, last if TANGENTS_GO else end, storage_bytes(tangent.meta.get("val"))))
     fixed.append(Fixed(0, end, SCALARS_BYTES))
     stored = {value.name for value in values}
     forward = tuple(

@@ -51,6 +51,7 @@ except ImportError:
 
 
 __all__ = [
+    "TANGENTS_GO",
     "BoxedBool",
     "BufferAOTInput",
     "CustomPartitionerFn",
@@ -97,6 +98,9 @@ __all__ = [
     "without_autocast",
     "wrapper_code",
 ]
+
+
+TANGENTS_GO = hasattr(torch.autograd.Function, "boxed_grads_call")  # in backward, by AOTAutograd; not so in torch 2.11
 
 
 def storage_key(tensor: torch.Tensor) -> int:

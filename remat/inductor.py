@@ -94,8 +94,10 @@ def forward_memory(module: fx.GraphModule) -> Memory:
 
 def backward_memory(module: fx.GraphModule, forward: Memory, kept: frozenset[str]) -> Memory:
     """What Inductor's code for a backward graph will allocate. `kept` names inputs that somebody else holds."""
-    inputs = []
-    for node in module.graph.find_nodes(op="placeholder"):
+    inputs, placeholders = [], module.graph.find_nodes(op="placeholder")
+    if not _torch.TANGENTS_GO:
+        kept |= {node.name for node in placeholders if node.name.startswith("tangents")}
+    for node in placeholders:
         value, stride = node.meta["val"], forward.strides.get(node.name)
         restrided = stride is not None and stride != value.stride()
         inputs.append(value.as_strided(value.size(), stride) if restrided else value)
