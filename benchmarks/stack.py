@@ -101,7 +101,7 @@ def stack(
 
 def accelerator() -> torch.device | None:
     """The accelerator of this machine."""
-    found = torch.accelerator.current_accelerator()
+    found = torch.accelerator.current_accelerator(check_available=True)
     return torch.device(found.type, torch.accelerator.current_device_index()) if found is not None else None
 
 

@@ -135,7 +135,7 @@ def profile_device(device: torch.device | str | None = None, *, again: bool = Fa
 
     device: by default the current accelerator, or the CPU where there is none. again: measure even if there are figures.
     """
-    here = torch.accelerator.current_accelerator() or torch.device("cpu")
+    here = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     chosen = torch.device(device if device is not None else here)
     if chosen.type not in ("cpu", here.type):
         raise RematError(f"device={chosen} cannot be measured; there are 'cpu' and {here.type!r}")
