@@ -149,10 +149,11 @@ class _StreamLane:
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.Stream(device)
+        self._entering = threading.Lock()  # a stream can be entered by one thread at a time, and backward has its own
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, *after: Event | None) -> Event:
         self._stream.wait_stream(torch.accelerator.current_stream(self._stream.device))
-        with self._stream, torch.no_grad():
+        with self._entering, self._stream, torch.no_grad():
             for event in after:
                 if event is not None:
                     event.wait()  # on this stream, which is the current one here
