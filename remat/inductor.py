@@ -68,7 +68,15 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], split: Callable[...
     """Inductor with our partition. AOTAutograd's own cache is off: it would skip the partition, and with it the plan."""
     with _torch.functorch_config.patch(enable_autograd_cache=False):
         patches = {**_CONFIG, "custom_partitioner_fn": _Partitioner(split, uuid)}
-        return _torch.compile_fx(gm, inputs, config_patches=patches)  # type: ignore[return-value]
+        return _torch.compile_fx(gm, inputs, _compile_half, config_patches=patches)  # type: ignore[return-value]
+
+
+def _compile_half(module: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+    """Inductor's compilation of one graph. Where values leave, its order stays: Inductor's own search for the order with the
+    smallest peak takes their copies on the host for device memory, and puts the copying off."""
+    moves = any(module.graph.find_nodes(op="call_function", target=op) for op in (OFFLOAD, RELOAD))
+    with _torch.inductor_config.patch({"reorder_for_peak_memory": False} if moves else {}):
+        return _torch.compile_fx_inner(module, inputs, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -123,7 +131,7 @@ def _probe(
     config = {**_CONFIG, "fx_graph_cache": False}
     try:
         with _torch.inductor_config.patch(config), _torch.reading_wrapper_code(read, donated if is_backward else []):
-            _torch.compile_fx_inner(twin, inputs, is_backward=is_backward, cudagraphs=_torch.BoxedBool(False), graph_id=0)
+            _compile_half(twin, inputs, is_backward=is_backward, cudagraphs=_torch.BoxedBool(False), graph_id=0)
     except Exception as error:  # the probe's own, wrapped by whatever Inductor wraps it in
         if not found:
             raise error

@@ -126,10 +126,11 @@ def test_a_rewritten_module_under_inductor() -> None:
     assert outcome.peak_bytes <= 1.1 * expected.peak_bytes + gradients
 
 
-def test_values_wait_on_the_host_through_inductor() -> None:
+@pytest.mark.parametrize("name", ["resnet", "gpt2"])  # channels-last inside; several layers
+def test_values_wait_on_the_host_through_inductor(name: str) -> None:
     def through(**options: Any) -> tuple[Outcome, remat.Plan]:
         torch._dynamo.reset()
-        model, kwargs = build("resnet")  # channels-last inside
+        model, kwargs = build(name)
         module = torch.compile(model, backend="remat", options=options)
         return run_step(module, kwargs), remat.plans(module)[0].plan
 
