@@ -163,7 +163,7 @@ class RematModule(fx.GraphModule):
         if variant is None:
             variant = self.capture(args, kwargs)
         tensors = [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
-        moves = bool(variant.plan.transfers)
+        moves = len(variant.plan.transfers) > 0
         if moves and torch.compiler.is_compiling():
             raise RematError("a plan that offloads runs eagerly; compile the original model with backend='remat' instead")
         with torch.autocast(_device_type(self), enabled=False), one_step() if moves else contextlib.nullcontext():

@@ -11,7 +11,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import remat
 
-SETTINGS = ({"policy": "blocks"}, {"policy": "offload"}, {"policy": "offload-all"}, {"budget": 0.7})
+SETTINGS = ({"policy": "blocks"}, {"policy": "offload"}, {"policy": "offload-all"}, {"budget": 0.85})
 
 
 class Quantized(nn.Module):
