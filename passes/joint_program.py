@@ -22,7 +22,7 @@ from remat.op_times import OpTimes
 from remat.passes.aliasing import is_view, results, storage_bytes
 from remat.passes.pinning import why_pinned
 from remat.passes.randomness import is_random
-from remat.program import HELD, SCALARS_BYTES, Fixed, Op, Program, Value
+from remat.program import HELD, Fixed, Op, Program, Value
 from remat.workspace import Call, workspace_bytes
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -127,7 +127,7 @@ def joint_program(
         if tangent.op == "placeholder" and "tangent" in tangent.name:
             last = max((position[r] for r in readers[tangent] if r in position), default=n_forward)
             fixed.append(Fixed(n_forward, last if TANGENTS_GO else end, storage_bytes(tangent.meta.get("val"))))
-    fixed.append(Fixed(0, end, SCALARS_BYTES))
+    fixed.append(Fixed(0, end, device.slack_bytes))
     stored = {value.name for value in values}
     forward = tuple(
         _op(

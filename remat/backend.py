@@ -34,7 +34,7 @@ from remat.pins import Pins, check_pins, pinned
 from remat.plan import Plan
 from remat.planner import Menus, Solution, fastest_solution, make_menus, smallest_solution, solve
 from remat.policies import Policy, check_fits, check_host, check_policy, is_planned, policy_solution
-from remat.program import SCALARS_BYTES, Program
+from remat.program import Program
 from remat.workspace import library_bytes
 
 COMPILERS = ("inductor", "eager")
@@ -191,9 +191,10 @@ class _Partitioner:
         fuses = self.options.compiler == "inductor"
         halves = split_joint(joint.graph, num_fwd_outputs, fuses)
         device = _device(joint)
+        profile = profile_of(device)
         start = time.perf_counter()
         times = op_times(device) if self.options.costs == "measured" else None
-        program = joint_program(joint.graph, halves, profile_of(device), self._resident(joint, device), fuses, times)
+        program = joint_program(joint.graph, halves, profile, self._resident(joint, device), fuses, times)
         if times is not None:
             times.save()
         program = pinned(program, halves.forward, self.options.pin)
@@ -209,7 +210,7 @@ class _Partitioner:
             forward, backward = partition(joint, halves, dropped, moved, num_fwd_outputs, static_lifetime_input_indices)
             if not fuses:
                 return Attempt(solution, forward, backward, solution.replay.peak_bytes)
-            peak = program.resident_bytes + SCALARS_BYTES + _generated_peak(forward, backward, num_fwd_outputs)
+            peak = program.resident_bytes + profile.slack_bytes + _generated_peak(forward, backward, num_fwd_outputs)
             return Attempt(solution, forward, backward, peak)
 
         everything = apply(fastest_solution(program, menus))

@@ -47,6 +47,12 @@ class DeviceProfile:
     def is_gpu(self) -> bool:
         return not self.name.startswith("cpu")
 
+    @property
+    def slack_bytes(self) -> int:
+        """Allowed for what is in no graph: Python numbers that kernels wrap into tensors, a few bytes each; on a GPU also what
+        free blocks are larger than the tensors they are used for, up to 1 MiB each."""
+        return 8 * 2**20 if self.is_gpu else 4096
+
     def allocated_bytes(self, size: int) -> int:
         """What the device's allocator takes for a tensor of `size` bytes."""
         return cuda_block_bytes(size) if self.is_gpu else size

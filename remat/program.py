@@ -22,7 +22,6 @@ from typing import NamedTuple
 import numpy as np
 
 HELD = "an output of the model"  # why a value is pinned that someone else holds to the end of the step
-SCALARS_BYTES = 4096  # Python numbers that kernels wrap into tensors: a few bytes each, in no graph
 
 
 class Decision(str, Enum):

@@ -26,7 +26,7 @@ from remat.op_times import OpTimes
 from remat.passes.aliasing import results
 from remat.passes.pinning import why_pinned
 from remat.passes.randomness import is_random
-from remat.program import HELD, SCALARS_BYTES, Fixed, Op, Program, Value
+from remat.program import HELD, Fixed, Op, Program, Value
 from remat.steps import bind, recompute_inputs
 from remat.workspace import Call, workspace_bytes
 
@@ -275,7 +275,7 @@ def _program(
                 HELD if held else why_pinned(storage.node, mutated),
             )
         )
-    fixed.append(Fixed(0, end, SCALARS_BYTES))
+    fixed.append(Fixed(0, end, recorder.device.slack_bytes))
     scratch = workspace_bytes if recorder.device.is_here else scratch_bytes
     ops = []
     for position, node in enumerate(nodes):
