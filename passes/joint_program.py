@@ -127,7 +127,7 @@ def joint_program(
         if tangent.op == "placeholder" and "tangent" in tangent.name:
             last = max((position[r] for r in readers[tangent] if r in position), default=n_forward)
             fixed.append(Fixed(n_forward, last if TANGENTS_GO else end, storage_bytes(tangent.meta.get("val"))))
-    fixed.append(Fixed(0, end, device.slack_bytes))
+    fixed.append(Fixed(0, end, device.slack_bytes(largest_value(values))))
     stored = {value.name for value in values}
     forward = tuple(
         _op(
@@ -147,6 +147,11 @@ def joint_program(
     return Program(
         forward, (*backward, end_of_step), tuple(values), tuple(fixed), resident_bytes, moments, device.link, regions_hold=False
     )
+
+
+def largest_value(values: Sequence[Value]) -> int:
+    """Bytes of the largest one."""
+    return max((value.bytes for value in values), default=0)
 
 
 def _owner(node: fx.Node) -> fx.Node:

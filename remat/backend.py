@@ -28,7 +28,7 @@ from remat.inductor import backward_memory, compile_graph, forward_memory
 from remat.ladder import Attempt, Ladder
 from remat.op_times import check_costs, op_times
 from remat.passes.aliasing import results, storage_roots
-from remat.passes.joint_program import JointHalves, joint_program, split_joint
+from remat.passes.joint_program import JointHalves, joint_program, largest_value, split_joint
 from remat.passes.partition import partition
 from remat.pins import Pins, check_pins, pinned
 from remat.plan import Plan
@@ -201,6 +201,8 @@ class _Partitioner:
         host = resolve_host_budget(self.options.host_budget, memory_of(device))
         menus = make_menus(program, host)
 
+        slack = profile.slack_bytes(largest_value(program.values))
+
         def apply(solution: Solution) -> Attempt:
             dropped = frozenset(halves.forward[p].name for p in solution.dropped)
             starts = dict(program.moments)
@@ -210,7 +212,7 @@ class _Partitioner:
             forward, backward = partition(joint, halves, dropped, moved, num_fwd_outputs, static_lifetime_input_indices)
             if not fuses:
                 return Attempt(solution, forward, backward, solution.replay.peak_bytes)
-            peak = program.resident_bytes + profile.slack_bytes + _generated_peak(forward, backward, num_fwd_outputs)
+            peak = program.resident_bytes + slack + _generated_peak(forward, backward, num_fwd_outputs)
             return Attempt(solution, forward, backward, peak)
 
         everything = apply(fastest_solution(program, menus))

@@ -47,11 +47,13 @@ class DeviceProfile:
     def is_gpu(self) -> bool:
         return not self.name.startswith("cpu")
 
-    @property
-    def slack_bytes(self) -> int:
+    def slack_bytes(self, largest: int) -> int:
         """Allowed for what is in no graph: Python numbers that kernels wrap into tensors, a few bytes each; on a GPU also what
-        free blocks are larger than the tensors they are used for, up to 1 MiB each."""
-        return 8 * 2**20 if self.is_gpu else 4096
+        free blocks are larger than the tensors they are used for, up to 1 MiB each where tensors take more than that.
+
+        largest: bytes of the largest tensor of the step."""
+        blocks = min(largest, 8 * 2**20) if self.is_gpu and largest > 2**20 else 0
+        return 4096 + blocks
 
     def allocated_bytes(self, size: int) -> int:
         """What the device's allocator takes for a tensor of `size` bytes."""

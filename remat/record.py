@@ -275,7 +275,7 @@ def _program(
                 HELD if held else why_pinned(storage.node, mutated),
             )
         )
-    fixed.append(Fixed(0, end, recorder.device.slack_bytes))
+    fixed.append(Fixed(0, end, recorder.device.slack_bytes(max((s.bytes for s in recorder.all), default=0))))
     scratch = workspace_bytes if recorder.device.is_here else scratch_bytes
     ops = []
     for position, node in enumerate(nodes):

@@ -53,6 +53,8 @@ def test_what_the_cuda_allocator_takes() -> None:
     taken = (512, 512, 1024, 3 * mib + 512, 32 * mib, 32 * mib, 31 * mib - 512, 32 * mib, 33 * mib - 512)
     assert tuple(DEVICES["h100"].allocated_bytes(size) for size in sizes) == taken
     assert DEVICES["cpu"].allocated_bytes(513) == 513
+    assert [DEVICES["h100"].slack_bytes(size) - 4096 for size in (0, mib, 2 * mib, 2**30)] == [0, 0, 2 * mib, 8 * mib]
+    assert DEVICES["cpu"].slack_bytes(2**30) == 4096
 
 
 def test_the_same_plan_wherever_the_model_is() -> None:
