@@ -126,7 +126,8 @@ def joint_program(
     for tangent in graph.nodes:
         if tangent.op == "placeholder" and "tangent" in tangent.name:
             last = max((position[r] for r in readers[tangent] if r in position), default=n_forward)
-            fixed.append(Fixed(n_forward, last if TANGENTS_GO else end, storage_bytes(tangent.meta.get("val"))))
+            size = device.allocated_bytes(storage_bytes(tangent.meta.get("val")))
+            fixed.append(Fixed(n_forward, last if TANGENTS_GO else end, size))
     fixed.append(Fixed(0, end, device.slack_bytes(largest_value(values))))
     stored = {value.name for value in values}
     forward = tuple(

@@ -15,11 +15,9 @@ from pathlib import Path
 
 import torch
 
-from remat import _torch
-from remat._torch import pytree
 from remat.devices import cache_file
 from remat.errors import RematError
-from remat.workspace import Call, TensorLike
+from remat.workspace import Call
 
 log = logging.getLogger("remat")
 
@@ -83,18 +81,10 @@ def _read(path: Path) -> dict[str, float]:
 
 
 def _measured(call: Call, device: torch.device) -> float | None:
-    others = [] if device.type == "cpu" else [device]
     try:
-        with (
-            _torch.no_dispatch_modes(),
-            torch.no_grad(),
-            torch.random.fork_rng(others, device_type=device.type if others else "cuda"),
-        ):
-            leaves = [leaf.tensor(random=True) if isinstance(leaf, TensorLike) else leaf for leaf in call.leaves]
-            args, kwargs = pytree.tree_unflatten(leaves, call.spec)
-            run = lambda: call.op(*args, **kwargs)  # noqa: E731
+        with call.ready(random=True) as run:
             run()
-            return _on_accelerator(run, device) if others else _on_cpu(run)
+            return _on_cpu(run) if device.type == "cpu" else _on_accelerator(run, device)
     except (RuntimeError, IndexError, ValueError, TypeError) as error:
         log.debug("%s cannot be timed: %s", call.op, error)
         return None

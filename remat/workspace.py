@@ -8,8 +8,10 @@ product on is no op's own: `library_bytes`.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -83,6 +85,17 @@ class Call:
     def devices(self) -> set[torch.device]:
         return {leaf.device for leaf in self.leaves if isinstance(leaf, TensorLike)}
 
+    @contextlib.contextmanager
+    def ready(self, random: bool = False) -> Iterator[Callable[[], Any]]:
+        """The call on tensors of its own, zeros or random numbers, to run as often as one likes: whatever mode the caller is
+        in, and with the random state as before afterwards."""
+        others = [device for device in self.devices if device.type != "cpu"]
+        kind = others[0].type if others else "cpu"
+        with _torch.no_dispatch_modes(), torch.no_grad(), torch.random.fork_rng(others, device_type=kind):
+            leaves = [leaf.tensor(random) if isinstance(leaf, TensorLike) else leaf for leaf in self.leaves]
+            args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+            yield lambda: self.op(*args, **kwargs)
+
     @property
     def has_scratch(self) -> bool:
         """False for an op that allocates its results and nothing else."""
@@ -138,12 +151,9 @@ def library_bytes(device: torch.device) -> int:
 
 def _run_once(call: Call) -> int:
     results: list[Any] = []
-    accelerators = [device for device in call.devices if device.type != "cpu"]
-    kind = accelerators[0].type if accelerators else "cpu"
-    with _torch.no_dispatch_modes(), torch.no_grad(), torch.random.fork_rng(accelerators, device_type=kind):
-        leaves = [leaf.tensor() if isinstance(leaf, TensorLike) else leaf for leaf in call.leaves]
-        args, kwargs = pytree.tree_unflatten(leaves, call.spec)
-        run = lambda: results.append(call.op(*args, **kwargs))  # noqa: E731
-        peak = measure_accelerator(run, accelerators[0]).above_resident_bytes if accelerators else measure_cpu(run)[0]
+    accelerator = next((device for device in call.devices if device.type != "cpu"), None)
+    with call.ready() as run:
+        keep = lambda: results.append(run())  # noqa: E731
+        peak = measure_cpu(keep)[0] if accelerator is None else measure_accelerator(keep, accelerator).above_resident_bytes
     outputs = [t for t in pytree.tree_leaves(results) if isinstance(t, torch.Tensor)]
     return max(0, peak - sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in outputs}.values()))
