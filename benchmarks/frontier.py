@@ -6,7 +6,7 @@ peers, door 2 for compiled ones), 1.5 times the peak of per-block checkpointing,
 in turn, so that a busy machine slows all of them; a time is the median of process CPU seconds over the rounds, a ratio the
 median of the ratios within a round. Peaks are the allocator's, of a warm step that starts without gradients, never a plan's.
 
-    python benchmarks/frontier.py [MODEL ...] [--rounds 7] [--peers WORD ...]
+    python benchmarks/frontier.py [MODEL ...] [--rounds 7] [--peers WORD ...] [--solvers dp ...]
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers import MODELS, build, compiled_peers, eager_peers, prepare
+from peers import MODELS, SOLVERS, build, compiled_peers, eager_peers, prepare
 from rich.progress import Progress
 
 import remat
@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", help=f"of {', '.join(MODELS)}; all by default")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--peers", nargs="*", default=[], help="only peers whose name contains one of these words")
+    parser.add_argument("--solvers", nargs="*", default=SOLVERS, help="of the ratio budget")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -91,15 +92,16 @@ def main() -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     for model in options.models or MODELS:
         with Progress() as progress:
-            points, failures = race(model, options.rounds, options.peers, progress)
+            points, failures = race(model, options, progress)
         data = {"torch": torch.__version__, "model": model, "rounds": options.rounds, "failures": failures}
         text = json.dumps({**data, "points": [asdict(point) for point in points]}, indent=1)
         (RESULTS / f"{model}.json").write_text(text + "\n")
 
 
-def race(model: str, rounds: int, words: Sequence[str], progress: Progress) -> tuple[list[Point], dict[str, str]]:
+def race(model: str, options: argparse.Namespace, progress: Progress) -> tuple[list[Point], dict[str, str]]:
     """The points of a model, and of each configuration that failed why."""
-    peers = [name for name in (*eager_peers("cpu"), *compiled_peers()) if not words or any(word in name for word in words)]
+    everyone = [*eager_peers("cpu"), *compiled_peers(options.solvers)]
+    peers = [name for name in everyone if not options.peers or any(word in name for word in options.peers)]
     failures: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
 
@@ -125,8 +127,8 @@ def race(model: str, rounds: int, words: Sequence[str], progress: Progress) -> t
         workers = set_up(peers, _not_far_behind)
         workers += set_up(_ours([w.point for w in workers if w.point is not None]), lambda points: {p.name for p in points})
         points = [worker.point for worker in workers if worker.point is not None]
-        task = progress.add_task(f"{model}: rounds", total=rounds * len(workers))
-        for _ in range(rounds):
+        task = progress.add_task(f"{model}: rounds", total=options.rounds * len(workers))
+        for _ in range(options.rounds):
             for worker, point in zip(workers, points, strict=True):
                 point.times.append(worker.step())
                 progress.advance(task)

@@ -1,9 +1,9 @@
 """How far remat's plans are from the best there is, on graphs small enough to prove it.
 
-The exact model is that of MOCCASIN (Bartan et al. 2023): retention intervals, solved by CP-SAT (ortools). Each forward value may be
-computed again at any moment of backward, up to `COMPUTATIONS` times in all, kept as long as one likes, and dropped again; every
-op and every read must lie in such an interval; the intervals, gradients and scratch memory together must fit at every moment. It
-knows nothing of blocks, regions or just-in-time order. Both sides have the same costs and the same bytes.
+The exact model is that of MOCCASIN (Bartan et al. 2023): retention intervals, solved by CP-SAT (ortools). Each forward value
+may be computed again at any moment of backward, up to `COMPUTATIONS` times in all, kept as long as one likes, and dropped
+again; every op and every read must lie in such an interval; the intervals, gradients and scratch memory together must fit at
+every moment. It knows nothing of blocks, regions or just-in-time order. Both sides have the same costs and the same bytes.
 
 The gap is extra time: recompute time of remat's plan over that of the optimum, minus one; and the same as a share of the step.
 """
@@ -29,7 +29,6 @@ from rich.table import Table
 from torch import nn
 
 from remat.api import trace
-from remat.errors import BudgetError
 from remat.planner import fastest_solution, make_menus, smallest_solution, solve
 from remat.program import Program
 
@@ -80,7 +79,9 @@ def main() -> None:
 def compare(name: str) -> Iterator[Pair]:
     torch.manual_seed(0)
     model, args = GRAPHS[name]()
-    program = condensed(trace(model.train(), args if isinstance(args, tuple) else (), args if isinstance(args, dict) else {}).program)
+    program = condensed(
+        trace(model.train(), args if isinstance(args, tuple) else (), args if isinstance(args, dict) else {}).program
+    )
     menus = make_menus(program)
     top, bottom = (f(program, menus).replay.peak_bytes for f in (fastest_solution, smallest_solution))
     for share in track(SHARES, name):
@@ -194,7 +195,7 @@ def best(program: Program, budget_bytes: int) -> tuple[float | None, float]:
 
 def _first(model: Any, program: Program, v: int, moment: Callable[[int], int], horizon: int) -> tuple[Any, Any, Any]:
     """A value's first interval: at least to its last use in forward, and to its end where it cannot be dropped."""
-    value, n = program.values[v], len(program.forward)
+    value = program.values[v]
     last = moment(value.last_forward)
     if value.pinned and value.reads:
         last = max(last, moment(value.release))

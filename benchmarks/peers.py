@@ -8,7 +8,7 @@ into something to call.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,10 +36,10 @@ def eager_peers(device: str) -> list[str]:
     return names + (["save_on_cpu"] if device != "cpu" else [])
 
 
-def compiled_peers() -> list[str]:
+def compiled_peers(solvers: Sequence[str] = SOLVERS) -> list[str]:
     """`torch.compile` alone, with checkpointing, and under every ratio budget, whole and block by block."""
     checkpointed = [f"compile+checkpoint/{every}" for every in (1, 2, 4)]
-    grid = list(itertools.product(("ratio", "regional"), RATIOS, SOLVERS))
+    grid = list(itertools.product(("ratio", "regional"), RATIOS, solvers))
     return ["compile", *checkpointed, *(f"{how}/{ratio}/{solver}" for how, ratio, solver in grid)]
 
 
@@ -219,7 +219,9 @@ def lora() -> Built:
 
 
 def mixtral() -> Built:
-    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**_decoder(192, 6, num_local_experts=4)))
+    model = transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(**_decoder(192, 6, num_key_value_heads=3, num_local_experts=4))
+    )
     return model, tokens(8, 256), list(model.model.layers)
 
 
