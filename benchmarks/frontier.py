@@ -1,10 +1,11 @@
-"""Step time against peak memory: remat at the peak of every peer, and at peaks that none of them reaches.
+"""Step time against peak memory: remat against every peer at that peer's peak, and at peaks that none of them reaches.
 
-Each configuration is a process of its own, on one thread. Peers are set up first, and those that another beats by far in both
-peak and time are let go. Then remat is given, as its budget in bytes, the peak of each peer that is left (door 1 for eager
-peers, door 2 for compiled ones), 1.5 times the peak of per-block checkpointing, and the least it can do. Then all take steps
-in turn, so that a busy machine slows all of them; a time is the median of process CPU seconds over the rounds, a ratio the
-median of the ratios within a round. Peaks are the allocator's, of a warm step that starts without gradients, never a plan's.
+Each configuration is a process of its own, on one thread. Peers are tried first, and ratio budgets that another compiled peer
+beats in both peak and time are left out. Then each peer that is left meets remat with the peer's measured peak as the budget in
+bytes (door 1 against eager peers, door 2 against compiled ones), per-block checkpointing also at 1.5 times its peak. The two
+processes take steps in turn, so that a busy machine slows both; a time is the median of process CPU seconds over the rounds, a
+ratio the median of the ratios within a round. Peaks are the allocator's, of a warm step that starts without gradients, never a
+plan's.
 
     python benchmarks/frontier.py [MODEL ...] [--rounds 7] [--peers WORD ...] [--solvers dp ...]
 """
@@ -17,7 +18,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,8 +33,8 @@ from remat.module import RematModule
 
 RESULTS = Path(__file__).parent / "results" / "frontier"
 AT_ONCE = 2  # processes that are set up at a time
-TRIALS = 3  # steps by which peers are sorted out before the rounds
-FAR = 1.04  # a peer is let go if another is this much better in time, and no worse in peak
+TRIALS = 3  # steps to sort out peers by
+FAR = 1.03  # by how much another's time is better where a ratio budget is left out
 
 
 @dataclass
@@ -49,6 +50,24 @@ class Point:
     budget_bytes: int | None = None
     predicted_us: float | None = None
     times: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Duel:
+    """A peer, and remat with the peer's peak (or 1.5 times it) as its budget, over the same rounds."""
+
+    peer: Point
+    ours: Point
+
+
+@dataclass
+class Race:
+    """One model: plain steps, duels, remat's smallest steps, and why other configurations are not among them."""
+
+    plain: list[Point]
+    duels: list[Duel]
+    smallest: list[Point]
+    left_out: dict[str, str]
 
 
 class Worker:
@@ -92,80 +111,73 @@ def main() -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     for model in options.models or MODELS:
         with Progress() as progress:
-            points, failures = race(model, options, progress)
-        data = {"torch": torch.__version__, "model": model, "rounds": options.rounds, "failures": failures}
-        text = json.dumps({**data, "points": [asdict(point) for point in points]}, indent=1)
-        (RESULTS / f"{model}.json").write_text(text + "\n")
+            found = race(model, options, progress)
+        data = {"torch": torch.__version__, "model": model, "rounds": options.rounds, **asdict(found)}
+        (RESULTS / f"{model}.json").write_text(json.dumps(data, indent=1) + "\n")
 
 
-def race(model: str, options: argparse.Namespace, progress: Progress) -> tuple[list[Point], dict[str, str]]:
-    """The points of a model, and of each configuration that failed why."""
+def race(model: str, options: argparse.Namespace, progress: Progress) -> Race:
+    """All of a model's duels, and the smallest step of either door."""
     everyone = [*eager_peers("cpu"), *compiled_peers(options.solvers)]
-    peers = [name for name in everyone if not options.peers or any(word in name for word in options.peers)]
-    failures: dict[str, str] = {}
+    names = [name for name in everyone if not options.peers or any(word in name for word in options.peers)]
+    left_out: dict[str, str] = {}
+    peers = [point for point in _tried(model, names, progress, left_out) if point is not None]
+    compiled = [point for point in peers if is_compiled(point.name)]
+    for point in peers:
+        better = [q.name for q in compiled if q.peak_bytes <= point.peak_bytes and q.trial_s * FAR <= point.trial_s]
+        if better and point.name.startswith(("ratio", "regional")):
+            left_out[point.name] = f"{point.peak_bytes} bytes, {point.trial_s:.3f} s; {better[0]} has less of both"
+    pairs = [
+        (point.name, f"{'remat-compiled' if is_compiled(point.name) else 'remat'}/{int(factor * point.peak_bytes)}")
+        for point in peers
+        if point.name not in ("eager", "compile", *left_out)
+        for factor in ((1.0, 1.5) if point.name.endswith("checkpoint/1") else (1.0,))
+    ]
+    duels = []
+    for peer, ours in progress.track(pairs, description=f"{model}: in turn"):
+        duel = _duel(model, peer, ours, options.rounds)
+        if isinstance(duel, str):
+            left_out[f"{ours} against {peer}"] = duel
+        else:
+            duels.append(duel)
+    doors = dict.fromkeys(ours.split("/")[0] for _, ours in pairs)
+    smallest = [*_tried(model, [f"{door}/smallest" for door in doors], progress, left_out)]
+    plain = [point for point in peers if point.name in ("eager", "compile")]
+    return Race(plain, duels, [point for point in smallest if point is not None], left_out)
+
+
+def _tried(model: str, names: Sequence[str], progress: Progress, failures: dict[str, str]) -> Iterator[Point | None]:
+    """The points of configurations that nobody waits for; None, and the error in `failures`, for one that fails."""
+
+    def one(name: str) -> Worker:
+        worker = Worker(model, name)
+        worker.close()
+        return worker
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for worker in progress.track(pool.map(one, names), total=len(names), description=f"{model}: setting up"):
+            if worker.error:
+                failures[worker.name] = worker.error
+            yield worker.point
+
+
+def _duel(model: str, peer: str, ours: str, rounds: int) -> Duel | str:
+    """Two configurations in turn; an error as text."""
     with contextlib.ExitStack() as stack:
-
-        def set_up(names: Sequence[str], keep: Callable[[Sequence[Point]], set[str]]) -> list[Worker]:
-            """Workers for `names`; after each, those whose points `keep` does not name are closed."""
-            task = progress.add_task(f"{model}: setting up", total=len(names))
-            kept: list[Worker] = []
-            with ThreadPoolExecutor(AT_ONCE) as pool:
-                for worker in pool.map(lambda name: Worker(model, name), names):
-                    stack.callback(worker.close)
-                    progress.advance(task)
-                    if worker.point is None:
-                        failures[worker.name] = worker.error
-                        continue
-                    kept.append(worker)
-                    names_left = keep([w.point for w in kept if w.point is not None])
-                    for lost in [w for w in kept if w.name not in names_left]:
-                        kept.remove(lost)
-                        lost.close()
-                        failures[lost.name] = _why_left_out(lost)
-            return kept
-
-        workers = set_up(peers, _not_far_behind)
-        workers += set_up(_ours([w.point for w in workers if w.point is not None]), lambda points: {p.name for p in points})
-        points = [worker.point for worker in workers if worker.point is not None]
-        task = progress.add_task(f"{model}: rounds", total=options.rounds * len(workers))
-        for _ in range(options.rounds):
-            for worker, point in zip(workers, points, strict=True):
-                point.times.append(worker.step())
-                progress.advance(task)
-    return points, failures
-
-
-def _why_left_out(worker: Worker) -> str:
-    assert worker.point is not None
-    return f"behind others at once: {worker.point.peak_bytes} bytes, {worker.point.trial_s:.3f} s"
+        workers = [Worker(model, peer), Worker(model, ours)]
+        for worker in workers:
+            stack.callback(worker.close)
+        for _ in range(rounds):
+            for worker in workers:
+                if worker.point is None:
+                    return f"{worker.name}: {worker.error}"
+                worker.point.times.append(worker.step())
+        return Duel(*(worker.point for worker in workers if worker.point is not None))
 
 
 def is_compiled(name: str) -> bool:
     """True for configurations that Inductor compiles."""
     return name.startswith(("compile", "ratio", "regional", "remat-compiled"))
-
-
-def _not_far_behind(points: Sequence[Point]) -> set[str]:
-    """All but ratio budgets of which another peer makes little sense of."""
-    return {
-        p.name
-        for p in points
-        if not p.name.startswith(("ratio", "regional"))
-        or not any(q.peak_bytes <= p.peak_bytes and q.trial_s * FAR <= p.trial_s for q in points if is_compiled(q.name))
-    }
-
-
-def _ours(peers: Sequence[Point]) -> list[str]:
-    """The configurations of remat that answer these peers."""
-    budgets: dict[str, None] = {}
-    for peer in peers:
-        door = "remat-compiled" if is_compiled(peer.name) else "remat"
-        if peer.name != "compile" and peer.name != "eager":
-            budgets[f"{door}/{peer.peak_bytes}"] = None
-        if peer.name.endswith("checkpoint/1"):
-            budgets[f"{door}/{peer.peak_bytes * 3 // 2}"] = None
-    doors = dict.fromkeys(name.split("/")[0] for name in budgets)
-    return [*budgets, *(f"{door}/smallest" for door in doors)]
 
 
 def work(model: str, name: str) -> None:

@@ -19,6 +19,7 @@ from remat.program import Decision, Link, Move, Op, Program
 from remat.simulate import Replay, simulate
 from remat.solvers.improve import improve, prune
 from remat.solvers.menu import Option, block_keys, make_menu, outside_bytes, slice_program
+from remat.solvers.search import search, shrunk
 from remat.solvers.segment import backward_cuts, find_cuts
 from remat.solvers.select import Choice, select
 from remat.solvers.timetable import timetable
@@ -156,7 +157,7 @@ def solve(program: Program, menus: Menus, budget_bytes: int | None) -> Solution:
     if solution is None:
         smallest = smallest_solution(program, menus)
         if smallest.replay.peak_bytes <= budget_bytes:
-            return smallest
+            return _searched(program, smallest, budget_bytes, tuple(itertools.pairwise(menus.cuts)))
         _check_host(program, menus, budget_bytes)
         where = smallest.replay.peak_at
         more = ", or allow offload with host_budget=" if menus.link is not None and not menus.host_bytes else ""
@@ -193,10 +194,25 @@ def solution_of(
 ) -> Solution:
     """The solution with given decisions; regions are those that something happens in."""
     if not offloaded:
-        regions = tuple((a, b) for a, b in regions if any(a <= p < b for p in dropped))
+        regions = tuple((a, b) for a, b in joined(program, dropped, regions) if any(a <= p < b for p in dropped))
         return Solution(dropped, regions, simulate(program, dropped, None, regions))
     moves = timetable(program, dropped, offloaded, regions)
     return Solution(dropped, regions, simulate(program, dropped, moves, regions), moves)
+
+
+def joined(program: Program, dropped: frozenset[int], regions: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+    """Regions run as one where forward reads in one what is dropped in another."""
+    last = [max((program.values[v].last_forward for v in program.forward[p].outputs), default=p) for p in sorted(dropped)]
+    reach = dict(zip(sorted(dropped), last, strict=True))
+    merged: list[tuple[int, int]] = []
+    until = 0
+    for start, stop in regions:
+        if merged and until >= start:
+            merged[-1] = merged[-1][0], stop
+        else:
+            merged.append((start, stop))
+        until = max([until, *(reach[p] for p in range(start, stop) if p in reach)])
+    return tuple(merged)
 
 
 def fastest_solution(program: Program, menus: Menus) -> Solution:
@@ -239,7 +255,11 @@ def _smallest_among(program: Program, menus: Menus, choices: dict[tuple[int, int
             continue
         best = min(best, _solution(program, menus, path), key=lambda s: s.replay.peak_bytes)
         high = target
-    return best
+    if best.moves:
+        return best
+    spans = tuple(itertools.pairwise(menus.cuts))
+    smaller = solution_of(program, shrunk(program, best.dropped, spans), frozenset(), spans)
+    return min(best, smaller, key=lambda s: s.replay.peak_bytes)
 
 
 def frontier_solutions(program: Program, menus: Menus, points: int) -> list[Solution]:
@@ -308,7 +328,17 @@ def _tightened(
 ) -> Solution:
     dropped = improve(program, solution.dropped, budget_bytes, solution.moves, solution.regions)
     better = solution_of(program, dropped, frozenset(solution.moves), _spans(menus, path))
-    return better if better.replay.peak_bytes <= budget_bytes else solution
+    if better.replay.peak_bytes <= budget_bytes:
+        solution = better
+    return _searched(program, solution, budget_bytes, _spans(menus, path))
+
+
+def _searched(program: Program, solution: Solution, budget_bytes: int, spans: tuple[tuple[int, int], ...]) -> Solution:
+    """A faster plan near this one, value by value; where values move to the host the plan as it is."""
+    if solution.moves:
+        return solution
+    found = solution_of(program, search(program, solution.dropped, budget_bytes, spans), frozenset(), spans)
+    return found if found.replay.peak_bytes <= budget_bytes else solution
 
 
 def _expected_peak(menus: Menus, path: list[tuple[int, int, int]]) -> int:
