@@ -28,9 +28,9 @@ from rich.progress import track
 from rich.table import Table
 from torch import nn
 
-from remat.api import trace
 from remat.planner import fastest_solution, make_menus, smallest_solution, solve
 from remat.program import Program
+from remat.traced import trace
 
 RESULTS = Path(__file__).parent / "results" / "optimality.json"
 COMPUTATIONS = 3

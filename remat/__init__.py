@@ -5,6 +5,7 @@ The public names, on one screen:
     optimize    rewrite a module for a budget (door 1)        plans     plans and graphs of a compiled model (door 2)
     plan        what would be done, without doing it          measure   what a step really allocated
     frontier    the trade-off, from fastest to smallest       explain   what is saved, recomputed, and why
+    fit         the largest batch or sequence for a budget
     profile_device   measure this machine's rates, once; plans use them from then on
 """
 
@@ -12,8 +13,9 @@ from remat.api import explain, frontier, optimize, plan
 from remat.backend import CompiledPlan, plans
 from remat.devices import DeviceProfile, profile_device
 from remat.errors import BudgetError, CaptureError, RematError, RewriteError
+from remat.fit import Fit, fit
 from remat.measure import Measurement, measure
-from remat.plan import Activation, Block, Plan, Transfer
+from remat.plan import Activation, Block, Formula, Plan, Transfer
 from remat.program import Decision
 
 __version__ = "0.1.0"
@@ -26,12 +28,15 @@ __all__ = [
     "CompiledPlan",
     "Decision",
     "DeviceProfile",
+    "Fit",
+    "Formula",
     "Measurement",
     "Plan",
     "RematError",
     "RewriteError",
     "Transfer",
     "explain",
+    "fit",
     "frontier",
     "measure",
     "optimize",

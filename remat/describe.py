@@ -30,6 +30,7 @@ def describe(
     device: str,
     door: str,
     fingerprint: str,
+    structure: str = "",
 ) -> Plan:
     """Put a solution in the words of the user's model. `nodes[p]` is forward op p of `program`."""
     baseline = fastest_solution(program, menus).replay
@@ -59,6 +60,7 @@ def describe(
         device=device,
         door=door,
         fingerprint=fingerprint,
+        structure=structure,
     )
 
 

@@ -1,0 +1,90 @@
+"""Which axes of a model's inputs may change size, by name, and the same inputs in other sizes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from remat._torch import pytree
+from remat.errors import RematError
+
+Axes = dict[str, tuple[tuple[int, int], ...]]  # by name: (flat index of the input, axis)
+
+_DEFAULTS = ("batch", "seq")  # the first and second axis of the inputs
+
+
+def named_axes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any = None) -> Axes:
+    """The axes that may change: those that `dynamic_shapes` names, as `torch.export.export` takes it (a `Dim` or its name for
+    an axis), or "batch" and "seq": the first and second axis of every input that is as long there as the first input is."""
+    leaves, spec = pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
+    if dynamic_shapes is None:
+        return _usual_axes(leaves)
+    places, named_places = pytree.tree_unflatten(list(range(len(leaves))), spec)
+    named = {**inspect.signature(model.forward).bind_partial(*places).arguments, **named_places}
+    if not isinstance(dynamic_shapes, Mapping):
+        dynamic_shapes = dict(zip(named, dynamic_shapes, strict=False))
+    unknown = [name for name in dynamic_shapes if name not in named]
+    if unknown:
+        raise RematError(f"dynamic_shapes names {unknown[0]!r}; this call has the arguments {', '.join(named)}")
+    found: dict[str, list[tuple[int, int]]] = {}
+    for name, axes in dynamic_shapes.items():
+        _collect(named[name], axes, found)
+    if not found:
+        raise RematError("dynamic_shapes names no axis; write {'input_ids': {0: 'batch', 1: 'seq'}}")
+    return {name: tuple(axes) for name, axes in found.items()}
+
+
+def _usual_axes(leaves: list[Any]) -> Axes:
+    tensors = [(i, leaf) for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+    found: Axes = {}
+    for axis, name in enumerate(_DEFAULTS):
+        size = next((leaf.shape[axis] for _, leaf in tensors if leaf.dim() > axis), None)
+        if size is not None:
+            found[name] = tuple((i, axis) for i, leaf in tensors if leaf.dim() > axis and leaf.shape[axis] == size)
+    return found
+
+
+def _collect(places: Any, spec: Any, found: dict[str, list[tuple[int, int]]]) -> None:
+    """`places` is an argument with flat indices for tensors, `spec` what is said of its axes."""
+    if spec is None:
+        return
+    if isinstance(places, int):
+        for axis, dim in spec.items() if isinstance(spec, Mapping) else enumerate(spec):
+            name = dim if isinstance(dim, str) else getattr(dim, "__name__", None)
+            if name is not None:
+                found.setdefault(name, []).append((places, axis))
+        return
+    pairs = [(places[key], part) for key, part in spec.items()] if isinstance(spec, Mapping) else zip(places, spec, strict=True)
+    for part, its in pairs:
+        _collect(part, its, found)
+
+
+def size_of(args: tuple[Any, ...], kwargs: dict[str, Any], axes: Axes, name: str) -> int:
+    """How long the axes called `name` are. Raises RematError if there are none, or they differ."""
+    if not axes.get(name):
+        raise RematError(f"no axis of the inputs is called {name!r}; there are {', '.join(map(repr, axes))}")
+    leaves = pytree.tree_leaves((args, dict(sorted(kwargs.items()))))
+    sizes = {leaves[i].shape[axis] for i, axis in axes[name]}
+    if len(sizes) > 1:
+        raise RematError(f"the axes called {name!r} have different lengths: {sorted(sizes)}")
+    return int(sizes.pop())
+
+
+def resized(
+    args: tuple[Any, ...], kwargs: dict[str, Any], axes: Axes, sizes: Mapping[str, int]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs of the given sizes: the same tensors where nothing changes, zeros where something does."""
+    leaves, spec = pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
+    shapes = {i: list(leaf.shape) for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
+    for name, size in sizes.items():
+        for i, axis in axes[name]:
+            shapes[i][axis] = size
+    for i, shape in shapes.items():
+        if list(leaves[i].shape) != shape:
+            leaves[i] = leaves[i].new_zeros(shape).requires_grad_(leaves[i].requires_grad)
+    new_args, new_kwargs = pytree.tree_unflatten(leaves, spec)
+    return new_args, new_kwargs

@@ -1,0 +1,96 @@
+"""The largest size that fits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import remat
+from remat.shapes import named_axes, resized
+from tests.models import Mlp, build, mlp
+from tests.steps import run_step
+
+
+@pytest.mark.parametrize("name", ["llama", "convnext"])
+def test_the_batch_runs_in_the_budget_and_the_next_one_up_does_not(name: str) -> None:
+    model, kwargs = build(name)
+    budget = 2 * remat.plan(model, (), kwargs, budget=None).peak_bytes
+    found = remat.fit(model, (), kwargs, budget=budget)
+    axes = named_axes(model, (), kwargs)
+    _, largest = resized((), kwargs, axes, {"batch": found.size})
+    module = remat.optimize(model, (), largest, budget=budget)
+    assert run_step(module, largest).peak_bytes <= found.plan.peak_bytes <= budget
+    assert module.plan is not None
+    assert module.plan.decisions == found.plan.decisions
+    assert (found.next_size, found.budget_bytes) == (found.size + 1, budget)
+    with pytest.raises(remat.BudgetError) as refused:
+        remat.optimize(model, (), resized((), kwargs, axes, {"batch": found.next_size})[1], budget=budget)
+    assert refused.value.minimum_bytes == found.next_bytes
+    assert str(found.size) in str(found)
+
+
+def test_the_longest_sequence_in_steps_and_for_a_device_that_is_not_there() -> None:
+    model, kwargs = build("llama")
+    found = remat.fit(model, (), kwargs, budget="100MiB", dim="seq", multiple_of=64, device="h100")
+    assert found.size % 64 == 0
+    assert found.next_size == found.size + 64
+    assert found.plan.device == "h100"
+    assert found.next_bytes is not None
+    assert found.plan.peak_bytes <= 100 * 2**20 < found.next_bytes
+
+
+def test_a_named_axis() -> None:
+    model, x = mlp(rows=64)
+    shapes = {"x": {0: torch.export.Dim("rows")}}
+    found = remat.fit(model, (x,), budget=2**20, dim="rows", dynamic_shapes=shapes)
+    assert remat.fit(model, (x,), budget=2**20).size == found.size
+    assert found.tried[found.size] <= 2**20 < found.tried[found.size + 1]
+
+
+def test_smaller_than_the_example() -> None:
+    model, x = mlp(rows=4096)
+    budget = 2**21
+    found = remat.fit(model, (x,), budget=budget)
+    assert found.size < 4096
+    assert remat.optimize(model, (torch.randn(found.size, 32),), budget=budget)(torch.randn(found.size, 32)).dim() == 0
+
+
+class Bounded(Mlp):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[0] > 100:
+            raise ValueError("at most 100 rows")
+        return super().forward(x)
+
+
+def test_a_model_that_takes_no_more() -> None:
+    found = remat.fit(Bounded().train(), (torch.randn(40, 32),), budget="1GiB")
+    assert (found.size, found.next_size, found.next_bytes) == (100, 101, None)
+    assert "at most 100 rows" in found.limit
+    assert "at most 100 rows" in str(found)
+
+
+class Constant(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.weight.exp() * x.shape[0]).sum()
+
+
+def test_bad_input() -> None:
+    model, x = mlp()
+    with pytest.raises(remat.BudgetError, match="no plan fits"):
+        remat.fit(model, (x,), budget=1000)
+    with pytest.raises(remat.RematError, match="needs bytes"):
+        remat.fit(model, (x,), budget=0.5)
+    with pytest.raises(remat.RematError, match="needs bytes"):
+        remat.fit(model, (x,), budget=None)
+    with pytest.raises(remat.RematError, match="no axis of the inputs is called 'depth'; there are 'batch', 'seq'"):
+        remat.fit(model, (x,), budget=2**20, dim="depth")
+    with pytest.raises(remat.RematError, match="multiple_of=0"):
+        remat.fit(model, (x,), budget=2**20, multiple_of=0)
+    with pytest.raises(remat.RematError, match="dynamic_shapes names 'y'; this call has the arguments x"):
+        remat.fit(model, (x,), budget=2**20, dynamic_shapes={"y": {0: "batch"}})
+    with pytest.raises(remat.RematError, match="hardly grows"):
+        remat.fit(Constant().train(), (torch.randn(2),), budget="1TiB")
