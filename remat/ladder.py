@@ -40,6 +40,7 @@ class Ladder:
     menus: Menus
     everything: Attempt
     apply: Callable[[Solution], Attempt]
+    _solved: dict[int, Solution] = field(default_factory=dict)
     _tried: dict[tuple[frozenset[int], frozenset[tuple[int, Move]]], Attempt] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -66,8 +67,10 @@ class Ladder:
                 where="the generated code",
             )
         base = self._attempt(coarse)
+        offset = base.peak_bytes - base.solution.replay.peak_bytes
         for rung in range(coarse + _FINE - 1, coarse, -1):
-            if self._solution(rung).replay.added_us > base.solution.replay.added_us:
+            replay = self._solution(rung).replay
+            if replay.added_us > base.solution.replay.added_us or replay.peak_bytes + offset > limit * (1 + _SLACK):
                 continue
             attempt = self._attempt(rung)
             if base.peak_bytes <= attempt.peak_bytes <= limit:
@@ -79,7 +82,9 @@ class Ladder:
         return int(low * (high / low) ** (rung / (_COARSE * _FINE)))
 
     def _solution(self, rung: int) -> Solution:
-        return solve(self.program, self.menus, self._target(rung)) if rung else self._bottom
+        if rung not in self._solved:
+            self._solved[rung] = solve(self.program, self.menus, self._target(rung)) if rung else self._bottom
+        return self._solved[rung]
 
     def _attempt(self, rung: int) -> Attempt:
         solution = self._solution(rung)

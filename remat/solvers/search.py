@@ -22,7 +22,7 @@ EFFORT = 300_000  # ops replayed by one search: about half a second
 _TRIED = 10  # groups replayed at each step towards fitting
 _DEPTH = 4  # how many ops back a group may reach
 _SKIPPED = 0.3  # of the groups at a random step
-_IDLE = 150  # random steps without a gain after which the search ends
+_IDLE = 30  # steps without a gain after which the search ends
 
 
 class Found(NamedTuple):
@@ -131,17 +131,18 @@ class _Task:
                 return None
             groups = self._groups(found, self.fixed | kept)[:_TRIED]
             over = self.excess(found)
-            tried: list[tuple[float, int, Found]] = []
+            tried: list[tuple[bool, float, int, Found]] = []
             for group in groups:
                 if dice is not None and dice.random() < _SKIPPED:
                     continue
                 other = self.replayed(found.dropped | group)
-                relief = over - self.excess(other)
-                if relief > 0:
-                    tried.append(((_time_us(other) - _time_us(found)) / relief, len(tried), other))
+                left = self.excess(other)
+                price = (_time_us(other) - _time_us(found)) / max(over - left, 1)
+                if left < over:
+                    tried.append((left > 0, price, len(tried), other))  # what fits at once comes first
             if not tried:
                 return None
-            found = min(tried)[2]
+            found = min(tried)[3]
         return found
 
     def trimmed(self, found: Found) -> Found:
