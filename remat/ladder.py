@@ -18,8 +18,9 @@ from remat.errors import BudgetError
 from remat.planner import Menus, Solution, smallest_solution, solve
 from remat.program import Move, Program
 
-_COARSE, _FINE = 12, 4  # coarse rungs, and steps from one to the next
+_COARSE, _FINE = 12, 10  # coarse rungs, and steps from one to the next
 _SLACK = 0.02  # of the budget: how much smaller than expected a plan's code may be
+_FINE_SLACK = 0.01  # the same where the code of a coarse rung close by is known
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,9 @@ class Ladder:
         base = self._attempt(coarse)
         offset = base.peak_bytes - base.solution.replay.peak_bytes
         for rung in range(coarse + _FINE - 1, coarse, -1):
-            replay = self._solution(rung).replay
-            if replay.added_us > base.solution.replay.added_us or replay.peak_bytes + offset > limit * (1 + _SLACK):
+            if self._target(rung) + offset > limit * (1 + _FINE_SLACK):
+                continue
+            if self._solution(rung).replay.added_us > base.solution.replay.added_us:
                 continue
             attempt = self._attempt(rung)
             if base.peak_bytes <= attempt.peak_bytes <= limit:
