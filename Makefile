@@ -13,7 +13,7 @@ help:
 	@echo "make demo    fine-tune a small Llama with and without a byte budget, through both doors (about 3 minutes)"
 	@echo "make test    run the tests"
 	@echo "make check   ruff and mypy"
-	@echo "make bench   speed and planning time, printed and written to benchmarks/results/ (an hour, most of it compiling)"
+	@echo "make bench   all benchmarks that a CPU can run, printed and written to benchmarks/results/ (a night, most of it compiling)"
 	@echo "make gpu     the tests and benchmarks that need an accelerator, with the python3 that is there and no set-up"
 	@echo "make setup   only the set-up: .venv with the versions of constraints.txt"
 
@@ -39,11 +39,16 @@ check: setup
 	$(BIN)/mypy
 
 bench: setup
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[bench]"
 	$(BIN)/python benchmarks/planning.py
 	$(BIN)/python benchmarks/absent.py
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/compiled.py
 	$(BIN)/python benchmarks/reach.py
+	$(BIN)/python benchmarks/fit.py
+	$(BIN)/python benchmarks/optimality.py
+	$(BIN)/python benchmarks/frontier.py
+	$(BIN)/python benchmarks/frontier_report.py
 
 gpu:
 	PYTHONPATH=. $(PYTHON) -m unittest -v $(wildcard tests/gpu/test_*.py)

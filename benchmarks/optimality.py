@@ -36,6 +36,7 @@ RESULTS = Path(__file__).parent / "results" / "optimality.json"
 COMPUTATIONS = 3
 LIMIT_S = 120.0
 SHARES = (0.9, 0.7, 0.5, 0.3, 0.15, 0.0)  # of the way from the smallest plan's peak to that of saving everything
+CLASSES = {"num_labels": 5, "problem_type": "single_label_classification"}
 _SCALE = 1000  # CP-SAT wants integers: nanoseconds
 
 
@@ -321,6 +322,36 @@ def _image(width: int = 16) -> tuple[torch.Tensor]:
     return (torch.randn(4, width, 32, 32),)
 
 
+def _gpt2() -> Any:
+    shape = {"vocab_size": 96, "n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 0}
+    config = transformers.GPT2Config(**shape, use_cache=False, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    model = transformers.GPT2LMHeadModel(config)
+    model.loss_type = "ForCausalLM"
+    ids = torch.randint(0, 96, (4, 64))
+    return model, {"input_ids": ids, "labels": ids}
+
+
+def _vit() -> Any:
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    return transformers.ViTForImageClassification(
+        transformers.ViTConfig(**shape, image_size=32, patch_size=4, **CLASSES)
+    ), _pictures()
+
+
+def _convnext() -> Any:
+    config = transformers.ConvNextConfig(hidden_sizes=[16, 32], depths=[1, 1], num_stages=2, **CLASSES)
+    return transformers.ConvNextForImageClassification(config), _pictures()
+
+
+def _resnet() -> Any:
+    config = transformers.ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic", **CLASSES)
+    return transformers.ResNetForImageClassification(config), _pictures()
+
+
+def _pictures() -> dict[str, torch.Tensor]:
+    return {"pixel_values": torch.randn(4, 3, 32, 32), "labels": torch.randint(0, 5, (4,))}
+
+
 def _llama() -> Any:
     shape = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 1, "num_attention_heads": 4}
     ids = torch.randint(0, 96, (4, 128))
@@ -343,6 +374,10 @@ GRAPHS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "4 residual blocks": lambda: (Mean(*(Convolutions(16) for _ in range(4))), _image()),
     "U-Net": lambda: (Skips(16), _image()),
     "Llama, 1 layer": _llama,
+    "GPT-2, 1 layer": _gpt2,
+    "ViT, 2 layers": _vit,
+    "ConvNeXt, 2 blocks": _convnext,
+    "ResNet, 2 blocks": _resnet,
 }
 
 

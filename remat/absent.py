@@ -15,6 +15,7 @@ from torch import nn
 
 from remat import _torch
 from remat._torch import pytree
+from remat.loss import SHARES, cross_entropy, cross_entropy_backward
 from remat.workspace import Call, TensorLike
 
 aten = torch.ops.aten
@@ -56,6 +57,9 @@ def scratch_bytes(call: Call | None) -> int:
         query = tensors[1]
         elements = query.bytes // query.dtype.itemsize
         return 4 * (elements + elements // query.shape[-1])
+    if call.op in (cross_entropy._opoverload, cross_entropy_backward._opoverload):
+        share = max(tensors, key=lambda tensor: tensor.bytes)  # of the logits, in float32: cast, softmax, and gradients of both
+        return 4 * 4 * share.bytes // share.dtype.itemsize // SHARES
     if call.op in _CONVOLUTIONS:
         return max(tensor.bytes for tensor in tensors)
     return 0

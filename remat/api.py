@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ def plan(
         its inputs lie on, `meta` included. Nothing is allocated. "auto" and "80%" are of that device's memory.
     """
     settings = Settings(budget, policy, trainable_only, host_budget, plan, optimizer, pin, costs)
-    found = trace(model, args, kwargs or {}, optimizer, device, costs).plan(settings)
+    _, found = trace(model, args, kwargs or {}, optimizer, device, costs).planned(settings)
     if dynamic_shapes is None:
         return found
     return with_formulas(found, model, args, kwargs or {}, dynamic_shapes, optimizer, device, costs)
@@ -123,6 +124,11 @@ def frontier(
     traced = trace(model, args, kwargs or {}, optimizer, device, costs)
     plans = list(traced.frontier(settings, points))
     limit = resolve_budget(parse_budget(budget), traced.memory, traced.program.resident_bytes, plans[0].peak_bytes)
+    if traced.worth_sharing is not None and pin is None:
+        plans += traced.worth_sharing.frontier(settings, points)
+    plans.sort(key=lambda p: (p.step_us, p.peak_bytes))
+    smaller = itertools.accumulate((p.peak_bytes for p in plans), min, initial=plans[0].peak_bytes + 1)
+    plans = [p for p, least in zip(plans, smaller, strict=False) if p.peak_bytes < least]
     return [p for p in plans if limit is None or p.peak_bytes <= limit]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from remat import _torch
+from remat import _torch, loss
 from remat._torch import pytree
 from remat.devices import DeviceProfile
 
@@ -25,12 +25,18 @@ _TRANSCENDENTAL = {
 }  # fmt: skip
 
 
+_LOSSES = {loss.cross_entropy._opoverload: 4, loss.cross_entropy_backward._opoverload: 8}
+
+
 def op_cost_us(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, device: DeviceProfile) -> float:
     """Time of one op in microseconds, from its arguments and result (real, fake or meta tensors)."""
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
     results = [t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
     traffic = sum(t.numel() * t.element_size() for t in tensors + results)
     elements = sum(t.numel() for t in results)
+    if op in _LOSSES:  # one pass over the rows for each of the ops inside
+        elements = max(t.numel() for t in tensors)
+        traffic += _LOSSES[op] * elements * torch.float32.itemsize
     dtype = results[0].dtype if results else torch.float32
     time = max(_flops(op, args, kwargs, out) / device.flop_per_us(dtype), traffic / device.bytes_per_us)
     name = op.__name__.split(".")[0] if hasattr(op, "__name__") else str(op)

@@ -97,13 +97,14 @@ def fit(
             traced = trace(model, *inputs, optimizer, device, costs)
             limit = resolve_budget(read, traced.memory, traced.program.resident_bytes, 0)
             assert limit is not None
-            known[units] = traced, limit, traced.least_bytes(settings)
+            both = [traced] if traced.worth_sharing is None or pin is not None else [traced, traced.worth_sharing]
+            known[units] = traced, limit, min(each.least_bytes(settings) for each in both)
         _, limit, least = known[units]
         return limit - least
 
     low, high, limit = _bracket(room, start, dim)
     if not low:
-        known[1][0].plan(settings)  # which raises
+        known[1][0].planned(settings)  # which raises
     while high - low > 1:
         middle = (low + high) // 2
         if high in known and len(known) % 3:  # now and then by halves: a curve may be bent
@@ -117,7 +118,7 @@ def fit(
     traced, budget_bytes, _ = known[low]
     tried = {units * multiple_of: least for units, (_, _, least) in sorted(known.items())}
     following = known[high][2] if high in known else None
-    plan, size, next_size = traced.plan(settings), low * multiple_of, high * multiple_of
+    plan, size, next_size = traced.planned(settings)[1], low * multiple_of, high * multiple_of
     return Fit(dim, size, budget_bytes, plan, next_size, following, "" if following else limit, tried)
 
 

@@ -47,7 +47,7 @@ def with_formulas(
 
     def at(point: tuple[int, ...]) -> Traced:
         inputs = resized(args, kwargs, axes, dict(zip(dims, point, strict=True)))
-        return trace(model, *inputs, optimizer, device, costs)
+        return trace(model, *inputs, optimizer, device, costs).of(plan)
 
     base = at(planned)
     live, times = {}, {}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ from remat.budget import BudgetLike, Memory, memory_of, parse_budget, resolve_bu
 from remat.capture import Captured, capture
 from remat.describe import describe
 from remat.devices import DeviceProfile, device_profile, profile_of
-from remat.errors import RematError
-from remat.op_times import check_costs, op_times
-from remat.passes.aliasing import storage_roots
+from remat.errors import BudgetError, RematError
+from remat.op_times import OpTimes, check_costs, op_times
+from remat.passes.aliasing import storage_bytes, storage_roots
+from remat.passes.losses import find_losses, share_losses
 from remat.passes.regions import RegionGraph, Stretch, form_regions
 from remat.passes.transfers import Transfers
 from remat.pins import Pins, check_pins, pinned
@@ -33,6 +35,8 @@ from remat.record import record
 from remat.resident import resident_bytes
 from remat.simulate import simulate
 from remat.workspace import library_bytes
+
+_MUCH = 0.1  # of the step's memory above what is resident: less of it is not worth a second plan
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,7 @@ class Settings:
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Captured, Plan, fx.Graph, tuple[RegionGraph, ...]]:
         """Capture, plan and rewrite one kind of call."""
-        traced = trace(model, args, kwargs, self.optimizer, costs=self.costs)
-        plan = traced.plan(self)
+        traced, plan = trace(model, args, kwargs, self.optimizer, costs=self.costs).planned(self)
         outer, regions = form_regions(traced.captured.graph, traced.stretches(plan), transfers_of(plan))
         return traced.captured, plan, outer, regions
 
@@ -81,6 +84,52 @@ class Traced:
     profile: DeviceProfile
     fingerprint: str
     trains: frozenset[int]
+    again: Callable[[Captured], Traced]  # the same for another graph of the same step
+
+    def planned(self, settings: Settings) -> tuple[Traced, Plan]:
+        """The faster plan of this step and of the same step with its cross-entropy in shares, and which of them it is for.
+        Raises BudgetError when neither fits."""
+        if settings.plan is not None:
+            return self.of(settings.plan), self.of(settings.plan).plan(settings)
+        other = self.worth_sharing if settings.policy == "auto" and settings.pin is None else None
+        if other is None:
+            return self, self.plan(settings)
+        peak = simulate(self.program, ()).peak_bytes
+        limit = resolve_budget(parse_budget(settings.budget), self.memory, self.program.resident_bytes, peak)
+        settings = dataclasses.replace(settings, budget=limit)
+        found: list[tuple[Traced, Plan]] = []
+        errors: list[BudgetError] = []
+        for traced in (self, other):
+            try:
+                found.append((traced, traced.plan(settings)))
+            except BudgetError as error:
+                errors.append(error)
+            if found and not found[0][1].recompute_us + found[0][1].stall_us:
+                break
+        if not found:
+            raise min(errors, key=lambda error: error.minimum_bytes or 0)
+        traced, plan = min(found, key=lambda pair: pair[1].step_us)
+        return traced, dataclasses.replace(plan, baseline_peak_bytes=peak, baseline_step_us=self.program.step_us)
+
+    def of(self, plan: Plan) -> Traced:
+        """This step, or the same with its cross-entropy in shares: whichever the plan was made for."""
+        if plan.structure == self.structure or self.sharing is None or plan.structure != self.sharing.structure:
+            return self
+        return self.sharing
+
+    @cached_property
+    def sharing(self) -> Traced | None:
+        """The same step with cross-entropy computed a share of the rows at a time (remat/loss.py); None if it has none."""
+        if not find_losses(self.captured.graph):
+            return None
+        return self.again(dataclasses.replace(self.captured, graph=share_losses(self.captured.graph)))
+
+    @cached_property
+    def worth_sharing(self) -> Traced | None:
+        """`sharing` where what autograd keeps of the loss is much of the step's memory."""
+        kept = sum(storage_bytes(loss.all_input_nodes[0].meta["val"]) for loss in find_losses(self.captured.graph))
+        above = simulate(self.program, ()).peak_bytes - self.program.resident_bytes
+        return self.sharing if kept > _MUCH * above else None
 
     def plan(self, settings: Settings) -> Plan:
         """Plan for a budget, or take the plan given. Raises BudgetError when nothing fits."""
@@ -223,13 +272,24 @@ def trace(
     libraries = library_bytes(place) if profile.is_here else LIBRARY_BYTES if profile.is_gpu else 0
     resident = resident_bytes(tensors, model, optimizer) + libraries
     times = op_times(place) if costs == "measured" else None
+    return _traced(captured, tensors, place, profile, resident, times)
+
+
+def _traced(
+    captured: Captured,
+    tensors: Sequence[torch.Tensor],
+    place: torch.device,
+    profile: DeviceProfile,
+    resident: int,
+    times: OpTimes | None,
+) -> Traced:
     program = record(captured, tensors, profile, resident, times)
     if times is not None:
         times.save()
     text = "\n".join(f"{n.name} {n.target} {n.args} {getattr(n.meta.get('val'), 'shape', '')}" for n in captured.graph.nodes)
-    return Traced(
-        captured, program, place, profile, hashlib.sha256(text.encode()).hexdigest()[:16], _training(captured, tensors)
-    )
+    fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
+    again = partial(_traced, tensors=tensors, place=place, profile=profile, resident=resident, times=times)
+    return Traced(captured, program, place, profile, fingerprint, _training(captured, tensors), again)
 
 
 def _training(captured: Captured, tensors: Sequence[torch.Tensor]) -> frozenset[int]:

@@ -1,0 +1,100 @@
+"""Cross-entropy over a large vocabulary, a share of the rows at a time.
+
+Autograd keeps the logarithm of the softmax for backward, which makes two gradients of its size from it: with 128,256 words and
+float32 that is most of a step's peak. `cross_entropy` keeps the logits alone, which the model returns anyway, and computes what
+is needed of each share of rows in forward and again in backward. Every row goes through the kernels of PyTorch, and the rows'
+losses through its sum, so that loss and gradients are the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+aten = torch.ops.aten
+
+SHARES = 16
+
+
+def _shares(logits: torch.Tensor, target: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    rows = -(-logits.shape[0] // SHARES)
+    for start in range(0, logits.shape[0], rows):
+        share = slice(start, start + rows)
+        yield share, logits[share], target[share]
+
+
+@torch.library.custom_op("remat::cross_entropy", mutates_args=())
+def cross_entropy(
+    logits: torch.Tensor, target: torch.Tensor, dtype: torch.dtype, widen: bool, reduction: int, ignore_index: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and total weight as `aten.nll_loss_forward` gives them, of `aten._log_softmax` of `logits` cast to `dtype`.
+
+    logits: rows x classes. target: a class for each row, or `ignore_index`. widen: as `half_to_float` there. reduction: 1 for
+    the mean, 2 for the sum.
+    """
+    known = target != ignore_index
+    picked = []
+    for share, part, _ in _shares(logits, target):
+        rows = torch.where(known[share], target[share], 0)
+        picked.append(aten._log_softmax(part.to(dtype), 1, widen).gather(1, rows.unsqueeze(1)))
+    column = torch.where(known, 0, ignore_index)
+    loss, weight = aten.nll_loss_forward(torch.cat(picked), column, None, reduction, ignore_index)
+    return loss, weight
+
+
+@cross_entropy.register_fake
+def _(
+    logits: torch.Tensor, target: torch.Tensor, dtype: torch.dtype, widen: bool, reduction: int, ignore_index: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    kind = torch.float32 if widen else dtype
+    return logits.new_empty((), dtype=kind), logits.new_empty((), dtype=kind)
+
+
+@torch.library.custom_op("remat::cross_entropy_backward", mutates_args=())
+def cross_entropy_backward(
+    gradient: torch.Tensor,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor,
+    dtype: torch.dtype,
+    widen: bool,
+    reduction: int,
+    ignore_index: int,
+) -> torch.Tensor:
+    """The gradient of `logits`. gradient: of the loss. weight: the total weight that forward returned."""
+    result = torch.empty_like(logits)
+    for share, part, rows in _shares(logits, target):
+        log_softmax = aten._log_softmax(part.to(dtype), 1, widen)
+        loss = aten.nll_loss_backward(gradient, log_softmax, rows, None, reduction, ignore_index, weight)
+        result[share] = aten._log_softmax_backward_data(loss, log_softmax, 1, dtype)
+    return result
+
+
+@cross_entropy_backward.register_fake
+def _(
+    gradient: torch.Tensor,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor,
+    dtype: torch.dtype,
+    widen: bool,
+    reduction: int,
+    ignore_index: int,
+) -> torch.Tensor:
+    return torch.empty_like(logits)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    logits, target, *ctx.rest = inputs
+    ctx.save_for_backward(logits, target, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, gradient: torch.Tensor, _: Any) -> tuple[Any, ...]:
+    logits, target, weight = ctx.saved_tensors
+    return cross_entropy_backward(gradient, logits, target, weight, *ctx.rest), *[None] * 5
+
+
+cross_entropy.register_autograd(_backward, setup_context=_setup)

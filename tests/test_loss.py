@@ -1,0 +1,69 @@
+"""Steps whose peak is the loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import remat
+from remat import traced
+from tests.steps import assert_same, run_step
+
+
+def wide(dtype: torch.dtype = torch.float32) -> tuple[Any, dict[str, torch.Tensor]]:
+    """A small Llama with a large vocabulary."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 8192, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 192}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, use_cache=False)).to(dtype)
+    ids = torch.randint(0, 8192, (2, 128))
+    return model.train(), {"input_ids": ids, "labels": ids}
+
+
+def shares(plan: remat.Plan | None) -> bool:
+    assert plan is not None
+    return any("remat.cross_entropy" in moment.name for moment in plan.timeline)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_the_same_and_the_peak_is_lower_than_without(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, kwargs = wide(dtype)
+    plain = remat.optimize(model, (), kwargs, budget=None)
+    assert not shares(plain.plan)
+    expected = run_step(plain, kwargs)
+    assert plain.plan is not None
+    with pytest.raises(remat.BudgetError) as error:
+        remat.plan(model, (), kwargs, budget=1)
+    assert error.value.minimum_bytes is not None
+    budget = error.value.minimum_bytes * 21 // 20
+    with monkeypatch.context() as patch:
+        patch.setattr(traced, "_MUCH", 10.0)  # as if it were not worth it
+        with pytest.raises(remat.BudgetError):
+            remat.plan(model, (), kwargs, budget=budget)
+    module = remat.optimize(model, (), kwargs, budget=budget)
+    assert shares(module.plan)
+    outcome = run_step(module, kwargs)
+    assert_same(outcome, expected)
+    assert module.plan is not None
+    assert outcome.peak_bytes <= module.plan.peak_bytes <= budget
+
+
+def test_the_frontier_fit_and_formulas_know_of_it() -> None:
+    model, kwargs = wide()
+    plans = remat.frontier(model, (), kwargs, points=6)
+    peaks, times = [p.peak_bytes for p in plans], [p.step_us for p in plans]
+    assert peaks == sorted(peaks, reverse=True)
+    assert times == sorted(times)
+    assert not shares(plans[0])
+    assert shares(plans[-1])
+    found = remat.fit(model, (), kwargs, budget=plans[0].peak_bytes)
+    assert found.size > 2
+    assert shares(found.plan)
+    axes = {key: {0: "batch"} for key in kwargs}
+    plan = remat.plan(model, (), kwargs, budget=plans[-1].peak_bytes, dynamic_shapes=axes)
+    assert plan.peak_bytes_at(batch=2) == pytest.approx(plans[-1].peak_bytes, rel=1e-3)
+    module = remat.optimize(model, (), kwargs, budget=None, plan=remat.Plan.from_json(plan.to_json()))
+    assert shares(module.plan)
+    assert_same(run_step(module, kwargs), run_step(remat.optimize(model, (), kwargs, budget=None), kwargs))
