@@ -124,8 +124,9 @@ def frontier(
     traced = trace(model, args, kwargs or {}, optimizer, device, costs)
     plans = list(traced.frontier(settings, points))
     limit = resolve_budget(parse_budget(budget), traced.memory, traced.program.resident_bytes, plans[0].peak_bytes)
-    if traced.worth_sharing is not None and pin is None:
-        plans += traced.worth_sharing.frontier(settings, points)
+    other = traced.worth_sharing(plans[-1].peak_bytes, settings)
+    if other is not None:
+        plans += other.frontier(settings, points)
     plans.sort(key=lambda p: (p.step_us, p.peak_bytes))
     smaller = itertools.accumulate((p.peak_bytes for p in plans), min, initial=plans[0].peak_bytes + 1)
     plans = [p for p, least in zip(plans, smaller, strict=False) if p.peak_bytes < least]

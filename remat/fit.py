@@ -97,8 +97,9 @@ def fit(
             traced = trace(model, *inputs, optimizer, device, costs)
             limit = resolve_budget(read, traced.memory, traced.program.resident_bytes, 0)
             assert limit is not None
-            both = [traced] if traced.worth_sharing is None or pin is not None else [traced, traced.worth_sharing]
-            known[units] = traced, limit, min(each.least_bytes(settings) for each in both)
+            other = traced.worth_sharing(limit, settings)
+            least = min(each.least_bytes(settings) for each in (traced, other) if each is not None)
+            known[units] = traced, limit, least
         _, limit, least = known[units]
         return limit - least
 

@@ -36,7 +36,7 @@ from remat.resident import resident_bytes
 from remat.simulate import simulate
 from remat.workspace import library_bytes
 
-_MUCH = 0.1  # of the step's memory above what is resident: less of it is not worth a second plan
+_MUCH = 0.1  # less of the room above what is resident is not worth a second plan
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,11 @@ class Traced:
         Raises BudgetError when neither fits."""
         if settings.plan is not None:
             return self.of(settings.plan), self.of(settings.plan).plan(settings)
-        other = self.worth_sharing if settings.policy == "auto" and settings.pin is None else None
-        if other is None:
-            return self, self.plan(settings)
         peak = simulate(self.program, ()).peak_bytes
         limit = resolve_budget(parse_budget(settings.budget), self.memory, self.program.resident_bytes, peak)
+        other = self.worth_sharing(limit, settings)
+        if other is None:
+            return self, self.plan(settings)
         settings = dataclasses.replace(settings, budget=limit)
         found: list[tuple[Traced, Plan]] = []
         errors: list[BudgetError] = []
@@ -124,12 +124,12 @@ class Traced:
             return None
         return self.again(dataclasses.replace(self.captured, graph=share_losses(self.captured.graph)))
 
-    @cached_property
-    def worth_sharing(self) -> Traced | None:
-        """`sharing` where what autograd keeps of the loss is much of the step's memory."""
+    def worth_sharing(self, peak_bytes: int | None, settings: Settings) -> Traced | None:
+        """`sharing` where the planner decides and what autograd keeps of the loss is much of what such a peak has room for."""
+        if peak_bytes is None or settings.policy != "auto" or settings.pin is not None:
+            return None
         kept = sum(storage_bytes(loss.all_input_nodes[0].meta["val"]) for loss in find_losses(self.captured.graph))
-        above = simulate(self.program, ()).peak_bytes - self.program.resident_bytes
-        return self.sharing if kept > _MUCH * above else None
+        return self.sharing if kept > _MUCH * (peak_bytes - self.program.resident_bytes) else None
 
     def plan(self, settings: Settings) -> Plan:
         """Plan for a budget, or take the plan given. Raises BudgetError when nothing fits."""
