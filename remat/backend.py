@@ -269,7 +269,9 @@ class _Partitioner:
         inputs = [n.meta["val"] for n in joint.graph.nodes if n.op == "placeholder" and "tangent" not in n.name]
         tensors = [t for t in inputs if isinstance(t, torch.Tensor)]
         own = sum(t.untyped_storage().nbytes() for t in tensors)
-        return own + _gradient_bytes(self.inputs) + self.session.held_bytes(_torch.frame_id()) + self._rest_of_model(tensors)
+        return (
+            int(own) + _gradient_bytes(self.inputs) + self.session.held_bytes(_torch.frame_id()) + self._rest_of_model(tensors)
+        )
 
     def _rest_of_model(self, tensors: Sequence[torch.Tensor]) -> int:
         """Parameters that other graphs read; and before the last graph their gradients, which backward reaches first."""
