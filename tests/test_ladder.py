@@ -46,7 +46,7 @@ def test_no_budget_has_a_higher_peak_than_a_larger_one(seed: int) -> None:
         ladder(program, menus, code_bytes).highest_within(1)
     least = error.value.minimum_bytes
     peaks = []
-    for budget in range(least, most, (most - least) // 12):
+    for budget in range(least, most, (most - least) // 8):
         attempt = ladder(program, menus, code_bytes).highest_within(budget)
         assert attempt.peak_bytes <= budget
         peaks.append(attempt.peak_bytes)
