@@ -139,6 +139,8 @@ class Plan:
     def peak_bytes_at(self, **sizes: int) -> int:
         """The peak of this plan's step at other sizes, decisions as they are: `plan.peak_bytes_at(batch=8, seq=512)`.
 
+        Best between the sizes recorded, from a quarter of the planned ones up to them: far above, scratch memory of kernels
+        that grows in steps makes it too low (by 1.5% at 8 times, 22% at 32 times the length, on a Llama on a CPU).
         Raises RematError unless the plan was made with `dynamic_shapes`, and for sizes that are missing or unknown.
         """
         return math.ceil(_needed(self.peak_formula)(sizes))
