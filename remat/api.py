@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -126,7 +127,9 @@ def frontier(
     limit = resolve_budget(parse_budget(budget), traced.memory, traced.program.resident_bytes, plans[0].peak_bytes)
     other = traced.worth_sharing(plans[-1].peak_bytes, settings)
     if other is not None:
-        plans += other.frontier(settings, points)
+        peak, step = plans[0].baseline_peak_bytes, plans[0].baseline_step_us
+        shared = other.frontier(settings, points)
+        plans += [dataclasses.replace(p, baseline_peak_bytes=peak, baseline_step_us=step) for p in shared]
     plans.sort(key=lambda p: (p.step_us, p.peak_bytes))
     smaller = itertools.accumulate((p.peak_bytes for p in plans), min, initial=plans[0].peak_bytes + 1)
     plans = [p for p, least in zip(plans, smaller, strict=False) if p.peak_bytes < least]

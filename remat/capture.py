@@ -190,8 +190,9 @@ def _forward_half(
             if source is None:
                 continue
             if source.kind == "buffer" and source.name not in own:
-                source = Source("constant", source.name)
-                constants[source.name] = _attribute(module, source.name)
+                constant = _attribute(module, source.name)
+                source = Source("constant", source.name.replace(".", "_"))  # no submodule of the original has it
+                constants[source.name] = constant
             copied[node] = graph.node_copy(node)
             sources.append(source)
         elif node.op != "output" and all(n in copied for n in node.all_input_nodes):

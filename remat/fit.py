@@ -82,7 +82,7 @@ def fit(
     settings = Settings(budget, policy, trainable_only, host_budget, None, optimizer, pin, costs)
     read = parse_budget(budget)
     if budget is None or read.share_of_activations is not None:
-        raise RematError(f"budget={budget!r} grows with the step, fit() needs bytes, '24GiB', '80%' or 'auto'")
+        raise RematError(f"budget={budget!r} grows with the step; fit() needs bytes, '24GiB', '80%' or 'auto'")
     if multiple_of < 1:
         raise RematError(f"multiple_of={multiple_of} must be at least 1")
     kwargs = kwargs or {}

@@ -46,7 +46,7 @@ def cross_entropy(
 
 @cross_entropy.register_fake
 def _(
-    logits: torch.Tensor, target: torch.Tensor, dtype: torch.dtype, widen: bool, reduction: int, ignore_index: int
+    logits: torch.Tensor, target: torch.Tensor, dtype: torch.dtype, widen: bool, *_: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     kind = torch.float32 if widen else dtype
     return logits.new_empty((), dtype=kind), logits.new_empty((), dtype=kind)
@@ -73,16 +73,7 @@ def cross_entropy_backward(
 
 
 @cross_entropy_backward.register_fake
-def _(
-    gradient: torch.Tensor,
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    weight: torch.Tensor,
-    dtype: torch.dtype,
-    widen: bool,
-    reduction: int,
-    ignore_index: int,
-) -> torch.Tensor:
+def _(gradient: torch.Tensor, logits: torch.Tensor, *_: Any) -> torch.Tensor:
     return torch.empty_like(logits)
 
 

@@ -94,3 +94,24 @@ def test_the_smallest_plan_is_below_checkpointing_each_block(name: str) -> None:
     if name == "lora":
         model.enable_input_require_grads()  # type: ignore[operator]
     assert reference(name).frontier[-1].peak_bytes <= run_step(model, kwargs).peak_bytes
+
+
+class Scaled(torch.nn.Module):
+    """Makes a tensor of a number in each call, as attention masks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x).masked_fill(x > 0, torch.tensor(0.5)) * torch.tensor([2.0])
+
+
+def test_constants_made_in_submodules_are_captured() -> None:
+    torch.manual_seed(0)
+    model, x = torch.nn.Sequential(torch.nn.Sequential(Scaled(), Scaled()), Scaled()).train(), torch.randn(4, 8)
+    module = remat.optimize(model, (x,), budget=None)
+    expected, found = model(x), module(x)
+    assert torch.equal(expected, found)
+    gradients = [torch.autograd.grad(y.square().sum(), list(model.parameters())) for y in (expected, found)]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
