@@ -32,7 +32,7 @@ import remat
 from remat.module import RematModule
 
 RESULTS = Path(__file__).parent / "results" / "frontier"
-AT_ONCE = 2  # processes that are set up at a time
+AT_ONCE = 2  # peers that are tried at a time
 TRIALS = 3  # steps to sort out peers by
 FAR = 1.03  # by how much another's time is better where a ratio budget is left out
 
@@ -71,16 +71,22 @@ class Race:
 
 
 class Worker:
-    """A process with one configuration, set up and warm. `point` is None where that failed, and `error` says why."""
+    """A process with one configuration. Once `ready`, it is set up and warm; `point` is None where that failed, and `error`
+    says why."""
 
     def __init__(self, model: str, name: str) -> None:
         self.name = name
         command = [sys.executable, __file__, "--worker", model, name]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+        self.error = ""
+        self.point: Point | None = None
+
+    def ready(self) -> Worker:
         found = json.loads(self._line() or '{"error": "the process died"}')
         self.error = str(found.get("error", ""))
         self.point = None if self.error else Point(**found)
+        return self
 
     def _line(self) -> str:
         assert self.process.stdout is not None
@@ -150,7 +156,7 @@ def _tried(model: str, names: Sequence[str], progress: Progress, failures: dict[
     """The points of configurations that nobody waits for; None, and the error in `failures`, for one that fails."""
 
     def one(name: str) -> Worker:
-        worker = Worker(model, name)
+        worker = Worker(model, name).ready()
         worker.close()
         return worker
 
@@ -167,6 +173,8 @@ def _duel(model: str, peer: str, ours: str, rounds: int) -> Duel | str:
         workers = [Worker(model, peer), Worker(model, ours)]
         for worker in workers:
             stack.callback(worker.close)
+        for worker in workers:
+            worker.ready()
         for _ in range(rounds):
             for worker in workers:
                 if worker.point is None:
