@@ -35,6 +35,7 @@ RESULTS = Path(__file__).parent / "results" / "frontier"
 AT_ONCE = 2  # peers that are tried at a time
 TRIALS = 3  # steps to sort out peers by
 FAR = 1.03  # by how much another's time is better where a ratio budget is left out
+NEAR = 1.03  # peaks this close are one point of a ratio budget's curve: the fastest of them is raced
 
 
 @dataclass
@@ -131,8 +132,19 @@ def race(model: str, options: argparse.Namespace, progress: Progress) -> Race:
     compiled = [point for point in peers if is_compiled(point.name)]
     for point in peers:
         better = [q.name for q in compiled if q.peak_bytes <= point.peak_bytes and q.trial_s * FAR <= point.trial_s]
-        if better and point.name.startswith(("ratio", "regional")):
+        if not point.name.startswith(("ratio", "regional")):
+            continue
+        if better:
             left_out[point.name] = f"{point.peak_bytes} bytes, {point.trial_s:.3f} s; {better[0]} has less of both"
+            continue
+        kind = point.name.split("/")[0]
+        same = [q for q in compiled if q.name.startswith(kind) and q.name not in left_out]
+        if point is min(same, key=lambda q: q.peak_bytes):
+            continue
+        same.remove(point)
+        twins = [q for q in same if 1 / NEAR <= q.peak_bytes / point.peak_bytes <= NEAR and q.trial_s <= point.trial_s]
+        if twins:
+            left_out[point.name] = f"{point.peak_bytes} bytes, {point.trial_s:.3f} s; {twins[0].name} is as large and no slower"
     pairs = [
         (point.name, f"{'remat-compiled' if is_compiled(point.name) else 'remat'}/{int(factor * point.peak_bytes)}")
         for point in peers

@@ -2,7 +2,8 @@
 
 The forward half is what the forward's outputs need; everything else runs in backward. Lifetimes are those of the graph: a
 storage dies with its last reader. With `fuses`, pointwise ops that only feed other pointwise ops or reductions are taken to
-be inlined into them, as Inductor does: they occupy nothing unless they are saved, and computing them again is free.
+be inlined into them, as Inductor does: they occupy nothing unless they are saved, and computing them again costs their
+arithmetic only.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
 from remat._torch import TANGENTS_GO
-from remat.cost import op_cost_us
+from remat.cost import arithmetic_us, op_cost_us
 from remat.devices import DeviceProfile
 from remat.op_times import OpTimes
 from remat.passes.aliasing import is_view, results, storage_bytes
@@ -190,7 +192,7 @@ def _storage_readers(graph: fx.Graph, inlined: frozenset[fx.Node]) -> dict[fx.No
 
 
 def _pin(node: fx.Node, fuses: bool) -> str:
-    if getattr(node.target, "__name__", "").split(".")[0] in _SEEDS:
+    if _name(node) in _SEEDS:
         return "a seed: the draw may be repeated, the seed may not"
     if is_random(node) and not fuses:
         return "random: its result is saved so that backward sees the same draw"
@@ -204,7 +206,7 @@ def _sources(node: fx.Node) -> list[str]:
 
 def _inlined(nodes: Sequence[fx.Node], outputs: set[fx.Node]) -> frozenset[fx.Node]:
     """Pointwise nodes all of whose readers are pointwise or reductions: Inductor stores none of them, unless they read much
-    (`StorageBox.mark_reuse` and `has_exceeded_max_reads`), which ends chains such as a residual stream.
+    (`StorageBox.mark_reuse` and `has_exceeded_max_reads`), which ends chains such as a residual stream. Draws are stored.
     """
     reads: dict[fx.Node, frozenset[fx.Node]] = {}  # stored tensors that an inlined node reads
     found: set[fx.Node] = set()
@@ -212,7 +214,7 @@ def _inlined(nodes: Sequence[fx.Node], outputs: set[fx.Node]) -> frozenset[fx.No
         sources = {_owner(source) for source in node.all_input_nodes}
         below = frozenset[fx.Node]().union(*(reads[s] if s in found else (s,) for s in sources))
         reads[node] = below
-        if is_view(node) or node in outputs or not is_pointwise(node) or is_random(node):
+        if is_view(node) or node in outputs or not is_pointwise(node) or is_random(node) or _name(node) == "inductor_random":
             continue
         if len(below) <= (_READS if len(node.users) > 1 else _READS_AT_MOST) and all(
             _fuses_into(user, outputs) for user in node.users
@@ -256,13 +258,17 @@ def is_pointwise(node: fx.Node) -> bool:
     """True if Inductor computes each element of the result on its own."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
-    name = node.target.__name__.split(".")[0]
-    return torch.Tag.pointwise in node.target.tags or name in _POINTWISE_ANYWAY
+    return torch.Tag.pointwise in node.target.tags or _name(node) in _POINTWISE_ANYWAY
 
 
 def is_reduction(node: fx.Node) -> bool:
     """True if Inductor computes the result as a reduction."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.__name__.split(".")[0] in _REDUCTIONS
+    return isinstance(node.target, torch._ops.OpOverload) and _name(node) in _REDUCTIONS
+
+
+def _name(node: fx.Node) -> str:
+    """The name of the op without its overload."""
+    return getattr(node.target, "__name__", "").split(".")[0]
 
 
 def _op(
@@ -277,13 +283,17 @@ def _op(
     if is_view(node) or node.target is operator.getitem or not isinstance(node.target, torch._ops.OpOverload):
         return Op(node.name, 0.0, 0)
     args, kwargs = pytree.tree_map_only(fx.Node, lambda n: n.meta.get("val"), (node.args, dict(node.kwargs)))
-    cost = float(op_cost_us(node.target, tuple(args), dict(kwargs), node.meta.get("val"), device))  # sizes may be symbols
+    result: Any = node.meta.get("val")
     call = Call.of(node.target, args, kwargs)
-    if times is not None and call is not None:
-        cost = times.time_us(call, cost)
+    if inlined:
+        passed = 2 * sum(size for _, size in _storages(node)) / device.bytes_per_us  # written and read again where it is saved
+        cost = max(0.0, float(arithmetic_us(node.target, result.numel(), device)) - passed)  # sizes may be symbols
+    else:
+        cost = float(op_cost_us(node.target, tuple(args), dict(kwargs), result, device))
+        cost = cost if times is None or call is None else times.time_us(call, cost)
     generated = fuses and (is_pointwise(node) or is_reduction(node))
     scratch = 0 if generated else workspace_bytes(call)
     if not own:
-        return Op(node.name, 0.0 if inlined else cost, scratch)
+        return Op(node.name, cost, scratch)
     launch = 0.0 if inlined else device.recompute_launch_us
-    return Op(node.name, 0.0 if inlined else cost, scratch, tuple(sorted(reads)), own, launch)
+    return Op(node.name, cost, scratch, tuple(sorted(reads)), own, launch)

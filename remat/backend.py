@@ -215,17 +215,20 @@ class _Partitioner:
             peak = program.resident_bytes + slack + _generated_peak(forward, backward, num_fwd_outputs)
             return Attempt(solution, forward, backward, peak)
 
-        everything = apply(fastest_solution(program, menus))
-        limit, target = self._limits(program, menus, device, everything.peak_bytes)
+        everything = fastest_solution(program, menus)
+        baseline_bytes = everything.replay.peak_bytes
+        limit, target = self._limits(program, menus, device, baseline_bytes)
         if not is_planned(self.options.policy):
             attempt = apply(self._policy_solution(joint, halves, program, menus, num_fwd_outputs))
             check_fits(attempt.solution, attempt.peak_bytes, limit, self.options.policy)
-        elif target is None or everything.peak_bytes <= target:
-            attempt = everything
+        elif target is None:
+            attempt = apply(everything)
         elif fuses:
-            attempt = Ladder(program, menus, everything, apply).highest_within(target)
+            attempt = Ladder(program, menus, everything, apply).fastest_within(target)
         else:
-            attempt = apply(solve(program, menus, target))
+            attempt = apply(everything if baseline_bytes <= target else solve(program, menus, target))
+        if attempt.solution is everything:
+            baseline_bytes = attempt.peak_bytes
         if self.options.host_budget:
             check_host(attempt.solution, host, self.options.policy)
         seconds = time.perf_counter() - start
@@ -233,7 +236,7 @@ class _Partitioner:
         fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
         nodes, solution = halves.forward, attempt.solution
         plan = describe(nodes, program, menus, solution, limit, seconds, str(device), "compiled", fingerprint)
-        plan = dataclasses.replace(plan, peak_bytes=attempt.peak_bytes, baseline_peak_bytes=everything.peak_bytes)
+        plan = dataclasses.replace(plan, peak_bytes=attempt.peak_bytes, baseline_peak_bytes=baseline_bytes)
         self.session.graphs.append(CompiledPlan(plan, attempt.forward, attempt.backward, _torch.frame_id()))
         return attempt.forward, attempt.backward
 

@@ -19,11 +19,13 @@ from remat.devices import DeviceProfile
 aten = torch.ops.aten
 
 
-_TRANSCENDENTAL = {
-    "gelu", "gelu_backward", "silu", "silu_backward", "sigmoid", "tanh", "exp", "log", "sin", "cos", "erf", "_softmax",
-    "_log_softmax", "pow", "rsqrt", "sqrt", "mish", "elu", "softplus",
-}  # fmt: skip
-
+_TRANSCENDENTAL = dict.fromkeys(
+    [
+        "gelu", "gelu_backward", "silu", "silu_backward", "sigmoid", "exp", "sin", "cos", "_softmax",
+        "_log_softmax", "pow", "rsqrt", "sqrt", "mish", "elu", "softplus",
+    ],
+    1.0,
+) | {"erf": 1.6, "log": 2.0, "tanh": 4.0}  # fmt: skip
 
 _LOSSES = {loss.cross_entropy._opoverload: 4, loss.cross_entropy_backward._opoverload: 8}
 
@@ -39,12 +41,20 @@ def op_cost_us(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any,
         traffic += _LOSSES[op] * elements * torch.float32.itemsize
     dtype = results[0].dtype if results else torch.float32
     time = max(_flops(op, args, kwargs, out) / device.flop_per_us(dtype), traffic / device.bytes_per_us)
+    return time + arithmetic_us(op, elements, device) + device.launch_us
+
+
+def arithmetic_us(op: Any, elements: int, device: DeviceProfile) -> float:
+    """Time of what an op does to each element of its result beyond reading and writing it: all that the op costs where a
+    compiler fuses it into its reader."""
     name = op.__name__.split(".")[0] if hasattr(op, "__name__") else str(op)
     if isinstance(op, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in op.tags:
-        time += elements * device.random_ns_per_element * 1e-3
-    elif name in _TRANSCENDENTAL:
-        time += elements * device.transcendental_ns_per_element * 1e-3
-    return time + device.launch_us
+        nanoseconds = device.random_ns_per_element
+    elif name == "inductor_random":
+        nanoseconds = device.fused_random_ns_per_element
+    else:
+        nanoseconds = _TRANSCENDENTAL.get(name, 0.0) * device.transcendental_ns_per_element
+    return elements * nanoseconds * 1e-3
 
 
 def _flops(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> float:

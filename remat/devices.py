@@ -28,7 +28,8 @@ _REACHED = 0.75
 @dataclass(frozen=True)
 class DeviceProfile:
     """Rates of a device, per microsecond: arithmetic in 16 bit and in float32, memory traffic, the way to the host; a fixed
-    cost per kernel; the memory it has. `is_here` is False for a device that is planned for from afar.
+    cost per kernel; a cost per element of random draws in PyTorch's kernels and Inductor's, and of transcendental functions;
+    the memory it has. `is_here` is False for a device that is planned for from afar.
     """
 
     name: str
@@ -38,6 +39,7 @@ class DeviceProfile:
     launch_us: float
     recompute_launch_us: float
     random_ns_per_element: float
+    fused_random_ns_per_element: float
     transcendental_ns_per_element: float
     link: Link
     memory_bytes: int = 0
@@ -72,8 +74,8 @@ def cuda_block_bytes(size: int) -> int:
     return size + rest if size >= 10 * 2**20 and rest <= 2**20 else size
 
 
-CPU = DeviceProfile("cpu", 120e3, 120e3, 12e3, 3.0, 3.0, 3.0, 0.6, Link(6e3, 6e3, overlaps=False, start_us=3.0))
-CUDA = DeviceProfile("cuda", 400e6, 40e6, 2.5e6, 4.0, 6.0, 0.0, 0.0, Link(20e3, 20e3, overlaps=True, start_us=10.0))
+CPU = DeviceProfile("cpu", 120e3, 120e3, 12e3, 3.0, 3.0, 3.0, 11.0, 0.6, Link(6e3, 6e3, overlaps=False, start_us=3.0))
+CUDA = DeviceProfile("cuda", 400e6, 40e6, 2.5e6, 4.0, 6.0, 0.0, 0.0, 0.0, Link(20e3, 20e3, overlaps=True, start_us=10.0))
 
 
 def _gpu(
@@ -87,6 +89,7 @@ def _gpu(
         gb_per_s * 1e3 * _REACHED,
         4.0,
         6.0,
+        0.0,
         0.0,
         0.0,
         link,

@@ -27,10 +27,11 @@ _FUSION_REACH = 10  # kernels
 
 
 class LocalFusion(_torch.InductorChoices):
-    """Inductor's fusion choices, without horizontal fusion of kernels that are far apart in running order.
+    """Inductor's fusion choices, without fusion of kernels that are far apart in running order.
 
-    Such fusions share a read of some small table and pull the recompute of many layers to one moment, where all of it is
-    held (`Scheduler.are_long_distant_nodes` says as much of its own threshold, which is more than a layer).
+    Horizontal ones share a read of some small table, vertical ones the result of a recomputed chain; either pulls the
+    recompute of many layers to one moment, where all of it is held (`Scheduler.are_long_distant_nodes` says as much of its own
+    threshold, which is more than a layer).
     """
 
     def uuid(self) -> str:
@@ -42,6 +43,10 @@ class LocalFusion(_torch.InductorChoices):
         if distance > _FUSION_REACH:
             return False
         return _torch.InductorChoices.can_fuse_horizontal(scheduler, node1, node2, shared_data_score)
+
+    @staticmethod
+    def can_fuse_vertical(scheduler: Any, node1: Any, node2: Any, shared_data_score: int) -> bool:
+        return node2.min_order - node1.max_order <= _FUSION_REACH
 
 
 # Without reuse a buffer is freed at once, not held for a later one of its size; the allocator keeps such blocks as cheaply.

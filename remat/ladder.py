@@ -1,9 +1,9 @@
 """Plans whose generated code has been asked for its peak: what door 2 chooses from when Inductor compiles.
 
-The planner knows roughly what Inductor will fuse; what the code really allocates is known once it has been generated, which
-takes seconds. So the plans to ask for stand on a ladder that the budget does not move: coarse rungs over the whole range,
-fine ones between two of them. The highest coarse rung that fits is taken, then the highest above it that fits and needs no
-less: so no budget gets a higher peak than a larger one.
+The planner knows closely what Inductor will fuse and store; what the code really allocates is known once it has been
+generated, which takes seconds. So few plans are asked for: the one that the planner thinks best for the budget first, and
+by how far it was off tells which comes next. They stand on rungs that the budget does not move, so that close budgets get
+the same plan.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from torch import fx
 from remat.budget import format_bytes
 from remat.errors import BudgetError
 from remat.planner import Menus, Solution, smallest_solution, solve
-from remat.program import Move, Program
+from remat.program import Program
 
-_COARSE, _FINE = 12, 10  # coarse rungs, and steps from one to the next
-_SLACK = 0.02  # of the budget: how much smaller than expected a plan's code may be
-_FINE_SLACK = 0.01  # the same where the code of a coarse rung close by is known
+_RUNGS = 240
+_SLACK = 0.02  # of the budget: what may stay unused without a look at a higher rung
+_LOOKS = 3  # plans to ask for at most once one fits
+_LAST = (24, 12, 6, 0)  # rungs to ask for where the planner was too far off
 
 
 @dataclass(frozen=True)
@@ -39,58 +40,55 @@ class Ladder:
 
     program: Program
     menus: Menus
-    everything: Attempt
+    everything: Solution
     apply: Callable[[Solution], Attempt]
-    _solved: dict[int, Solution] = field(default_factory=dict)
-    _tried: dict[tuple[frozenset[int], frozenset[tuple[int, Move]]], Attempt] = field(default_factory=dict)
+    _tried: dict[int, Attempt] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._bottom = smallest_solution(self.program, self.menus)
 
-    def highest_within(self, limit: int) -> Attempt:
-        """The fastest plan on the ladder whose generated code stays within `limit` bytes, which `everything`'s does not.
+    def fastest_within(self, limit: int) -> Attempt:
+        """The fastest plan asked for whose generated code stays within `limit` bytes.
 
-        Rungs whose plan promises more than the limit, by more than its code can be smaller, come last. Raises BudgetError
-        when none fits; the minimum it names can be met.
+        Raises BudgetError when none fits; the minimum it names can be met.
         """
-        rungs = range((_COARSE - 1) * _FINE, -1, -_FINE)
-        offset = self.everything.peak_bytes - self.everything.solution.replay.peak_bytes
-        likely = [rung for rung in rungs if self._target(rung) + offset <= limit * (1 + _SLACK)]
-        candidates = [*likely, *sorted(set(rungs) - set(likely))]
-        coarse = next((rung for rung in candidates if self._attempt(rung).peak_bytes <= limit), None)
-        if coarse is None:
-            smallest = min(self._tried.values(), key=lambda attempt: attempt.peak_bytes)
+        fits, above, error = -1, _RUNGS + 1, 0  # the highest rung that fits, the lowest that does not; how far off the last was
+        while fits < 0 or len(self._tried) < _LOOKS:
+            rung = next((r for r in range(above - 1, fits, -1) if self._target(r) + error <= limit), None)
+            if rung is None:
+                break
+            attempt = self._attempt(rung)
+            error = attempt.peak_bytes - attempt.solution.replay.peak_bytes
+            if attempt.peak_bytes > limit:
+                above = rung
+            else:
+                fits = rung
+                if attempt.peak_bytes >= limit * (1 - _SLACK):
+                    break
+        if fits < 0:
+            fits = next((rung for rung in _LAST if self._attempt(rung).peak_bytes <= limit), -1)
+        if fits < 0:
+            least = min(self._attempt(rung).peak_bytes for rung in _LAST)
             raise BudgetError(
                 f"no plan fits in {format_bytes(limit)} as Inductor compiles it; the smallest found needs "
-                f"{format_bytes(smallest.peak_bytes)} ({smallest.peak_bytes} bytes). Raise budget=, or use compiler='eager'.",
+                f"{format_bytes(least)} ({least} bytes). Raise budget=, or use compiler='eager'.",
                 budget_bytes=limit,
-                minimum_bytes=smallest.peak_bytes,
+                minimum_bytes=least,
                 where="the generated code",
             )
-        base = self._attempt(coarse)
-        offset = base.peak_bytes - base.solution.replay.peak_bytes
-        for rung in range(coarse + _FINE - 1, coarse, -1):
-            if self._target(rung) + offset > limit * (1 + _FINE_SLACK):
-                continue
-            if self._solution(rung).replay.added_us > base.solution.replay.added_us:
-                continue
-            attempt = self._attempt(rung)
-            if base.peak_bytes <= attempt.peak_bytes <= limit:
-                return attempt
-        return base
+        return self._attempt(fits)
 
     def _target(self, rung: int) -> int:
-        low, high = self._bottom.replay.peak_bytes, self.everything.solution.replay.peak_bytes
-        return int(low * (high / low) ** (rung / (_COARSE * _FINE)))
-
-    def _solution(self, rung: int) -> Solution:
-        if rung not in self._solved:
-            self._solved[rung] = solve(self.program, self.menus, self._target(rung)) if rung else self._bottom
-        return self._solved[rung]
+        low, high = self._bottom.replay.peak_bytes, self.everything.replay.peak_bytes
+        return int(low * (high / low) ** (rung / _RUNGS))
 
     def _attempt(self, rung: int) -> Attempt:
-        solution = self._solution(rung)
-        decisions = solution.dropped, frozenset(solution.moves.items())
-        if decisions not in self._tried:
-            self._tried[decisions] = self.apply(solution)
-        return self._tried[decisions]
+        if rung not in self._tried:
+            solution = self.everything if rung == _RUNGS else self._bottom
+            if 0 < rung < _RUNGS:
+                solution = solve(self.program, self.menus, self._target(rung))
+            known = (
+                a for a in self._tried.values() if (a.solution.dropped, a.solution.moves) == (solution.dropped, solution.moves)
+            )
+            self._tried[rung] = next(known, None) or self.apply(solution)
+        return self._tried[rung]
