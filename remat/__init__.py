@@ -10,13 +10,14 @@ The public names, on one screen:
 """
 
 from remat.api import explain, frontier, optimize, plan
-from remat.backend import CompiledPlan, plans
+from remat.backend import plans
 from remat.devices import DeviceProfile, profile_device
 from remat.errors import BudgetError, CaptureError, RematError, RewriteError
 from remat.fit import Fit, fit
 from remat.measure import Measurement, measure
 from remat.plan import Activation, Block, Formula, Plan, Transfer
 from remat.program import Decision
+from remat.session import CompiledPlan
 
 __version__ = "0.1.0"
 

@@ -27,14 +27,13 @@ from torch._functorch.aot_autograd import aot_export_joint_with_descriptors, aot
 from torch._functorch.partitioners import _extract_fwd_bwd_modules
 from torch._guards import CompileContext
 from torch._inductor import config as inductor_config
-from torch._inductor import graph as inductor_graph
 from torch._inductor import ir as inductor_ir
 from torch._inductor.choices import InductorChoices
 from torch._inductor.codegen import wrapper as wrapper_code
 from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
-from torch._inductor.utils import BoxedBool
+from torch._inductor.graph import SubgraphLowering
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils import _pytree as pytree
@@ -52,7 +51,6 @@ except ImportError:
 
 __all__ = [
     "TANGENTS_GO",
-    "BoxedBool",
     "BufferAOTInput",
     "CustomPartitionerFn",
     "DataDependentOutputException",
@@ -63,7 +61,6 @@ __all__ = [
     "ParamAOTInput",
     "PlainAOTInput",
     "PlainAOTOutput",
-    "Probed",
     "TangentAOTInput",
     "TorchDispatchMode",
     "V",
@@ -139,29 +136,23 @@ def extract_forward_backward(
     )
 
 
-class Probed(Exception):
-    """Ends a trial compilation once its wrapper code has been read."""
-
-
 @contextlib.contextmanager
-def reading_wrapper_code(read: Callable[[Sequence[Any]], None], donated: list[int]) -> Iterator[None]:
-    """Inductor hands the lines of its wrapper code to `read` once it has planned their allocations.
-
-    `donated` are the inputs whose memory it may use again, which AOTAutograd finds out only after the partition.
-    """
-    plan, indices = PythonWrapperCodegen.memory_plan_reuse, inductor_graph.get_donated_idxs  # type: ignore[attr-defined]
+def reading_wrapper_code(read: Callable[[Sequence[Any]], list[str]]) -> Iterator[None]:
+    """Inductor hands the lines of its wrapper code to `read` once it has planned their allocations, and puts the comments that
+    come back into the code."""
+    plan = PythonWrapperCodegen.memory_plan_reuse
 
     def plan_and_read(self: PythonWrapperCodegen) -> None:
         plan(self)
-        read(self.lines)
+        if not isinstance(V.graph, SubgraphLowering):
+            for comment in read(self.lines):
+                self.header.writeline(f"{self.comment} {comment}")
 
     PythonWrapperCodegen.memory_plan_reuse = plan_and_read  # type: ignore[method-assign]
-    inductor_graph.get_donated_idxs = lambda: donated  # type: ignore[attr-defined]
     try:
         yield
     finally:
         PythonWrapperCodegen.memory_plan_reuse = plan  # type: ignore[method-assign]
-        inductor_graph.get_donated_idxs = indices  # type: ignore[attr-defined]
 
 
 def buffer_bytes(buffer: Any) -> int:

@@ -1,15 +1,15 @@
 """Inductor behind door 2: compiling with our partition, and the memory that the code it generates will allocate.
 
-Fusion decides which recompute costs memory, and no cost model sees it beforehand. So a plan's graphs are lowered,
-scheduled and turned into wrapper code as the real compilation will do it, and the allocations are read off that code.
+Fusion decides which recompute costs memory, and no cost model is sure of it. So the allocations are read off the wrapper code
+while it is generated, and kept in it as a comment: code that comes from Inductor's cache tells them too.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
+import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,7 @@ class LocalFusion(_torch.InductorChoices):
     """
 
     def uuid(self) -> str:
-        return f"remat.LocalFusion.{_FUSION_REACH}"
+        return f"remat.LocalFusion.2.{_FUSION_REACH}"
 
     @staticmethod
     def can_fuse_horizontal(scheduler: Any, node1: Any, node2: Any, shared_data_score: int) -> bool:
@@ -56,95 +56,140 @@ _CONFIG: dict[str, Any] = {"inductor_choices_class": LocalFusion, "allow_buffer_
 class _Partitioner(_torch.CustomPartitionerFn):
     """A partition function in the form that Inductor's configuration takes."""
 
-    def __init__(self, split: Callable[..., Any], uuid: str) -> None:
-        self.split, self._uuid = split, uuid
+    def __init__(self, split: Callable[..., Any]) -> None:
+        self.split = split
 
     def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Any:
         return self.split(gm, joint_inputs, **kwargs)
 
     def uuid(self) -> str:
-        return self._uuid
+        return "remat"  # Inductor compiles the halves, in which the partition shows
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Partitioner:
         return self  # Inductor copies its whole configuration now and then
 
-
-def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], split: Callable[..., Any], uuid: str) -> Callable[..., Any]:
-    """Inductor with our partition. AOTAutograd's own cache is off: it would skip the partition, and with it the plan."""
-    with _torch.functorch_config.patch(enable_autograd_cache=False):
-        patches = {**_CONFIG, "custom_partitioner_fn": _Partitioner(split, uuid)}
-        return _torch.compile_fx(gm, inputs, _compile_half, config_patches=patches)  # type: ignore[return-value]
-
-
-def _compile_half(module: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
-    """Inductor's compilation of one graph. Where values leave, its order stays: Inductor's own search for the order with the
-    smallest peak takes their copies on the host for device memory, and puts the copying off."""
-    moves = any(module.graph.find_nodes(op="call_function", target=op) for op in (OFFLOAD, RELOAD))
-    with _torch.inductor_config.patch({"reorder_for_peak_memory": False} if moves else {}):
-        return _torch.compile_fx_inner(module, inputs, **kwargs)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return str, (self.uuid(),)  # in the keys of Inductor's cache
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that generated code has allocated: at its peak, in what it takes over from forward, and in what it returns.
+    """Bytes that generated code allocates: at its peak, in what it takes over from forward, and in what it returns.
 
     Counted are inputs that are not parameters, intermediates, outputs, and the scratch memory of foreign kernels.
-    `strides` are those of the results, by their names in the graph; Inductor lays them out as it sees fit.
     """
 
     peak_bytes: int
     taken_bytes: int
     returned_bytes: int
-    strides: Mapping[str, tuple[int, ...]]
-    copied: frozenset[str]  # parameters and inputs that forward returns in another layout, as memory of its own
+    copied: tuple[str, ...] = ()  # parameters and inputs that forward returns in another layout, as memory of its own
 
 
-def forward_memory(module: fx.GraphModule) -> Memory:
-    """What Inductor's code for a forward graph will allocate."""
-    inputs = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
-    return _probe(module, inputs, False, frozenset(), frozenset())
+@dataclass
+class Watch:
+    """What is learned of a training step while it is compiled: the memory of either half.
+
+    `kept` names inputs of backward that somebody else holds. As soon as backward is known, `check` is called, which may end
+    the compilation with an error.
+    """
+
+    check: Callable[[], None]
+    kept: frozenset[str] = frozenset()
+    forward: Memory | None = None
+    backward: Memory | None = None
+
+    def clear(self) -> None:
+        self.forward = self.backward = None
+
+    def found(self, memory: Memory, is_backward: bool) -> None:
+        if not is_backward:
+            self.forward = memory
+            return
+        self.backward = memory
+        self.check()
+
+    @property
+    def peak_bytes(self) -> int:
+        """Peak of either half above what is resident; the model's outputs are alive while backward runs."""
+        first, second = self.forward, self.backward
+        peaks = [first.peak_bytes] if first is not None else []
+        if first is not None and second is not None:
+            peaks.append(first.returned_bytes + second.peak_bytes - second.taken_bytes)
+        return max(peaks, default=0)
 
 
-def backward_memory(module: fx.GraphModule, forward: Memory, kept: frozenset[str]) -> Memory:
-    """What Inductor's code for a backward graph will allocate. `kept` names inputs that somebody else holds."""
-    inputs, placeholders = [], module.graph.find_nodes(op="placeholder")
-    if not _torch.TANGENTS_GO:
-        kept |= {node.name for node in placeholders if node.name.startswith("tangents")}
-    for node in placeholders:
-        value, stride = node.meta["val"], forward.strides.get(node.name)
-        restrided = stride is not None and stride != value.stride()
-        inputs.append(value.as_strided(value.size(), stride) if restrided else value)
-    return _probe(module, inputs, True, kept, forward.copied)
+def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], split: Callable[..., Any], watch: Watch) -> Callable[..., Any]:
+    """Inductor with our partition, both halves at once. AOTAutograd's own cache is off: it would skip the partition, and with
+    it the plan."""
+
+    def compile_half(module: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+        return _compile_half(module, inputs, watch, **kwargs)
+
+    watch.clear()
+    both = _torch.functorch_config.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True)
+    with both, V.set_choices_handler(LocalFusion()):  # the configured class is made only once in a process
+        patches = {**_CONFIG, "custom_partitioner_fn": _Partitioner(split)}
+        return _torch.compile_fx(gm, inputs, compile_half, config_patches=patches)  # type: ignore[return-value]
 
 
-def _probe(
-    module: fx.GraphModule, inputs: list[Any], is_backward: bool, kept: frozenset[str], copied: frozenset[str]
-) -> Memory:
-    """Compile up to the wrapper code, and read that."""
-    found: list[Memory] = []
-    names = [node.name if isinstance(node, fx.Node) else "" for node in results(module.graph)]
-    hosted = frozenset(node.args[0].name for node in module.graph.find_nodes(op="call_function", target=RELOAD))
+def _compile_half(module: fx.GraphModule, inputs: Sequence[Any], watch: Watch, **kwargs: Any) -> Any:
+    """Inductor's compilation of one graph. Where values leave, its order stays: Inductor's own search for the order with the
+    smallest peak takes their copies on the host for device memory, and puts the copying off."""
+    if kwargs.get("is_inference"):
+        return _torch.compile_fx_inner(module, inputs, **kwargs)
+    is_backward = bool(kwargs.get("is_backward"))
+    reading = _Reading(module, is_backward, watch)
+    hosts = any(module.graph.find_nodes(op="call_function", target=op) for op in (OFFLOAD, RELOAD))
+    order = {"reorder_for_peak_memory": False} if hosts else {}
+    with _torch.inductor_config.patch(order), _torch.reading_wrapper_code(reading.read):
+        code = _torch.compile_fx_inner(module, inputs, **kwargs)
+    if not reading.is_done:
+        watch.found(_memory_in(getattr(code, "source_code", "")) or _memory_of_inputs(module), is_backward)
+    return code
 
-    def read(lines: Sequence[Any]) -> None:
-        found.append(_run_allocations(lines, kept, copied, hosted, names))
-        raise _torch.Probed
 
-    twin = copy.deepcopy(module)
-    placeholders = twin.graph.find_nodes(op="placeholder")
-    free = [not (_is_resident(n.name) or n.name in kept or n.name.startswith("tangents")) for n in placeholders]
-    donated = [i for i, ours in enumerate(free) if ours]
-    config = {**_CONFIG, "fx_graph_cache": False}
-    try:
-        with _torch.inductor_config.patch(config), _torch.reading_wrapper_code(read, donated if is_backward else []):
-            _compile_half(twin, inputs, is_backward=is_backward, cudagraphs=_torch.BoxedBool(False), graph_id=0)
-    except Exception as error:  # the probe's own, wrapped by whatever Inductor wraps it in
-        if not found:
-            raise error
-    if not found:  # a graph without ops, which Inductor does not compile
-        named = {node.name: storage_bytes(node.meta["val"]) for node in placeholders}
-        taken = sum(size for name, size in named.items() if not (_is_resident(name) or name.startswith("tangents")))
-        return Memory(sum(size for name, size in named.items() if not _is_resident(name)), taken, 0, {}, frozenset())
-    return found[0]
+class _Reading:
+    """Reads a graph's memory off its wrapper code, and writes it into the code."""
+
+    def __init__(self, module: fx.GraphModule, is_backward: bool, watch: Watch) -> None:
+        names = [node.name if isinstance(node, fx.Node) else "" for node in results(module.graph)]
+        hosted = frozenset(node.args[0].name for node in module.graph.find_nodes(op="call_function", target=RELOAD))
+        copied: frozenset[str] = frozenset()
+        kept = frozenset(watch.kept if is_backward else ())
+        if is_backward and not _torch.TANGENTS_GO:
+            tangents = (node.name for node in module.graph.find_nodes(op="placeholder"))
+            kept |= {name for name in tangents if name.startswith("tangents")}
+        if is_backward and watch.forward is not None:
+            copied = frozenset(watch.forward.copied)
+        self._about = kept, copied, hosted, names
+        self._is_backward, self._watch = is_backward, watch
+        self.is_done = False
+
+    def read(self, lines: Sequence[Any]) -> list[str]:
+        """The comment to put into the code."""
+        memory = _run_allocations(lines, *self._about)
+        self.is_done = True
+        self._watch.found(memory, self._is_backward)
+        return [_NOTE + json.dumps(dataclasses.asdict(memory))]
+
+
+_NOTE = "remat: "
+
+
+def _memory_in(source: str) -> Memory | None:
+    for line in source.splitlines():
+        _, note, text = line.partition(_NOTE)
+        if note and line.startswith(("#", "//")):
+            found = json.loads(text)
+            return Memory(**{**found, "copied": tuple(found["copied"])})
+    return None
+
+
+def _memory_of_inputs(module: fx.GraphModule) -> Memory:
+    """That of a graph without ops, which Inductor does not compile."""
+    placeholders = module.graph.find_nodes(op="placeholder")
+    sizes = {node.name: storage_bytes(node.meta["val"]) for node in placeholders if not _is_resident(node.name)}
+    return Memory(sum(sizes.values()), sum(size for name, size in sizes.items() if not name.startswith("tangents")), 0)
 
 
 def _is_resident(name: str) -> bool:
@@ -226,12 +271,10 @@ def _run_allocations(
                 else:
                     heap.allocate(buffer.get_name(), 0 if op is OFFLOAD else _allocated_bytes(buffer))
             heap.touch(_scratch_bytes(line.node))
-    outputs = zip(names, V.graph.graph_outputs, strict=True)
-    strides = {name: stride for name, buffer in outputs if (stride := _torch.buffer_strides(buffer)) is not None}
     returned = V.graph.get_output_names()
     pairs = zip(names, returned, strict=True)
-    fresh = frozenset(name for name, buffer in pairs if _is_resident(name) and heap.bytes_of([buffer]))
-    return Memory(heap.peak, taken, heap.bytes_of(returned), strides, fresh)
+    fresh = tuple(name for name, buffer in pairs if _is_resident(name) and heap.bytes_of([buffer]))
+    return Memory(heap.peak, taken, heap.bytes_of(returned), fresh)
 
 
 def _allocated_bytes(buffer: Any) -> int:

@@ -1,37 +1,29 @@
-"""Plans whose generated code has been asked for its peak: what door 2 chooses from when Inductor compiles.
+"""Which plans door 2 compiles for a budget when Inductor is the compiler.
 
 The planner knows closely what Inductor will fuse and store; what the code really allocates is known once it has been
-generated, which takes seconds. So few plans are asked for: the one that the planner thinks best for the budget first, and
-by how far it was off tells which comes next. They stand on rungs that the budget does not move, so that close budgets get
-the same plan.
+generated, which takes seconds. So few plans are compiled: the one that the planner thinks best for the budget first, and by
+how far it was off tells which comes next. They stand on rungs that the budget does not move, so that close budgets get the
+same plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Generator
 from dataclasses import dataclass, field
-
-from torch import fx
+from typing import TypeAlias
 
 from remat.budget import format_bytes
 from remat.errors import BudgetError
 from remat.planner import Menus, Solution, smallest_solution, solve
-from remat.program import Program
+from remat.program import Move, Program
 
 _RUNGS = 240
-_SLACK = 0.02  # of the budget: what may stay unused without a look at a higher rung
-_LOOKS = 3  # plans to ask for at most once one fits
-_LAST = (24, 12, 6, 0)  # rungs to ask for where the planner was too far off
+_MARGIN = 0.01  # of the budget: what the first plan leaves
+_SLACK = 0.03  # of the budget: what may stay unused without a look at a higher rung
+_LOOKS = 3  # plans to compile at most once one fits
+_LAST = (24, 12, 6, 0)  # rungs to try where the planner was too far off
 
-
-@dataclass(frozen=True)
-class Attempt:
-    """A solution, its two graphs, and the peak of the step."""
-
-    solution: Solution
-    forward: fx.GraphModule
-    backward: fx.GraphModule
-    peak_bytes: int
+Decisions: TypeAlias = tuple[frozenset[int], frozenset[tuple[int, Move]]]
 
 
 @dataclass
@@ -41,54 +33,66 @@ class Ladder:
     program: Program
     menus: Menus
     everything: Solution
-    apply: Callable[[Solution], Attempt]
-    _tried: dict[int, Attempt] = field(default_factory=dict)
+    _rungs: dict[int, Solution] = field(default_factory=dict)
+    _peaks: dict[Decisions, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._bottom = smallest_solution(self.program, self.menus)
+        self._rungs[0] = smallest_solution(self.program, self.menus)
+        self._rungs[_RUNGS] = self.everything
 
-    def fastest_within(self, limit: int) -> Attempt:
-        """The fastest plan asked for whose generated code stays within `limit` bytes.
+    def within(self, limit: int) -> Generator[Solution, int, None]:
+        """Solutions to compile, each answered with the peak in bytes of its generated code; the last one is the one to take.
 
-        Raises BudgetError when none fits; the minimum it names can be met.
+        Raises BudgetError when none stays within `limit` bytes; the minimum it names can be met.
         """
-        fits, above, error = -1, _RUNGS + 1, 0  # the highest rung that fits, the lowest that does not; how far off the last was
-        while fits < 0 or len(self._tried) < _LOOKS:
+        fits, above, looks = -1, _RUNGS + 1, 0  # the highest rung that fits, the lowest that does not
+        error = 0 if self.everything.replay.peak_bytes <= limit else int(_MARGIN * limit)  # how far off the last plan was
+        while fits < 0 or looks < _LOOKS:
             rung = next((r for r in range(above - 1, fits, -1) if self._target(r) + error <= limit), None)
             if rung is None:
                 break
-            attempt = self._attempt(rung)
-            error = attempt.peak_bytes - attempt.solution.replay.peak_bytes
-            if attempt.peak_bytes > limit:
+            peak = yield from self._compiled(rung)
+            looks += 1
+            error = peak - self._solution(rung).replay.peak_bytes
+            if peak > limit:
                 above = rung
             else:
                 fits = rung
-                if attempt.peak_bytes >= limit * (1 - _SLACK):
+                if peak >= limit * (1 - _SLACK):
                     break
+        peaks: list[int] = []
+        for rung in _LAST if fits < 0 else ():
+            peaks.append((yield from self._compiled(rung)))
+            if peaks[-1] <= limit:
+                fits = rung
+                break
         if fits < 0:
-            fits = next((rung for rung in _LAST if self._attempt(rung).peak_bytes <= limit), -1)
-        if fits < 0:
-            least = min(self._attempt(rung).peak_bytes for rung in _LAST)
             raise BudgetError(
                 f"no plan fits in {format_bytes(limit)} as Inductor compiles it; the smallest found needs "
-                f"{format_bytes(least)} ({least} bytes). Raise budget=, or use compiler='eager'.",
+                f"{format_bytes(min(peaks))} ({min(peaks)} bytes). Raise budget=, or use compiler='eager'.",
                 budget_bytes=limit,
-                minimum_bytes=least,
+                minimum_bytes=min(peaks),
                 where="the generated code",
             )
-        return self._attempt(fits)
+        if _decisions(self._solution(fits)) != next(reversed(self._peaks)):
+            yield self._solution(fits)  # once more: its code is in Inductor's cache
+
+    def _compiled(self, rung: int) -> Generator[Solution, int, int]:
+        solution = self._solution(rung)
+        key = _decisions(solution)
+        if key not in self._peaks:
+            self._peaks[key] = yield solution
+        return self._peaks[key]
 
     def _target(self, rung: int) -> int:
-        low, high = self._bottom.replay.peak_bytes, self.everything.replay.peak_bytes
+        low, high = self._rungs[0].replay.peak_bytes, self.everything.replay.peak_bytes
         return int(low * (high / low) ** (rung / _RUNGS))
 
-    def _attempt(self, rung: int) -> Attempt:
-        if rung not in self._tried:
-            solution = self.everything if rung == _RUNGS else self._bottom
-            if 0 < rung < _RUNGS:
-                solution = solve(self.program, self.menus, self._target(rung))
-            known = (
-                a for a in self._tried.values() if (a.solution.dropped, a.solution.moves) == (solution.dropped, solution.moves)
-            )
-            self._tried[rung] = next(known, None) or self.apply(solution)
-        return self._tried[rung]
+    def _solution(self, rung: int) -> Solution:
+        if rung not in self._rungs:
+            self._rungs[rung] = solve(self.program, self.menus, self._target(rung))
+        return self._rungs[rung]
+
+
+def _decisions(solution: Solution) -> Decisions:
+    return solution.dropped, frozenset(solution.moves.items())

@@ -1,0 +1,247 @@
+"""One graph of door 2, from AOTAutograd's joint graph to code: planned, split, compiled, and compiled again with another plan
+where the code turns out to need more than the budget, or much less."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from remat import _torch
+from remat.budget import memory_of, parse_budget, resolve_budget, resolve_host_budget
+from remat.describe import describe
+from remat.devices import profile_of
+from remat.inductor import Watch, compile_graph
+from remat.ladder import Ladder
+from remat.op_times import op_times
+from remat.passes.aliasing import results, storage_roots
+from remat.passes.joint_program import JointHalves, joint_program, largest_value, split_joint
+from remat.passes.partition import partition
+from remat.pins import pinned
+from remat.planner import Menus, Solution, fastest_solution, make_menus, smallest_solution, solve
+from remat.policies import check_fits, check_host, is_planned, policy_solution
+from remat.program import Program
+from remat.session import CompiledPlan, Options, Session
+from remat.workspace import library_bytes
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A joint graph as numbers, and what may be done with it. Bytes; `target` is what the graph may use of `limit`."""
+
+    halves: JointHalves
+    fingerprint: str
+    device: torch.device
+    program: Program
+    menus: Menus
+    everything: Solution
+    limit: int | None
+    target: int | None
+    slack: int
+
+
+class _Exceeded(Exception):
+    """Ends a compilation whose code needs more than the budget."""
+
+
+class Compilation:
+    """Plans, splits and compiles one graph that Dynamo hands over. `more_graphs`: it is known not to be the model's last."""
+
+    def __init__(self, options: Options, session: Session, inputs: Sequence[Any], more_graphs: bool) -> None:
+        self.options, self.session, self.inputs, self.more_graphs = options, session, inputs, more_graphs
+        self._fuses = options.compiler == "inductor"
+        self._watch = Watch(self._check)
+        self._task: _Task | None = None  # None where there is nothing to train
+        self._solutions: Generator[Solution, int, None]
+        self._solution: Solution
+        self._halves: tuple[fx.GraphModule, fx.GraphModule]
+        self._planning_s = 0.0
+
+    def run(self, gm: fx.GraphModule) -> Callable[..., Any]:
+        """The compiled graph. Its plan is added to the session."""
+        code = self._compiled(gm)
+        while self._task is not None:
+            start = time.perf_counter()
+            try:
+                self._solution = self._solutions.send(self._peak_bytes(self._task))
+            except StopIteration:
+                self._keep_plan(self._task)
+                break
+            self._planning_s += time.perf_counter() - start
+            code = self._compiled(gm)
+        return code
+
+    def _compiled(self, gm: fx.GraphModule) -> Any:
+        """The code for one solution; None where that was given up, since it needs more than the budget."""
+        if not self._fuses:
+            return _torch.aot_eager(gm, self.inputs, _run_as_is, self.split)
+        try:
+            return compile_graph(gm, self.inputs, self.split, self._watch)
+        except Exception:  # ours, wrapped by whatever Inductor wraps it in, or another
+            if self._task is None or not self._exceeds(self._task):
+                raise
+            return None
+
+    def _check(self) -> None:
+        if self._task is not None and self._exceeds(self._task):
+            raise _Exceeded
+
+    def _exceeds(self, task: _Task) -> bool:
+        if task.target is None or not is_planned(self.options.policy) or self._watch.backward is None:
+            return False
+        return self._peak_bytes(task) > task.target
+
+    def _peak_bytes(self, task: _Task) -> int:
+        if not self._fuses:
+            return self._solution.replay.peak_bytes
+        return task.program.resident_bytes + task.slack + self._watch.peak_bytes
+
+    def split(
+        self,
+        joint: fx.GraphModule,
+        joint_inputs: Sequence[Any],
+        *,
+        num_fwd_outputs: int,
+        static_lifetime_input_indices: Sequence[int] | None = None,
+        **_: Any,
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """AOTAutograd's partition function, called for each compilation."""
+        halves = split_joint(joint.graph, num_fwd_outputs, self._fuses)
+        task = self._task
+        if task is None or _names(task.halves) != _names(halves):
+            start = time.perf_counter()
+            task = self._task = self._planned(joint, halves)
+            self._solutions = self._chosen(task, joint, num_fwd_outputs)
+            self._solution = next(self._solutions)
+            self._planning_s += time.perf_counter() - start
+        solution, program = self._solution, task.program
+        if self.options.host_budget:
+            check_host(solution, task.menus.host_bytes, self.options.policy)
+        dropped = frozenset(halves.forward[p].name for p in solution.dropped)
+        starts = dict(program.moments)
+        values = [program.values[trip.value] for trip in solution.replay.trips]
+        moves = [(value.name, solution.moves[value.op]) for value in values]
+        moved = {name: (halves.forward[move.release].name, starts.get(move.reload, "")) for name, move in moves}
+        self._halves = partition(joint, halves, dropped, moved, num_fwd_outputs, static_lifetime_input_indices)
+        forward = self._halves[0]
+        roots = storage_roots(forward.graph)
+        outputs = [n for n in results(forward.graph)[:num_fwd_outputs] if isinstance(n, fx.Node) and n.op == "call_function"]
+        self._watch.kept = frozenset(roots[n].name for n in outputs)
+        return self._halves
+
+    def _planned(self, joint: fx.GraphModule, halves: JointHalves) -> _Task:
+        device = _device(joint)
+        profile = profile_of(device)
+        times = op_times(device) if self.options.costs == "measured" else None
+        program = joint_program(joint.graph, halves, profile, self._resident(joint, device), self._fuses, times)
+        if times is not None:
+            times.save()
+        program = pinned(program, halves.forward, self.options.pin)
+        menus = make_menus(program, resolve_host_budget(self.options.host_budget, memory_of(device)))
+        everything = fastest_solution(program, menus)
+        limit, target = self._limits(program, menus, device, everything.replay.peak_bytes)
+        text = "\n".join(f"{n.name} {n.target}" for n in joint.graph.nodes)
+        fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
+        slack = profile.slack_bytes(largest_value(program.values))
+        return _Task(halves, fingerprint, device, program, menus, everything, limit, target, slack)
+
+    def _chosen(self, task: _Task, joint: fx.GraphModule, num_fwd_outputs: int) -> Generator[Solution, int, None]:
+        """Solutions to compile, each answered with its peak in bytes; the last one is the one to take."""
+        policy, everything = self.options.policy, task.everything
+        if not is_planned(policy):
+            solution = self._policy_solution(joint, task, num_fwd_outputs)
+            peak = yield solution
+            check_fits(solution, peak, task.limit, policy)
+        elif task.target is None:
+            yield everything
+        elif self._fuses:
+            yield from Ladder(task.program, task.menus, everything).within(task.target)
+        else:
+            fits = everything.replay.peak_bytes <= task.target
+            yield everything if fits else solve(task.program, task.menus, task.target)
+
+    def _keep_plan(self, task: _Task) -> None:
+        solution, peak = self._solution, self._peak_bytes(task)
+        about = task.limit, self._planning_s, str(task.device), "compiled", task.fingerprint
+        plan = describe(task.halves.forward, task.program, task.menus, solution, *about)
+        baseline = peak if solution is task.everything else task.everything.replay.peak_bytes
+        plan = dataclasses.replace(plan, peak_bytes=peak, baseline_peak_bytes=baseline)
+        self.session.graphs.append(CompiledPlan(plan, *self._halves, _torch.frame_id()))
+
+    def _policy_solution(self, joint: fx.GraphModule, task: _Task, num_fwd_outputs: int) -> Solution:
+        gradients = results(joint.graph)[num_fwd_outputs:]
+        primals = joint.graph.find_nodes(op="placeholder")
+        trained = {node for node, gradient in zip(primals, gradients, strict=False) if gradient is not None}
+        roots = storage_roots(joint.graph)
+        reads = [{roots[source] for source in node.all_input_nodes} for node in task.halves.forward]
+        trains = frozenset(p for p, read in enumerate(reads) if read & trained) if self.options.trainable_only else None
+        return policy_solution(self.options.policy, task.program, task.halves.forward, task.menus.cuts, trains)
+
+    def _limits(
+        self, program: Program, menus: Menus, device: torch.device, baseline_bytes: int
+    ) -> tuple[int | None, int | None]:
+        """The budget in bytes, and what this graph may use of it."""
+        limit = resolve_budget(parse_budget(self.options.budget), memory_of(device), program.resident_bytes, baseline_bytes)
+        if limit is None or self.options.policy == "none":
+            return limit, None
+        between = limit // 50 if self.more_graphs or self.session.graphs else 0  # passes between graphs, and is in none
+        target = limit - between
+        if not self.more_graphs:
+            return limit, target
+        smallest = smallest_solution(program, menus).replay.peak_bytes
+        return limit, max(smallest, smallest + (target - smallest) // 2)
+
+    def _resident(self, joint: fx.GraphModule, device: torch.device) -> int:
+        if device.type != "cpu":
+            library_bytes(device)  # which from now on are there
+            return torch.accelerator.memory_allocated(device)  # with all that earlier graphs hold, and the optimizer's state
+        inputs = [n.meta["val"] for n in joint.graph.nodes if n.op == "placeholder" and "tangent" not in n.name]
+        tensors = [t for t in inputs if isinstance(t, torch.Tensor)]
+        own = sum(t.untyped_storage().nbytes() for t in tensors)
+        return (
+            int(own) + _gradient_bytes(self.inputs) + self.session.held_bytes(_torch.frame_id()) + self._rest_of_model(tensors)
+        )
+
+    def _rest_of_model(self, tensors: Sequence[torch.Tensor]) -> int:
+        """Parameters that other graphs read; and before the last graph their gradients, which backward reaches first."""
+        model = _torch.outermost_module()
+        if model is None:
+            return 0
+        here = Counter((tuple(map(int, t.shape)), t.dtype) for t in tensors)
+        rest = 0
+        for parameter in model.parameters():
+            kind = (tuple(parameter.shape), parameter.dtype)
+            if here[kind]:
+                here[kind] -= 1
+                continue
+            rest += parameter.nbytes * (2 if self.more_graphs and parameter.requires_grad else 1)
+        return rest
+
+
+def _names(halves: JointHalves) -> list[str]:
+    return [node.name for node in halves.forward]
+
+
+def _run_as_is(module: fx.GraphModule, _: Sequence[Any]) -> Callable[[list[Any]], Any]:
+    def run(args: list[Any]) -> Any:
+        return fx.Interpreter(module).boxed_run(args)  # a fresh one each time: it holds on to its results
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+def _gradient_bytes(inputs: Sequence[Any]) -> int:
+    leaves = [t for t in inputs if isinstance(t, torch.Tensor) and t.is_leaf and t.grad is not None]
+    return sum(t.grad.untyped_storage().nbytes() for t in leaves if t.grad is not None)
+
+
+def _device(joint: fx.GraphModule) -> torch.device:
+    tensors = [n.meta.get("val") for n in joint.graph.nodes if n.op == "placeholder"]
+    return next((t.device for t in tensors if isinstance(t, torch.Tensor)), torch.device("cpu"))

@@ -1,0 +1,72 @@
+"""What the graphs of one compiled model share: the options they are compiled with, and the plans made so far."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from remat.budget import BudgetLike, memory_of, parse_budget, resolve_host_budget
+from remat.errors import RematError
+from remat.op_times import check_costs
+from remat.pins import Pins, check_pins
+from remat.plan import Plan
+from remat.policies import Policy, check_policy
+
+COMPILERS = ("inductor", "eager")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The backend's options, checked when made."""
+
+    budget: BudgetLike = None
+    compiler: str = "inductor"
+    policy: Policy = "auto"
+    trainable_only: bool = True
+    host_budget: int | str | None = 0
+    pin: Pins = None
+    costs: str = "analytic"
+
+    @classmethod
+    def read(cls, options: Mapping[str, Any] | None) -> Options:
+        known = tuple(option.name for option in dataclasses.fields(cls))
+        for name in options or {}:
+            if name not in known:
+                raise RematError(f"unknown option {name!r} of backend 'remat'; there are {', '.join(map(repr, known))}")
+        read = cls(**dict(options or {}))
+        parse_budget(read.budget)
+        resolve_host_budget(read.host_budget, memory_of(torch.device("cpu")))
+        if read.compiler not in COMPILERS:
+            raise RematError(f"compiler={read.compiler!r} is unknown; there are {', '.join(map(repr, COMPILERS))}")
+        check_policy(read.policy)
+        check_pins(read.pin)
+        check_costs(read.costs)
+        return read
+
+
+@dataclass
+class CompiledPlan:
+    """One graph of a compiled model: its plan, and the forward and backward graphs that run it."""
+
+    plan: Plan
+    forward: fx.GraphModule
+    backward: fx.GraphModule
+    frame: int
+
+
+@dataclass
+class Session:
+    """All graphs compiled with one options object, or by one `torch.compile` call without; they share the budget."""
+
+    key: Any  # kept, so that its id stays its own
+    graphs: list[CompiledPlan] = field(default_factory=list)
+
+    def held_bytes(self, frame: int) -> int:
+        """What the graphs that run before `frame` keep for backward."""
+        latest = {graph.frame: graph for graph in self.graphs if graph.frame < frame}
+        return sum(graph.plan.saved_bytes for graph in latest.values())
