@@ -24,7 +24,7 @@ from remat.op_times import OpTimes
 from remat.passes.aliasing import is_view, results, storage_bytes
 from remat.passes.pinning import why_pinned
 from remat.passes.randomness import is_random
-from remat.program import HELD, Fixed, Op, Program, Value
+from remat.program import HELD, Decision, Fixed, Op, Program, Value
 from remat.workspace import Call, workspace_bytes
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -296,4 +296,13 @@ def _op(
     if not own:
         return Op(node.name, cost, scratch)
     launch = 0.0 if inlined else device.recompute_launch_us
-    return Op(node.name, cost, scratch, tuple(sorted(reads)), own, launch)
+    pin = Decision.RECOMPUTE if inlined and device.fused_random_ns_per_element and _is_mask(node) else None
+    return Op(node.name, cost, scratch, tuple(sorted(reads)), own, launch, pin=pin)
+
+
+def _is_mask(node: fx.Node) -> bool:
+    """True for a comparison of what was drawn: a kernel that stores it takes as long as one that draws again, since Inductor's
+    code for CPUs goes element by element there. It is made again from the draw, which may be saved."""
+    value = node.meta.get("val")
+    is_bool = isinstance(value, torch.Tensor) and value.dtype is torch.bool
+    return is_bool and any(_name(source) == "inductor_random" for source in node.all_input_nodes)
