@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import fx
 
-from remat.passes.joint_program import split_joint
+from remat.devices import CPU, CUDA, DeviceProfile
+from remat.passes.joint_program import joint_program, split_joint
+from remat.program import Decision
 
-aten = torch.ops.aten
+aten, prims = torch.ops.aten, torch.ops.prims
 
 
 def residual_stream(layers: int) -> tuple[fx.Graph, list[fx.Node]]:
@@ -41,3 +44,44 @@ def test_a_long_chain_is_stored_now_and_then() -> None:
     inlined = split_joint(graph, 12, fuses=True).inlined
     runs = "".join("i" if node in inlined else "." for node in stream[:-1]).split(".")
     assert 1 <= max(map(len, runs)) <= 3  # each adds a tensor to read, and four are the limit
+
+
+def dropped_out() -> tuple[fx.Graph, list[str]]:
+    """y ← ([draw > 0.1] · tanh(x)) @ w, and two gradients, with Inductor's draw; the names of draw, mask and tanh."""
+    from torch._inductor import inductor_prims
+
+    graph = fx.Graph()
+    real = torch.empty(64, 64)
+
+    def call(op: torch._ops.OpOverload, *args: object, value: torch.Tensor = real) -> fx.Node:
+        node = graph.call_function(op, args)
+        node.meta["val"] = value
+        return node
+
+    x, weight, tangent = (graph.placeholder(name) for name in ("primals_1", "primals_2", "tangents_1"))
+    for node in (x, weight, tangent):
+        node.meta["val"] = real
+    seeds = call(inductor_prims.seeds, 1, torch.device("cpu"), value=torch.empty(1))
+    seed = call(inductor_prims.lookup_seed, seeds, 0, value=torch.empty(()))
+    draw = call(inductor_prims.random, [64, 64], seed, "rand")
+    mask = call(aten.gt.Scalar, draw, 0.1, value=real > 0.1)
+    tanh = call(aten.tanh.default, x)
+    kept = call(aten.mul.Tensor, mask, tanh)
+    y = call(aten.mm.default, kept, weight)
+    gradient = call(aten.mm.default, tangent, weight)
+    graph.output((y, call(aten.mul.Tensor, gradient, mask), call(aten.mm.default, kept, tangent)))
+    return graph, [node.name for node in (draw, mask, tanh)]
+
+
+@pytest.mark.parametrize(("device", "mask", "tanh_costs"), [(CPU, Decision.RECOMPUTE, True), (CUDA, None, False)])
+def test_what_a_draw_and_what_is_fused_cost(device: DeviceProfile, mask: Decision | None, tanh_costs: bool) -> None:
+    graph, names = dropped_out()
+    program = joint_program(graph, split_joint(graph, 1, fuses=True), device, 0, fuses=True)
+    ops = {op.name: op for op in program.forward}
+    draw, comparison, tanh = (ops[name] for name in names)
+    assert comparison.pin is mask
+    assert comparison.cost_us == 0
+    assert (tanh.cost_us > 0) == tanh_costs
+    assert not tanh_costs or draw.cost_us > 3 * tanh.cost_us
+    stored = {value.name: value.passing for value in program.values}
+    assert [stored[name] for name in names] == [64 * 64 * 4, 0, 0]
