@@ -18,6 +18,7 @@ from remat import _torch
 from remat.budget import memory_of, parse_budget, resolve_budget, resolve_host_budget
 from remat.describe import describe
 from remat.devices import profile_of
+from remat.errors import RematError
 from remat.inductor import Watch, compile_graph
 from remat.ladder import Ladder
 from remat.op_times import op_times
@@ -66,19 +67,23 @@ class Compilation:
 
     def run(self, gm: fx.GraphModule) -> Callable[..., Any]:
         """The compiled graph. Its plan is added to the session."""
-        code = self._compiled(gm)
+        code: Callable[..., Any] | None = self._compiled(gm)
         while self._task is not None:
             start = time.perf_counter()
             try:
                 self._solution = self._solutions.send(self._peak_bytes(self._task))
             except StopIteration:
-                self._keep_plan(self._task)
                 break
             self._planning_s += time.perf_counter() - start
             code = self._compiled(gm)
+        if code is None:
+            raise RematError("Inductor generated other code for the same plan, which needs more than the budget")
+        if self._task is not None:
+            self._keep_plan(self._task)
+        self.inputs = ()  # compiled code may hold this object, which should not hold a batch
         return code
 
-    def _compiled(self, gm: fx.GraphModule) -> Any:
+    def _compiled(self, gm: fx.GraphModule) -> Callable[..., Any] | None:
         """The code for one solution; None where that was given up, since it needs more than the budget."""
         if not self._fuses:
             return _torch.aot_eager(gm, self.inputs, _run_as_is, self.split)

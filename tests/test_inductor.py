@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 import remat
+from remat.inductor import LocalFusion
 from tests.models import build, llama, mlp
 from tests.steps import Outcome, assert_close_gradients, run_step
 
@@ -140,3 +142,36 @@ def test_values_wait_on_the_host_through_inductor(name: str) -> None:
     assert plan.host_bytes > 0
     assert outcome.peak_bytes <= plan.peak_bytes < everything.peak_bytes
     assert plan.peak_bytes / outcome.peak_bytes <= 1.03
+
+
+def test_code_from_inductors_cache_has_its_peak() -> None:
+    model, x = mlp(dropout=0.3, rows=512)
+    run_step(module := compiled(model, 0.8), {"x": x})
+    (first,) = remat.plans(module)
+    torch._dynamo.reset()
+    counters.clear()
+    outcome = run_step(module := compiled(model, 0.8), {"x": x})
+    (second,) = remat.plans(module)
+    assert counters["inductor"]["fxgraph_cache_hit"] >= 2
+    assert counters["inductor"]["fxgraph_cache_miss"] == 0
+    assert second.plan.peak_bytes == first.plan.peak_bytes >= outcome.peak_bytes
+
+
+def test_fusion_is_ours_after_other_compilations_and_only_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    ours = LocalFusion.can_fuse_vertical
+
+    def can_fuse_vertical(*args: Any) -> bool:
+        asked.append(args)
+        return ours(*args)
+
+    monkeypatch.setattr(LocalFusion, "can_fuse_vertical", staticmethod(can_fuse_vertical))
+    model, x = mlp(dropout=0.0, rows=8)
+    plain = torch.compile(model, backend="inductor")
+    plain(x).sum().backward()
+    assert not asked
+    compiled(model, None)(x).sum().backward()
+    assert asked
+    asked.clear()
+    plain(x[:5]).sum().backward()
+    assert not asked
