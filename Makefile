@@ -44,6 +44,7 @@ bench: setup
 	$(BIN)/python benchmarks/absent.py
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/compiled.py
+	$(BIN)/python benchmarks/compile_time.py
 	$(BIN)/python benchmarks/reach.py
 	$(BIN)/python benchmarks/fit.py
 	$(BIN)/python benchmarks/optimality.py
