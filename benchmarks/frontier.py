@@ -131,9 +131,9 @@ def race(model: str, options: argparse.Namespace, progress: Progress) -> Race:
     peers = [point for point in _tried(model, names, progress, left_out) if point is not None]
     compiled = [point for point in peers if is_compiled(point.name)]
     for point in peers:
-        better = [q.name for q in compiled if q.peak_bytes <= point.peak_bytes and q.trial_s * FAR <= point.trial_s]
         if not point.name.startswith(("ratio", "regional")):
             continue
+        better = [q.name for q in compiled if q.peak_bytes <= point.peak_bytes and q.trial_s * FAR <= point.trial_s]
         if better:
             left_out[point.name] = f"{point.peak_bytes} bytes, {point.trial_s:.3f} s; {better[0]} has less of both"
             continue

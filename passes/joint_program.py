@@ -305,4 +305,11 @@ def _is_mask(node: fx.Node) -> bool:
     code for CPUs goes element by element there. It is made again from the draw, which may be saved."""
     value = node.meta.get("val")
     is_bool = isinstance(value, torch.Tensor) and value.dtype is torch.bool
-    return is_bool and any(_name(source) == "inductor_random" for source in node.all_input_nodes)
+    return is_bool and any(_is_draw(source) for source in node.all_input_nodes)
+
+
+def _is_draw(node: fx.Node) -> bool:
+    """True for random numbers, and for those cast to another dtype, as in dropout of half-precision values."""
+    while _name(node) in ("convert_element_type", "_to_copy"):
+        node = node.all_input_nodes[0]
+    return _name(node) == "inductor_random"

@@ -7,6 +7,7 @@ while it is generated, and kept in it as a comment: code that comes from Inducto
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +20,7 @@ from torch.utils import _pytree as pytree
 from remat import _torch
 from remat._torch import V, inductor_ir, wrapper_code
 from remat.devices import cuda_block_bytes
+from remat.errors import RematError
 from remat.ops import OFFLOAD, RELEASE, RELOAD, WAIT
 from remat.passes.aliasing import results, storage_bytes
 from remat.workspace import Call, TensorLike, workspace_bytes
@@ -35,7 +37,7 @@ class LocalFusion(_torch.InductorChoices):
     """
 
     def uuid(self) -> str:
-        return f"remat.LocalFusion.2.{_FUSION_REACH}"
+        return f"remat.LocalFusion.3.{_FUSION_REACH}"
 
     @staticmethod
     def can_fuse_horizontal(scheduler: Any, node1: Any, node2: Any, shared_data_score: int) -> bool:
@@ -141,10 +143,16 @@ def _compile_half(module: fx.GraphModule, inputs: Sequence[Any], watch: Watch, *
     reading = _Reading(module, is_backward, watch)
     hosts = any(module.graph.find_nodes(op="call_function", target=op) for op in (OFFLOAD, RELOAD))
     order = {"reorder_for_peak_memory": False} if hosts else {}
-    with _torch.inductor_config.patch(order), _torch.reading_wrapper_code(reading.read):
-        code = _torch.compile_fx_inner(module, inputs, **kwargs)
-    if not reading.is_done:
-        watch.found(_memory_in(getattr(code, "source_code", "")) or _memory_of_inputs(module), is_backward)
+    for config in (order, {**order, "fx_graph_cache": False}):
+        with _torch.inductor_config.patch(config), _torch.reading_wrapper_code(reading.read):
+            code = _torch.compile_fx_inner(module, inputs, **kwargs)
+        if not reading.is_done:
+            reading.recall(getattr(code, "source_code", ""))
+        if reading.is_done:
+            return code
+    if any(node.op == "call_function" for node in module.graph.nodes):
+        raise RematError("the memory of Inductor's code cannot be read off it; use compiler='eager'")
+    watch.found(_memory_of_inputs(module), is_backward)  # without ops: Inductor does not compile it
     return code
 
 
@@ -168,25 +176,32 @@ class _Reading:
     def read(self, lines: Sequence[Any]) -> list[str]:
         """The comment to put into the code."""
         memory = _run_allocations(lines, *self._about)
+        self._found(memory)
+        return [_NOTE + json.dumps({"about": self._digest(), **dataclasses.asdict(memory)})]
+
+    def recall(self, source: str) -> None:
+        """What the comment in code from Inductor's cache says, if that was compiled with the same inputs held elsewhere."""
+        for line in source.splitlines():
+            _, note, text = line.partition(_NOTE)
+            found = json.loads(text) if note and line.startswith(("#", "//")) else {}
+            if found.pop("about", None) == self._digest():
+                self._found(Memory(**{**found, "copied": tuple(found["copied"])}))
+                return
+
+    def _found(self, memory: Memory) -> None:
         self.is_done = True
         self._watch.found(memory, self._is_backward)
-        return [_NOTE + json.dumps(dataclasses.asdict(memory))]
+
+    def _digest(self) -> str:
+        kept, copied, hosted, names = self._about
+        return hashlib.sha256(repr((sorted(kept), sorted(copied), sorted(hosted), names)).encode()).hexdigest()
 
 
 _NOTE = "remat: "
 
 
-def _memory_in(source: str) -> Memory | None:
-    for line in source.splitlines():
-        _, note, text = line.partition(_NOTE)
-        if note and line.startswith(("#", "//")):
-            found = json.loads(text)
-            return Memory(**{**found, "copied": tuple(found["copied"])})
-    return None
-
-
 def _memory_of_inputs(module: fx.GraphModule) -> Memory:
-    """That of a graph without ops, which Inductor does not compile."""
+    """That of a graph without ops."""
     placeholders = module.graph.find_nodes(op="placeholder")
     sizes = {node.name: storage_bytes(node.meta["val"]) for node in placeholders if not _is_resident(node.name)}
     return Memory(sum(sizes.values()), sum(size for name, size in sizes.items() if not name.startswith("tangents")), 0)

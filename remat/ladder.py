@@ -21,6 +21,7 @@ _RUNGS = 240
 _MARGIN = 0.01  # of the budget: what the first plan leaves
 _SLACK = 0.03  # of the budget: what may stay unused without a look at a higher rung
 _LOOKS = 3  # plans to compile at most once one fits
+_TRIES = 6  # plans to compile at most where none fits, before the last ones
 _LAST = (24, 12, 6, 0)  # rungs to try where the planner was too far off
 
 Decisions: TypeAlias = tuple[frozenset[int], frozenset[tuple[int, Move]]]
@@ -47,7 +48,7 @@ class Ladder:
         """
         fits, above, looks = -1, _RUNGS + 1, 0  # the highest rung that fits, the lowest that does not
         error = 0 if self.everything.replay.peak_bytes <= limit else int(_MARGIN * limit)  # how far off the last plan was
-        while fits < 0 or looks < _LOOKS:
+        while looks < (_TRIES if fits < 0 else _LOOKS):
             rung = next((r for r in range(above - 1, fits, -1) if self._target(r) + error <= limit), None)
             if rung is None:
                 break

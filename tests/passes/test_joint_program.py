@@ -46,8 +46,9 @@ def test_a_long_chain_is_stored_now_and_then() -> None:
     assert 1 <= max(map(len, runs)) <= 3  # each adds a tensor to read, and four are the limit
 
 
-def dropped_out() -> tuple[fx.Graph, list[str]]:
-    """y ← ([draw > 0.1] · tanh(x)) @ w, and two gradients, with Inductor's draw; the names of draw, mask and tanh."""
+def dropped_out(dtype: torch.dtype) -> tuple[fx.Graph, list[str]]:
+    """y ← ([draw > 0.1] · tanh(x)) @ w, and two gradients, with Inductor's draw cast to `dtype`; the names of draw, mask and
+    tanh."""
     from torch._inductor import inductor_prims
 
     graph = fx.Graph()
@@ -64,7 +65,8 @@ def dropped_out() -> tuple[fx.Graph, list[str]]:
     seeds = call(inductor_prims.seeds, 1, torch.device("cpu"), value=torch.empty(1))
     seed = call(inductor_prims.lookup_seed, seeds, 0, value=torch.empty(()))
     draw = call(inductor_prims.random, [64, 64], seed, "rand")
-    mask = call(aten.gt.Scalar, draw, 0.1, value=real > 0.1)
+    drawn = draw if dtype is real.dtype else call(prims.convert_element_type.default, draw, dtype, value=real.to(dtype))
+    mask = call(aten.gt.Scalar, drawn, 0.1, value=real > 0.1)
     tanh = call(aten.tanh.default, x)
     kept = call(aten.mul.Tensor, mask, tanh)
     y = call(aten.mm.default, kept, weight)
@@ -73,9 +75,12 @@ def dropped_out() -> tuple[fx.Graph, list[str]]:
     return graph, [node.name for node in (draw, mask, tanh)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("device", "mask", "tanh_costs"), [(CPU, Decision.RECOMPUTE, True), (CUDA, None, False)])
-def test_what_a_draw_and_what_is_fused_cost(device: DeviceProfile, mask: Decision | None, tanh_costs: bool) -> None:
-    graph, names = dropped_out()
+def test_what_a_draw_and_what_is_fused_cost(
+    device: DeviceProfile, mask: Decision | None, tanh_costs: bool, dtype: torch.dtype
+) -> None:
+    graph, names = dropped_out(dtype)
     program = joint_program(graph, split_joint(graph, 1, fuses=True), device, 0, fuses=True)
     ops = {op.name: op for op in program.forward}
     draw, comparison, tanh = (ops[name] for name in names)
