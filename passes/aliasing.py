@@ -46,6 +46,13 @@ def _viewed(node: fx.Node) -> fx.Node | None:
     return None
 
 
+def owner(node: fx.Node) -> fx.Node:
+    """The node whose storage this is: an op, or the item of an op with several outputs."""
+    while is_view(node):
+        node = node.all_input_nodes[0]
+    return node
+
+
 def storage_bytes(value: Any) -> int:
     """Bytes of the storage behind one tensor as planned: its extent, since a fresh result has no slack."""
     if not isinstance(value, torch.Tensor) or value.numel() == 0:

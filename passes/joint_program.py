@@ -21,15 +21,13 @@ from remat._torch import TANGENTS_GO
 from remat.cost import arithmetic_us, op_cost_us
 from remat.devices import DeviceProfile
 from remat.op_times import OpTimes
-from remat.passes.aliasing import is_view, results, storage_bytes
+from remat.passes.aliasing import is_view, owner, results, storage_bytes
+from remat.passes.fusion import find_inlined, is_mask, is_pointwise, is_reduction, op_name
 from remat.passes.pinning import why_pinned
 from remat.passes.randomness import is_random
 from remat.program import HELD, Decision, Fixed, Op, Program, Value
 from remat.workspace import Call, workspace_bytes
 
-aten, prims = torch.ops.aten, torch.ops.prims
-
-_READS, _READS_AT_MOST = 4, 8  # Inductor's realize_reads_threshold and realize_acc_reads_threshold
 _SEEDS = {"inductor_seed", "inductor_seeds"}
 
 
@@ -60,7 +58,7 @@ def split_joint(graph: fx.Graph, num_fwd_outputs: int, fuses: bool) -> JointHalv
             forward.add(node)
     first = tuple(n for n in calls if n in forward)
     second = tuple(n for n in calls if n in needed and n not in forward)
-    inlined = _inlined((*first, *second), {*forward_outputs, *backward_outputs}) if fuses else frozenset()
+    inlined = find_inlined((*first, *second), {*forward_outputs, *backward_outputs}) if fuses else frozenset()
     return JointHalves(first, second, inlined, forward_outputs, backward_outputs)
 
 
@@ -92,8 +90,8 @@ def joint_program(
     inlined = halves.inlined
     late = inlined - set(halves.forward)
     readers = _storage_readers(graph, late)
-    escaping = {_owner(node) for node in halves.forward_outputs}
-    grads = {_owner(node) for node in halves.backward_outputs}
+    escaping = {owner(node) for node in halves.forward_outputs}
+    grads = {owner(node) for node in halves.backward_outputs}
     values: list[Value] = []
     outputs: dict[int, list[int]] = {}
     fixed: list[Fixed] = []
@@ -157,13 +155,6 @@ def largest_value(values: Sequence[Value]) -> int:
     return max((value.bytes for value in values), default=0)
 
 
-def _owner(node: fx.Node) -> fx.Node:
-    """The node whose storage this is: an op, or the item of an op with several outputs."""
-    while is_view(node):
-        node = node.all_input_nodes[0]
-    return node
-
-
 def _storages(node: fx.Node) -> list[tuple[fx.Node, int]]:
     """The storages that a node allocates: itself, or the items of its several outputs."""
     value = node.meta.get("val")
@@ -192,7 +183,7 @@ def _storage_readers(graph: fx.Graph, inlined: frozenset[fx.Node]) -> dict[fx.No
 
 
 def _pin(node: fx.Node, fuses: bool) -> str:
-    if _name(node) in _SEEDS:
+    if op_name(node) in _SEEDS:
         return "a seed: the draw may be repeated, the seed may not"
     if is_random(node) and not fuses:
         return "random: its result is saved so that backward sees the same draw"
@@ -201,74 +192,7 @@ def _pin(node: fx.Node, fuses: bool) -> str:
 
 def _sources(node: fx.Node) -> list[str]:
     """Names of the values that computing a node reads, through views."""
-    return sorted({_owner(source).name for source in node.all_input_nodes})
-
-
-def _inlined(nodes: Sequence[fx.Node], outputs: set[fx.Node]) -> frozenset[fx.Node]:
-    """Pointwise nodes all of whose readers are pointwise or reductions: Inductor stores none of them, unless they read much
-    (`StorageBox.mark_reuse` and `has_exceeded_max_reads`), which ends chains such as a residual stream. Draws are stored.
-    """
-    reads: dict[fx.Node, frozenset[fx.Node]] = {}  # stored tensors that an inlined node reads
-    found: set[fx.Node] = set()
-    for node in nodes:
-        sources = {_owner(source) for source in node.all_input_nodes}
-        below = frozenset[fx.Node]().union(*(reads[s] if s in found else (s,) for s in sources))
-        reads[node] = below
-        if is_view(node) or node in outputs or not is_pointwise(node) or is_random(node) or _name(node) == "inductor_random":
-            continue
-        if len(below) <= (_READS if len(node.users) > 1 else _READS_AT_MOST) and all(
-            _fuses_into(user, outputs) for user in node.users
-        ):
-            found.add(node)
-    return frozenset(found)
-
-
-def _fuses_into(user: fx.Node, outputs: set[fx.Node]) -> bool:
-    if user.op != "call_function":
-        return False
-    if is_view(user):
-        return user not in outputs and all(_fuses_into(reader, outputs) for reader in user.users)
-    return is_pointwise(user) or is_reduction(user)
-
-
-_POINTWISE_ANYWAY = frozenset(
-    [
-        "where",
-        "_to_copy",
-        "clone",
-        "full",
-        "full_like",
-        "iota",
-        "scalar_tensor",
-        "cat",
-        "constant_pad_nd",
-        "convert_element_type",
-        "inductor_random",
-        "inductor_lookup_seed",
-        "gather",
-        "index",
-        "embedding",
-        "slice_scatter",
-    ]
-)
-_REDUCTIONS = frozenset(["sum", "mean", "amax", "amin", "var", "var_mean", "any", "all", "prod", "argmax", "argmin"])
-
-
-def is_pointwise(node: fx.Node) -> bool:
-    """True if Inductor computes each element of the result on its own."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    return torch.Tag.pointwise in node.target.tags or _name(node) in _POINTWISE_ANYWAY
-
-
-def is_reduction(node: fx.Node) -> bool:
-    """True if Inductor computes the result as a reduction."""
-    return isinstance(node.target, torch._ops.OpOverload) and _name(node) in _REDUCTIONS
-
-
-def _name(node: fx.Node) -> str:
-    """The name of the op without its overload."""
-    return getattr(node.target, "__name__", "").split(".")[0]
+    return sorted({owner(source).name for source in node.all_input_nodes})
 
 
 def _op(
@@ -296,20 +220,5 @@ def _op(
     if not own:
         return Op(node.name, cost, scratch)
     launch = 0.0 if inlined else device.recompute_launch_us
-    pin = Decision.RECOMPUTE if inlined and device.fused_random_ns_per_element and _is_mask(node) else None
+    pin = Decision.RECOMPUTE if inlined and device.fused_random_ns_per_element and is_mask(node) else None
     return Op(node.name, cost, scratch, tuple(sorted(reads)), own, launch, pin=pin)
-
-
-def _is_mask(node: fx.Node) -> bool:
-    """True for a comparison of what was drawn: a kernel that stores it takes as long as one that draws again, since Inductor's
-    code for CPUs goes element by element there. It is made again from the draw, which may be saved."""
-    value = node.meta.get("val")
-    is_bool = isinstance(value, torch.Tensor) and value.dtype is torch.bool
-    return is_bool and any(_is_draw(source) for source in node.all_input_nodes)
-
-
-def _is_draw(node: fx.Node) -> bool:
-    """True for random numbers, and for those cast to another dtype, as in dropout of half-precision values."""
-    while _name(node) in ("convert_element_type", "_to_copy"):
-        node = node.all_input_nodes[0]
-    return _name(node) == "inductor_random"
