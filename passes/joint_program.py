@@ -9,7 +9,7 @@ arithmetic only.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from remat.op_times import OpTimes
 from remat.passes.aliasing import is_view, owner, results, storage_bytes
 from remat.passes.fusion import find_inlined, is_mask, is_pointwise, is_reduction, op_name
 from remat.passes.pinning import why_pinned
+from remat.passes.provenance import module_path
 from remat.passes.randomness import is_random
 from remat.program import HELD, Decision, Fixed, Op, Program, Value
 from remat.workspace import Call, workspace_bytes
@@ -77,13 +78,13 @@ def joint_program(
     graph: fx.Graph,
     halves: JointHalves,
     device: DeviceProfile,
-    resident_bytes: int,
+    resident: Mapping[str, int],
     fuses: bool,
     times: OpTimes | None = None,
 ) -> Program:
     """The step as numbers. Outputs of forward are held to the end of the step, and so are the gradients.
 
-    times: measured costs of ops; None: those of the device's profile.
+    resident: bytes by kind. times: measured costs of ops; None: those of the device's profile.
     """
     position = {node: p for p, node in enumerate([*halves.forward, *halves.backward])}
     n_forward, end = len(halves.forward), len(position)
@@ -103,8 +104,9 @@ def joint_program(
             uses = sorted(position[r] for r in readers.get(item, ()) if r in position)
             born = position[node]
             if born >= n_forward:
-                dies = end if item in grads else max([born, *uses])
-                fixed.append(Fixed(born, dies, size))
+                is_gradient = item in grads
+                dies = end if is_gradient else max([born, *uses])
+                fixed.append(Fixed(born, dies, size, "gradients" if is_gradient else "working set"))
                 continue
             held = item in escaping
             before = [p for p in uses if p < n_forward]
@@ -142,11 +144,24 @@ def joint_program(
         )
         for p, node in enumerate(halves.forward)
     )
-    backward = tuple(_op(node, (), [], device, fuses, node in inlined, times) for node in halves.backward)
+    made_by = {node.meta["seq_nr"]: p for p, node in reversed(list(enumerate(halves.forward))) if "seq_nr" in node.meta}
+    backward = tuple(
+        _op(node, (), [], device, fuses, node in inlined, times)._replace(origin=made_by.get(node.meta.get("seq_nr"), -1))
+        for node in halves.backward
+    )
     end_of_step = Op("end of step", 0.0, 0)
     moments = tuple((position[node], node.name) for node in halves.backward)
     return Program(
-        forward, (*backward, end_of_step), tuple(values), tuple(fixed), resident_bytes, moments, device.link, regions_hold=False
+        forward,
+        (*backward, end_of_step),
+        tuple(values),
+        tuple(fixed),
+        sum(resident.values()),
+        moments,
+        device.link,
+        regions_hold=False,
+        resident=tuple(resident.items()),
+        modules=tuple(module_path(node) for node in halves.forward),
     )
 
 

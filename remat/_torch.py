@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._C._autograd import DeviceType, _profiler_enabled
+from torch._C._autograd import DeviceType, _get_sequence_nr, _profiler_enabled
 from torch._dynamo.exc import ShortenTraceback
 from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd.descriptors import (
@@ -89,6 +89,8 @@ __all__ = [
     "profiler_is_running",
     "pytree",
     "reading_wrapper_code",
+    "running_sequence_number",
+    "sequence_number",
     "specializing",
     "storage_key",
     "watch_for_opaque_autograd",
@@ -98,6 +100,18 @@ __all__ = [
 
 
 TANGENTS_GO = hasattr(torch.autograd.Function, "boxed_grads_call")  # in backward, by AOTAutograd; not so in torch 2.11
+
+
+def sequence_number() -> int:
+    """What the next autograd node made on this thread is numbered with."""
+    return _get_sequence_nr()
+
+
+def running_sequence_number() -> int | None:
+    """The number of the autograd node that runs now; None outside of backward, and for nodes without one."""
+    node = torch._C._current_autograd_node()
+    number = None if node is None else node._sequence_nr()
+    return None if number is None or number >= 2**63 else number
 
 
 def storage_key(tensor: torch.Tensor) -> int:

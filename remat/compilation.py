@@ -203,16 +203,18 @@ class Compilation:
         smallest = smallest_solution(program, menus).replay.peak_bytes
         return limit, max(smallest, smallest + (target - smallest) // 2)
 
-    def _resident(self, joint: fx.GraphModule, device: torch.device) -> int:
-        if device.type != "cpu":
-            library_bytes(device)  # which from now on are there
-            return torch.accelerator.memory_allocated(device)  # with all that earlier graphs hold, and the optimizer's state
+    def _resident(self, joint: fx.GraphModule, device: torch.device) -> dict[str, int]:
         inputs = [n.meta["val"] for n in joint.graph.nodes if n.op == "placeholder" and "tangent" not in n.name]
         tensors = [t for t in inputs if isinstance(t, torch.Tensor)]
-        own = sum(t.untyped_storage().nbytes() for t in tensors)
-        return (
-            int(own) + _gradient_bytes(self.inputs) + self.session.held_bytes(_torch.frame_id()) + self._rest_of_model(tensors)
-        )
+        own = sum(int(t.untyped_storage().nbytes()) for t in tensors)
+        parameters = [t for t in self.inputs if isinstance(t, torch.nn.Parameter)]
+        trained = min(own, sum(t.untyped_storage().nbytes() for t in parameters))
+        found = {"parameters": trained, "inputs": own - trained, "gradients": _gradient_bytes(self.inputs)}
+        if device.type == "cpu":
+            return {**found, "others": self.session.held_bytes(_torch.frame_id()) + self._rest_of_model(tensors)}
+        found["libraries"] = library_bytes(device)  # which from now on are there
+        allocated = torch.accelerator.memory_allocated(device)  # with all that earlier graphs hold, and the optimizer's state
+        return {**found, "others": allocated - sum(found.values())}
 
     def _rest_of_model(self, tensors: Sequence[torch.Tensor]) -> int:
         """Parameters that other graphs read; and before the last graph their gradients, which backward reaches first."""

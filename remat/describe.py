@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import fx
 
-from remat.plan import Activation, Block, Plan, Transfer
+from remat.passes.provenance import common_module, module_path, source_line
+from remat.plan import Activation, Block, Plan, PlannedCopy, Storage, Transfer
 from remat.planner import Menus, Solution, fastest_solution, without_gc
 from remat.program import Decision, Program
-
-_ENTRY = re.compile(r"__dict__\['_modules'\]\['(\w+)'\]")
-_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
+from remat.simulate import Replay
 
 
 @without_gc()
@@ -54,6 +51,9 @@ def describe(
         planning_seconds=planning_seconds,
         blocks=blocks,
         timeline=solution.replay.moments,
+        baseline_timeline=baseline.moments,
+        storages=tuple(_storages(solution.replay)),
+        copies=tuple(_copies(solution.replay)),
         dropped=tuple(nodes[p].name for p in sorted(solution.dropped)),
         regions=tuple((nodes[start].name, nodes[stop - 1].name) for start, stop in solution.regions),
         transfers=_transfers(nodes, program, solution),
@@ -80,6 +80,31 @@ def _transfers(nodes: Sequence[fx.Node], program: Program, solution: Solution) -
         )
         for op, values in moved.items()
     )
+
+
+def _copies(replay: Replay) -> Iterator[PlannedCopy]:
+    for copy in replay.timing.copies:
+        value = replay.program.values[copy.value]
+        yield PlannedCopy(value.name, value.bytes, copy.is_back, copy.start_us, copy.end_us)
+
+
+def _storages(replay: Replay) -> Iterator[Storage]:
+    """All memory of the step: what is resident, what ops make, and their scratch memory."""
+    program, schedule = replay.program, replay.schedule
+    resident = (*program.resident, ("others", program.resident_bytes - sum(size for _, size in program.resident)))
+    for kind, size in resident:
+        if size:
+            yield Storage(kind, kind, size, 0, len(schedule) - 1, "")
+
+    for span in replay.spans:
+        position = schedule[span.born][0]
+        name = program.values[span.value].name if span.value >= 0 else program.op_at(position).name
+        if span.bytes:
+            yield Storage(name, span.kind, span.bytes, span.born, span.dies, program.module_at(position))
+    for index, (position, _) in enumerate(schedule):
+        op = program.op_at(position)
+        if op.workspace_bytes:
+            yield Storage(f"scratch of {op.name}", "working set", op.workspace_bytes, index, index, program.module_at(position))
 
 
 def _spans(menus: Menus, solution: Solution) -> list[tuple[int, int]]:
@@ -118,7 +143,7 @@ def _block(
     key = [(a.op, a.shape, a.dtype, a.decision) for a in activations]
     return Block(
         f"block_{index}",
-        _common_module(nodes[start:stop]),
+        common_module(nodes[start:stop]),
         region,
         hashlib.sha256(repr(key).encode()).hexdigest()[:12],
         saved,
@@ -165,26 +190,3 @@ def activation_of(
         module_path(node),
         source_line(node),
     )
-
-
-def module_path(node: fx.Node) -> str:
-    """The path of the innermost module that the node came from, "" when unknown."""
-    stack: dict[str, Any] = node.meta.get("nn_module_stack") or {}
-    path = next((str(entry[0]) for entry in reversed(stack.values())), "")
-    return _ENTRY.sub(r"\1", path).removeprefix("L['self'].").removeprefix("L['self']")
-
-
-def source_line(node: fx.Node) -> str:
-    """`file:line` of the user's code that the node came from, "" when unknown."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    return f"{frames[-1][0].rsplit('/', 1)[-1]}:{frames[-1][1]}" if frames else ""
-
-
-def _common_module(nodes: Sequence[fx.Node]) -> str:
-    paths = [path.split(".") for path in map(module_path, nodes) if path]
-    if not paths:
-        return ""
-    shortest = min(paths, key=len)
-    depth = next((i for i in range(len(shortest)) if any(p[i] != shortest[i] for p in paths)), len(shortest))
-    common = ".".join(shortest[:depth])
-    return common or f"{'.'.join(paths[0])} … {'.'.join(paths[-1])}"

@@ -15,8 +15,8 @@ from typing import Any, TypeAlias
 
 from torch import fx
 
-from remat.describe import module_path
 from remat.errors import RematError
+from remat.passes.provenance import module_path
 from remat.program import HELD, Decision, Program
 
 Pins: TypeAlias = "Mapping[str, Decision | str] | None"

@@ -1,23 +1,20 @@
-"""What remat decided, as data: frozen, comparable, and JSON both ways."""
+"""What remat decided, as data: frozen and comparable."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
-from typing import Any
+from typing import NamedTuple
 
 import sympy
+import torch
 
 from remat.errors import RematError
-from remat.program import Decision
+from remat.program import KINDS, Decision
 from remat.simulate import Moment
-
-FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -71,6 +68,38 @@ class Transfer:
     reload: str
 
 
+class Input(NamedTuple):
+    """A tensor that the model was called with when it was planned."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Storage(NamedTuple):
+    """Memory on the device from one moment of the timeline to another, by their indices, both included.
+
+    kind: one of `remat.program.KINDS`. module: that of the op that makes it, or whose gradient it is.
+    """
+
+    name: str
+    kind: str
+    bytes: int
+    born: int
+    dies: int
+    module: str
+
+
+class PlannedCopy(NamedTuple):
+    """A value on its way to the host, or back; microseconds from the start of the step."""
+
+    name: str
+    bytes: int
+    is_back: bool
+    start_us: float
+    end_us: float
+
+
 @dataclass(frozen=True)
 class Formula:
     """The largest of several polynomials in the sizes of named dimensions.
@@ -111,6 +140,9 @@ class Plan:
     of the cost model, in microseconds; `stall_us` is lost waiting for copies; `planning_seconds` counts from the end of
     tracing. `fingerprint` ties the plan to the graph it was made for, `structure` to its ops whatever their sizes. It has
     formulas if it was made with `dynamic_shapes`.
+
+    `timeline` is the step op by op, `baseline_timeline` the same with everything saved. `storages` add up to the live bytes of
+    `timeline` at each moment. Through Inductor `peak_bytes` is that of the generated code, of which they are a model.
     """
 
     budget_bytes: int | None
@@ -126,6 +158,9 @@ class Plan:
     planning_seconds: float
     blocks: tuple[Block, ...] = field(repr=False)
     timeline: tuple[Moment, ...] = field(repr=False)
+    baseline_timeline: tuple[Moment, ...] = field(repr=False)
+    storages: tuple[Storage, ...] = field(repr=False)
+    copies: tuple[PlannedCopy, ...] = field(repr=False)
     dropped: tuple[str, ...] = field(repr=False)
     regions: tuple[tuple[str, str], ...] = field(repr=False)
     transfers: tuple[Transfer, ...] = field(repr=False)
@@ -133,6 +168,9 @@ class Plan:
     door: str
     fingerprint: str
     structure: str = ""
+    model: str = ""
+    inputs: tuple[Input, ...] = ()
+    torch_version: str = torch.__version__
     peak_formula: Formula | None = field(default=None, repr=False)
     step_us_formula: Formula | None = field(default=None, repr=False)
 
@@ -154,6 +192,12 @@ class Plan:
         """The decision for each activation, by value name."""
         return {a.name: a.decision for block in self.blocks for a in block.activations}
 
+    def at_peak(self) -> dict[str, int]:
+        """What is allocated at the peak of the timeline, in bytes by kind, the largest first."""
+        top = max(self.timeline, key=lambda moment: moment.live_bytes)
+        found = sorted(zip(KINDS, top.by_kind, strict=True), key=lambda pair: -pair[1])
+        return {kind: size for kind, size in found if size}
+
     def summary(self) -> str:
         """The plan as a table, equal blocks merged."""
         from remat.report import summary
@@ -161,27 +205,17 @@ class Plan:
         return summary(self)
 
     def to_json(self) -> str:
-        """The whole plan as JSON text."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return json.dumps({"format": FORMAT, **fields}, default=dataclasses.asdict, indent=1)
+        """The whole plan as JSON text; docs/plan.schema.json is its schema."""
+        from remat.plan_file import to_json
+
+        return to_json(self)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """Read a plan that `to_json` wrote. Raises RematError when it is not one."""
-        try:
-            data: dict[str, Any] = json.loads(text)
-            if data.pop("format") != FORMAT:
-                raise RematError(f"this plan has another format than {FORMAT}; plan again with this version of remat")
-            data["blocks"] = tuple(_block(block) for block in data["blocks"])
-            data["timeline"] = tuple(Moment(**moment) for moment in data["timeline"])
-            data["dropped"] = tuple(data["dropped"])
-            data["regions"] = tuple((start, stop) for start, stop in data["regions"])
-            data["transfers"] = tuple(_transfer(transfer) for transfer in data["transfers"])
-            for name in ("peak_formula", "step_us_formula"):
-                data[name] = _formula(data[name]) if data[name] else None
-            return cls(**data)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise RematError(f"this is not a plan that Plan.to_json wrote: {error}") from error
+        """Read a plan that `to_json` wrote. Raises RematError when it is not one, and says where."""
+        from remat.plan_file import from_json
+
+        return from_json(text)
 
     def __str__(self) -> str:
         return self.summary()
@@ -191,21 +225,3 @@ def _needed(formula: Formula | None) -> Formula:
     if formula is None:
         raise RematError("this plan is for one size; plan with dynamic_shapes={'input_ids': {0: 'batch', 1: 'seq'}} for others")
     return formula
-
-
-def _formula(data: dict[str, Any]) -> Formula:
-    powers, terms = (tuple(tuple(row) for row in data[name]) for name in ("powers", "terms"))
-    return Formula(tuple(data["dims"]), powers, terms)
-
-
-def _block(data: dict[str, Any]) -> Block:
-    activations = tuple(_activation(a) for a in data.pop("activations"))
-    return Block(**data, activations=activations)
-
-
-def _transfer(data: dict[str, Any]) -> Transfer:
-    return Transfer(**{**data, "outputs": tuple(data["outputs"])})
-
-
-def _activation(data: dict[str, Any]) -> Activation:
-    return Activation(**{**data, "shape": tuple(data["shape"]), "decision": Decision(data["decision"])})

@@ -163,10 +163,10 @@ def solve(program: Program, menus: Menus, budget_bytes: int | None) -> Solution:
         more = ", or allow offload with host_budget=" if menus.link is not None and not menus.host_bytes else ""
         raise BudgetError(
             f"no plan fits in {format_bytes(budget_bytes)}; the smallest needs {format_bytes(smallest.replay.peak_bytes)} "
-            f"({smallest.replay.peak_bytes} bytes), at {where.name} ({where.phase}). Raise budget=, use a smaller batch{more}.",
+            f"({smallest.replay.peak_bytes} bytes), at {where}. Raise budget=, use a smaller batch{more}.",
             budget_bytes=budget_bytes,
             minimum_bytes=smallest.replay.peak_bytes,
-            where=f"{where.name} ({where.phase})",
+            where=str(where),
         )
     return solution
 

@@ -23,8 +23,9 @@ import torch
 from torch import fx
 
 from remat.budget import format_bytes
-from remat.describe import activation_of, module_path
+from remat.describe import activation_of
 from remat.errors import BudgetError, RematError
+from remat.passes.provenance import module_path
 from remat.plan import Activation
 from remat.planner import Solution, solution_of
 from remat.program import HELD, Decision, Program
@@ -97,11 +98,11 @@ def check_fits(solution: Solution, peak_bytes: int, limit: int | None, policy: P
         return
     where = solution.replay.peak_at
     raise BudgetError(
-        f"policy={policy!r} needs {format_bytes(peak_bytes)} ({peak_bytes} bytes), at {where.name} ({where.phase}), more than "
+        f"policy={policy!r} needs {format_bytes(peak_bytes)} ({peak_bytes} bytes), at {where}, more than "
         f"the budget of {format_bytes(limit)}. Raise budget=, or let policy='auto' plan for it.",
         budget_bytes=limit,
         minimum_bytes=peak_bytes,
-        where=f"{where.name} ({where.phase})",
+        where=str(where),
     )
 
 

@@ -23,6 +23,11 @@ import numpy as np
 
 HELD = "an output of the model"  # why a value is pinned that someone else holds to the end of the step
 
+RESIDENT = ("parameters", "buffers", "inputs", "gradients", "optimizer", "libraries", "others")
+KINDS = (*RESIDENT, "activations", "recomputed", "outputs", "working set")
+"""What memory is for. Gradients are those of parameters and inputs; activations are kept on the device for backward; the
+working set is all else: what an op makes for the next ones, gradients of activations, scratch memory of kernels."""
+
 
 class Decision(str, Enum):
     """What happens to an activation between forward and backward (the words of `CheckpointPolicy`)."""
@@ -36,7 +41,8 @@ class Op(NamedTuple):
     """One kernel. `inputs` and `outputs` index `Program.values`.
 
     Recomputing it costs `cost_us + launch_us`, and holds `state_bytes` (random state) from its first run to the second. `pin`
-    is the decision for its results where a person has made it.
+    is the decision for its results where a person has made it. `origin` is the forward op whose gradient a backward op is for,
+    -1 where unknown.
     """
 
     name: str
@@ -47,6 +53,7 @@ class Op(NamedTuple):
     launch_us: float = 0.0
     state_bytes: int = 0
     pin: Decision | None = None
+    origin: int = -1
 
 
 class Value(NamedTuple):
@@ -74,11 +81,12 @@ class Value(NamedTuple):
 
 
 class Fixed(NamedTuple):
-    """A storage that lives from position `born` to position `dies`, both included."""
+    """A storage that lives from position `born` to position `dies`, both included. `kind` is one of `KINDS`."""
 
     born: int
     dies: int
     bytes: int
+    kind: str = "working set"
 
 
 class Move(NamedTuple):
@@ -115,7 +123,8 @@ class Program:
     """One step. Position p < len(forward) is forward op p; the backward ops follow.
 
     `moments` are the backward positions before which a copy back can be started, with the names of what tells that they have
-    come. Where `regions_hold`, the inputs of a stretch that runs as one stay to its end.
+    come. Where `regions_hold`, the inputs of a stretch that runs as one stay to its end. `resident` says what `resident_bytes`
+    are for, by kind. `modules` are the paths of the modules that the forward ops come from.
     """
 
     forward: tuple[Op, ...]
@@ -126,11 +135,13 @@ class Program:
     moments: tuple[tuple[int, str], ...] = ()
     link: Link | None = None
     regions_hold: bool = True
+    resident: tuple[tuple[str, int], ...] = ()
+    modules: tuple[str, ...] = ()
 
     @cached_property
     def fixed_table(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """`fixed` as arrays: born, dies, bytes."""
-        table = np.array(self.fixed, dtype=np.int64).reshape(-1, 3)
+        table = np.array([fixed[:3] for fixed in self.fixed], dtype=np.int64).reshape(-1, 3)
         return table[:, 0], table[:, 1], table[:, 2]
 
     def pinned(self, decision: Decision) -> frozenset[int]:
@@ -142,6 +153,11 @@ class Program:
         """Time of the step when nothing is recomputed."""
         return sum(op.cost_us for op in self.forward) + sum(op.cost_us for op in self.backward)
 
-    def name_at(self, position: int) -> str:
-        ops = self.forward if position < len(self.forward) else self.backward
-        return ops[position - (0 if position < len(self.forward) else len(self.forward))].name
+    def op_at(self, position: int) -> Op:
+        n = len(self.forward)
+        return self.forward[position] if position < n else self.backward[position - n]
+
+    def module_at(self, position: int) -> str:
+        """The module of an op, or of the one whose gradient it is for; "" where unknown."""
+        origin = position if position < len(self.forward) else self.op_at(position).origin
+        return self.modules[origin] if 0 <= origin < len(self.modules) else ""

@@ -9,9 +9,10 @@ graph; measured, this recording predicts the eager peak more closely, and it nee
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -25,6 +26,7 @@ from remat.devices import DeviceProfile
 from remat.op_times import OpTimes
 from remat.passes.aliasing import results
 from remat.passes.pinning import why_pinned
+from remat.passes.provenance import module_path
 from remat.passes.randomness import is_random
 from remat.program import HELD, Fixed, Op, Program, Value
 from remat.steps import bind, recompute_inputs
@@ -43,6 +45,15 @@ class _Storage:
     packed: int = 0
     reads: list[int] = field(default_factory=list)
     release: int = -1
+
+
+class _Kernel(NamedTuple):
+    """A backward op: `origin` is the position of the forward op whose gradient it computes."""
+
+    name: str
+    cost_us: float
+    call: Call | None
+    origin: int
 
 
 class _Token:
@@ -65,7 +76,8 @@ class _Recorder(_torch.TorchDispatchMode):
         self.storages: dict[int, _Storage] = {}
         self.all: list[_Storage] = []
         self.known: set[int] = set()
-        self.kernels: list[tuple[str, float, Call | None]] = []
+        self.kernels: list[_Kernel] = []
+        self.sequence: list[int] = []  # autograd's count after each forward op
         self.gradient_ready: dict[int, int] = {}
 
     def know(self, tensor: torch.Tensor) -> None:
@@ -79,10 +91,16 @@ class _Recorder(_torch.TorchDispatchMode):
             if _is_free(func) or not isinstance(func, torch._ops.OpOverload) or func.namespace == "prim":
                 return out
             cost = op_cost_us(func, args, kwargs, out, self.device)
-            self.kernels.append((str(func), cost, Call.of(func, args, kwargs)))
+            self.kernels.append(_Kernel(str(func), cost, Call.of(func, args, kwargs), self._origin()))
             self.position += 1
         self.note(out)
         return out
+
+    def _origin(self) -> int:
+        """The forward op whose gradient is being computed, -1 where autograd only adds gradients up."""
+        number = _torch.running_sequence_number()
+        found = -1 if number is None else bisect_right(self.sequence, number)
+        return found if found < len(self.sequence) else -1
 
     def note(self, out: Any) -> None:
         at = self.position if self.in_forward else self.position - 1
@@ -138,7 +156,7 @@ def record(
     captured: Captured,
     tensors: Sequence[torch.Tensor],
     device: DeviceProfile,
-    resident_bytes: int,
+    resident: Mapping[str, int],
     times: OpTimes | None = None,
 ) -> Program:
     """Record one training step of the captured graph.
@@ -166,8 +184,8 @@ def record(
     with fake, recorder:
         _backward(held)
     recorder.position += 1
-    recorder.kernels.append(("end of step", 0.0, None))
-    return _program(captured, nodes, recorder, costs, produced, resident_bytes, times)
+    recorder.kernels.append(_Kernel("end of step", 0.0, None, -1))
+    return _program(captured, nodes, recorder, costs, produced, resident, times)
 
 
 def _fake_like(tensor: torch.Tensor) -> torch.Tensor:
@@ -193,6 +211,7 @@ def _forward(
         call, order = bind(node)
         values = [env[source] for source in order]
         out = env[node] = call(*values)
+        recorder.sequence.append(_torch.sequence_number())
         recorder.note(out)
         recorder.watch(position, out)
         costs.append(_node_cost(node, values, out, recorder.device))
@@ -248,7 +267,7 @@ def _program(
     recorder: _Recorder,
     costs: list[tuple[float, Call | None]],
     produced: dict[fx.Node, tuple[_Storage, ...]],
-    resident_bytes: int,
+    resident: Mapping[str, int],
     times: OpTimes | None,
 ) -> Program:
     n_forward, end = len(nodes), recorder.position - 1
@@ -260,7 +279,7 @@ def _program(
     for storage in recorder.all:
         dies = end if storage.dies < 0 else storage.dies
         if storage.node is None or storage.born >= n_forward:
-            fixed.append(Fixed(storage.born, max(dies, storage.born), storage.bytes))
+            fixed.append(Fixed(storage.born, max(dies, storage.born), storage.bytes, _kind(storage, n_forward)))
             continue
         held = id(storage) in escaping
         index[id(storage)] = len(values)
@@ -292,9 +311,26 @@ def _program(
                 state_bytes=state,
             )
         ops.append(op)
-    backward = tuple(Op(name, _time_us(times, call, cost), scratch(call)) for name, cost, call in recorder.kernels)
+    backward = tuple(Op(k.name, _time_us(times, k.call, k.cost_us), scratch(k.call), origin=k.origin) for k in recorder.kernels)
     moments = tuple(sorted((ready, nodes[position].name) for position, ready in recorder.gradient_ready.items()))
-    return Program(tuple(ops), backward, tuple(values), tuple(fixed), resident_bytes, moments, recorder.device.link)
+    return Program(
+        tuple(ops),
+        backward,
+        tuple(values),
+        tuple(fixed),
+        sum(resident.values()),
+        moments,
+        recorder.device.link,
+        resident=tuple(resident.items()),
+        modules=tuple(module_path(node) for node in nodes),
+    )
+
+
+def _kind(storage: _Storage, n_forward: int) -> str:
+    """What a storage is for that is not an op's result in forward."""
+    if storage.born >= n_forward:
+        return "working set" if storage.dies >= 0 else "gradients"
+    return "activations" if storage.packed else "working set"
 
 
 def _time_us(times: OpTimes | None, call: Call | None, estimate_us: float) -> float:

@@ -27,9 +27,10 @@ def _headline(plan: Plan) -> list[str]:
     host = f", on the host {format_bytes(plan.host_bytes)}" if plan.host_bytes else ""
     stall = f", waiting for copies {plan.stall_us / step_us:.1%}" if plan.host_bytes else ""
     at = max(plan.timeline, key=lambda moment: moment.live_bytes, default=None)
-    where = f", at {at.name} ({at.phase})" if at is not None else ""
+    where = f", at {at}" if at is not None else ""
     return [
         f"budget {budget}: peak {format_bytes(plan.baseline_peak_bytes)} → {format_bytes(plan.peak_bytes)}{where}",
+        "at the peak: " + ", ".join(f"{kind} {format_bytes(size)}" for kind, size in plan.at_peak().items()),
         f"resident {format_bytes(plan.resident_bytes)}, saved for backward {format_bytes(plan.saved_bytes)}{host}; "
         f"recompute adds {plan.recompute_us / step_us:.1%} to the step{stall} (planned in {plan.planning_seconds:.2f} s)",
     ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,14 +13,20 @@ from remat import _torch
 from remat._torch import pytree
 
 
-def resident_bytes(inputs: Sequence[torch.Tensor], model: nn.Module, optimizer: torch.optim.Optimizer | None) -> int:
-    """Bytes resident during every step, each storage once.
+def resident_memory(
+    inputs: Sequence[torch.Tensor], model: nn.Module, optimizer: torch.optim.Optimizer | None
+) -> dict[str, int]:
+    """Bytes resident during every step by kind, each storage once.
 
     inputs: the tensors that one call reads. An optimizer without state yet is asked what it will hold.
     """
-    own = itertools.chain(model.parameters(), model.buffers(), inputs)
-    tensors = [t for tensor in own for t in (tensor, tensor.grad if tensor.is_leaf else None) if t is not None]
-    return _bytes(tensors) + (0 if optimizer is None else optimizer_bytes(optimizer))
+    parameters, buffers = list(model.parameters()), list(model.buffers())
+    gradients = [t.grad for t in (*parameters, *inputs) if t.is_leaf and t.grad is not None]
+    groups: dict[str, Sequence[torch.Tensor]]
+    groups = {"parameters": parameters, "buffers": buffers, "inputs": inputs, "gradients": gradients}
+    seen: set[int] = set()
+    found = {kind: _bytes(tensors, seen) for kind, tensors in groups.items()}
+    return {**found, "optimizer": 0 if optimizer is None else optimizer_bytes(optimizer)}
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -43,6 +48,10 @@ def _fake_trained(parameter: torch.Tensor) -> nn.Parameter:
     return fake
 
 
-def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+def _bytes(tensors: Iterable[torch.Tensor], seen: set[int] | None = None) -> int:
+    """Of storages not in `seen`, to which they are added."""
+    seen = set() if seen is None else seen
     storages = {_torch.storage_key(t): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
+    size = sum(size for key, size in storages.items() if key not in seen)
+    seen.update(storages)
+    return size

@@ -8,34 +8,45 @@ inputs it needs are computed then, once, and each is held until its last reader 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
 
-from remat.program import Move, Program
+import numpy as np
+
+from remat.link import Timing, Trip, timing
+from remat.program import HELD, KINDS, RESIDENT, Move, Program
 
 
-@dataclass(frozen=True)
-class Moment:
-    """One op of the replay: `phase` is "forward", "recompute" or "backward"; `live_bytes` is allocated while it runs."""
+class Moment(NamedTuple):
+    """One op of the replay: `phase` is "forward", "recompute" or "backward"; `live_bytes` is allocated while it runs, and
+    `by_kind` says for what, in the order of `KINDS`. Times are in microseconds from the start of the step. `module` made the
+    value, or the one whose gradient this is for."""
 
     phase: str
     name: str
+    module: str
     live_bytes: int
+    start_us: float
+    end_us: float
+    by_kind: tuple[int, ...]
     position: int
 
+    def __str__(self) -> str:
+        of = f" of {self.module}" if self.module else ""
+        return f"{self.name}{of} ({self.phase})"
 
-class Trip(NamedTuple):
-    """A value's way to the host and back, as indices of the schedule: made and copied out at `born`, let go of after
-    `release`, copied back from before `reload`, waited for before `use`."""
 
-    value: int
+class Span(NamedTuple):
+    """A storage's stay on the device, by indices of the schedule, both included. `value` is -1 for one that is not a value."""
+
     born: int
-    release: int
-    reload: int
-    use: int
+    dies: int
+    bytes: int
+    kind: str
+    value: int = -1
 
 
 @dataclass(frozen=True)
@@ -45,7 +56,7 @@ class Replay:
     `schedule` lists the ops in running order as (position, is it a recompute), `live_bytes` what is allocated during each.
     `saved_bytes` lie on the device between forward and backward, `host_bytes` on the host. `recompute_us` is the time added by
     computing again, `stall_us` by waiting for copies. `kept` are the values that lie on either, `trips` are in the order in
-    which backward wants them, `copies` are (value, is it the way back, start, end) in microseconds from the start of the step.
+    which backward wants them. `spans` add up to `live_bytes`, with what is resident and the scratch memory of kernels.
     """
 
     program: Program
@@ -57,7 +68,7 @@ class Replay:
     stall_us: float = 0.0
     kept: tuple[int, ...] = ()
     trips: tuple[Trip, ...] = ()
-    copies: tuple[tuple[int, bool, float, float], ...] = ()
+    spans: tuple[Span, ...] = field(default=(), repr=False)
 
     @property
     def added_us(self) -> float:
@@ -80,12 +91,38 @@ class Replay:
         return tuple(position for position, again in self.schedule if again)
 
     @cached_property
+    def timing(self) -> Timing:
+        return timing(self.program, self.schedule, self.trips)
+
+    @cached_property
     def moments(self) -> tuple[Moment, ...]:
-        n = len(self.program.forward)
+        program, n = self.program, len(self.program.forward)
         return tuple(
-            Moment("recompute" if again else "forward" if p < n else "backward", self.program.name_at(p), live, p)
-            for (p, again), live in zip(self.schedule, self.live_bytes, strict=True)
+            Moment(
+                "recompute" if again else "forward" if p < n else "backward",
+                program.op_at(p).name,
+                program.module_at(p),
+                live,
+                *times,
+                kinds,
+                p,
+            )
+            for (p, again), live, times, kinds in zip(
+                self.schedule, self.live_bytes, self.timing.ops, self._by_kind(), strict=True
+            )
         )
+
+    def _by_kind(self) -> list[tuple[int, ...]]:
+        """For each moment its bytes, in the order of `KINDS`."""
+        table = np.zeros((len(self.schedule) + 1, len(KINDS)), dtype=np.int64)
+        for span in self.spans:
+            table[span.born, KINDS.index(span.kind)] += span.bytes
+            table[span.dies + 1, KINDS.index(span.kind)] -= span.bytes
+        table = table.cumsum(axis=0)[:-1]
+        table[:, : len(RESIDENT)] += [dict(self.program.resident).get(kind, 0) for kind in RESIDENT]
+        table[:, KINDS.index("others")] += self.program.resident_bytes - sum(size for _, size in self.program.resident)
+        table[:, -1] += np.array(self.live_bytes, dtype=np.int64) - table.sum(axis=1)  # scratch memory of kernels
+        return list(map(tuple, table.tolist()))
 
     @property
     def peak_at(self) -> Moment:
@@ -106,36 +143,10 @@ def simulate(
     schedule = _schedule(program, drop)
     when = {position: index for index, (position, again) in enumerate(schedule) if not again}
     n_forward = len(program.forward)
-    delta = [0] * (len(schedule) + 1)
-
-    def occupy(born: int, dies: int, size: int) -> None:
-        delta[born] += size
-        delta[dies + 1] -= size
-
-    for fixed in program.fixed:
-        occupy(when[fixed.born], when[fixed.dies], fixed.bytes)
-    first_again: dict[int, int] = {}
-    last_again: dict[int, int] = {}
-    born_again: dict[int, int] = {}
-    extra = [0] * len(schedule)
-    for index, (position, again) in reversed(list(enumerate(schedule))):
-        op = program.forward[position] if position < n_forward else program.backward[position - n_forward]
-        extra[index] = op.workspace_bytes
-        if not again:
-            continue
-        read = index
-        for v in op.outputs:
-            born_again[v] = index
-            if program.values[v].passing == 0:  # computed inside each reader, which reads its inputs instead
-                release = program.values[v].release
-                read = max(read, when[release] if release >= 0 else 0, last_again.get(v, 0))
-        for v in op.inputs:
-            first_again[v] = index
-            last_again[v] = max(last_again.get(v, -1), read)
-        if op.state_bytes:  # kept since the first run, and the present state put aside meanwhile
-            occupy(when[position], index, op.state_bytes)
-            extra[index] += op.state_bytes
-    dies = [max(when.get(value.release, -1), last_again.get(v, -1)) for v, value in enumerate(program.values)]
+    spans = [Span(when[f.born], when[f.dies], f.bytes, f.kind) for f in program.fixed]
+    again = _again(program, schedule, when)
+    spans += _random_states(program, schedule, when)
+    dies = [max(when.get(value.release, -1), again.last.get(v, -1)) for v, value in enumerate(program.values)]
     kept = [v not in drop and last >= n_forward for v, last in enumerate(dies)]
     last_forward = [
         held_until(program, regions, value.op, last)
@@ -143,100 +154,80 @@ def simulate(
     ]
     trips: list[Trip] = []
     for v, value in enumerate(program.values):
+        born = when[value.op]
         move = moves.get(value.op) if kept[v] else None
         if move is not None:
-            first_use = min([first_again.get(v, len(schedule)), *(when[p] for p in value.reads)])
+            first_use = min([again.first.get(v, len(schedule)), *(when[p] for p in value.reads)])
             back = first_use if move.reload < 0 else min(first_use, when[move.reload - 1] + 1)
-            trips.append(Trip(v, when[value.op], max(when[move.release], when[last_forward[v]]), back, first_use))
-            occupy(when[value.op], trips[-1].release, value.bytes)
-            occupy(back, dies[v], value.bytes)
+            trips.append(Trip(v, born, max(when[move.release], when[last_forward[v]]), back, first_use))
+            spans.append(Span(born, trips[-1].release, value.bytes, "activations", v))
+            spans.append(Span(back, dies[v], value.bytes, "activations", v))
             continue
-        first_end = max(when[last_forward[v]], dies[v] if kept[v] else 0)
-        occupy(when[value.op], first_end, value.bytes if kept[v] else value.passing)
-        if v in born_again:
-            occupy(born_again[v], max(dies[v], born_again[v]), value.passing)
-    host_bytes = sum(program.values[trip.value].bytes for trip in trips)
-    saved_bytes = sum(value.bytes for value, stays in zip(program.values, kept, strict=True) if stays) - host_bytes
-    live = [base + size + program.resident_bytes for base, size in zip(accumulate(delta[:-1]), extra, strict=True)]
-    recomputed = [program.forward[position] for position, again in schedule if again]
-    recompute_us = sum(op.cost_us + op.launch_us for op in recomputed)
+        last = max(when[last_forward[v]], dies[v] if kept[v] else 0)
+        kind = "outputs" if value.pinned == HELD else "activations" if kept[v] else "working set"
+        spans.append(Span(born, last, value.bytes if kept[v] else value.passing, kind, v))
+        if v in again.born:
+            spans.append(Span(again.born[v], max(dies[v], again.born[v]), value.passing, "recomputed", v))
     trips.sort(key=lambda trip: trip.use)
-    stall_us, copies = _transfer(program, schedule, trips)
+    clock = timing(program, schedule, trips) if trips else None
+    recomputed = [program.forward[position] for position, is_again in schedule if is_again]
+    host_bytes = sum(program.values[trip.value].bytes for trip in trips)
     return Replay(
         program,
         tuple(schedule),
-        tuple(live),
-        saved_bytes,
-        recompute_us,
+        tuple(_live_bytes(program, schedule, spans)),
+        sum(value.bytes for value, stays in zip(program.values, kept, strict=True) if stays) - host_bytes,
+        sum(op.cost_us + op.launch_us for op in recomputed),
         host_bytes,
-        stall_us,
+        clock.lost_us if clock else 0.0,
         tuple(v for v, stays in enumerate(kept) if stays),
         tuple(trips),
-        copies,
+        tuple(spans),
     )
 
 
-def _transfer(
-    program: Program, schedule: Sequence[tuple[int, bool]], trips: Sequence[Trip]
-) -> tuple[float, tuple[tuple[int, bool, float, float], ...]]:
-    """Time lost waiting for copies, and the copies: one lane out, one lane in, each first come, first served."""
-    link = program.link
-    if not trips or link is None:
-        return 0.0, ()
-    n_forward = len(program.forward)
-    leaving, gone, coming, wanted = (_grouped(trips, at) for at in ("born", "release", "reload", "use"))
-    clock = _Clock(link.overlaps)
-    out, back = _Lane(False, link.out_us), _Lane(True, link.in_us)
-    for index, (position, again) in enumerate(schedule):
-        for trip in coming.get(index, ()):
-            back.copy(clock, trip.value, program.values[trip.value].bytes, out.ends[trip.value])
-        for trip in wanted.get(index, ()):
-            clock.wait(back.ends[trip.value])
-        op = program.forward[position] if position < n_forward else program.backward[position - n_forward]
-        clock.now += op.cost_us + (op.launch_us if again else 0.0)
-        for trip in leaving.get(index, ()):
-            out.copy(clock, trip.value, program.values[trip.value].bytes)
-        for trip in gone.get(index, ()):
-            clock.wait(out.ends[trip.value])
-    return clock.lost, tuple(sorted((*out.copies, *back.copies), key=lambda copy: copy[2]))
+class _Again(NamedTuple):
+    """Of values in recomputed ops, indices of the schedule: where each is first and last read, and where it is made."""
+
+    first: dict[int, int]
+    last: dict[int, int]
+    born: dict[int, int]
 
 
-@dataclass
-class _Clock:
-    """The time that compute has come to, and what of it was lost waiting."""
-
-    overlaps: bool
-    now: float = 0.0
-    lost: float = 0.0
-
-    def wait(self, until: float) -> None:
-        if until > self.now:
-            self.lost, self.now = self.lost + until - self.now, until
-
-
-@dataclass
-class _Lane:
-    """One way of the link: copies in order, each after the one before it."""
-
-    is_back: bool
-    copy_us: Callable[[int], float]
-    free: float = 0.0
-    ends: dict[int, float] = field(default_factory=dict)
-    copies: list[tuple[int, bool, float, float]] = field(default_factory=list)
-
-    def copy(self, clock: _Clock, value: int, size: int, after: float = 0.0) -> None:
-        start = max(clock.now, self.free, after)
-        self.free = self.ends[value] = start + self.copy_us(size)
-        self.copies.append((value, self.is_back, start, self.free))
-        if not clock.overlaps:
-            clock.wait(self.free)
+def _again(program: Program, schedule: Sequence[tuple[int, bool]], when: Mapping[int, int]) -> _Again:
+    found = _Again({}, {}, {})
+    for index, (position, is_again) in reversed(list(enumerate(schedule))):
+        if not is_again:
+            continue
+        op, read = program.forward[position], index
+        for v in op.outputs:
+            found.born[v] = index
+            if program.values[v].passing == 0:  # computed inside each reader, which reads its inputs instead
+                release = program.values[v].release
+                read = max(read, when[release] if release >= 0 else 0, found.last.get(v, 0))
+        for v in op.inputs:
+            found.first[v] = index
+            found.last[v] = max(found.last.get(v, -1), read)
+    return found
 
 
-def _grouped(trips: Sequence[Trip], at: str) -> dict[int, list[Trip]]:
-    groups: dict[int, list[Trip]] = {}
-    for trip in trips:
-        groups.setdefault(getattr(trip, at), []).append(trip)
-    return groups
+def _random_states(program: Program, schedule: Sequence[tuple[int, bool]], when: Mapping[int, int]) -> Iterator[Span]:
+    """Those of recomputed ops, from the first run to the second, and the present one, put aside meanwhile."""
+    for index, (position, is_again) in enumerate(schedule):
+        size = program.forward[position].state_bytes if is_again else 0
+        if size:
+            yield Span(when[position], index, size, "activations")
+            yield Span(index, index, size, "working set")
+
+
+def _live_bytes(program: Program, schedule: Sequence[tuple[int, bool]], spans: Sequence[Span]) -> Iterator[int]:
+    """What is allocated during each op."""
+    delta = [0] * (len(schedule) + 1)
+    for span in spans:
+        delta[span.born] += span.bytes
+        delta[span.dies + 1] -= span.bytes
+    for base, (position, _) in zip(accumulate(delta[:-1]), schedule, strict=True):
+        yield base + program.op_at(position).workspace_bytes + program.resident_bytes
 
 
 def held_until(program: Program, regions: Sequence[tuple[int, int]], op: int, reader: int) -> int:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -27,12 +27,12 @@ from remat.passes.losses import find_losses, share_losses
 from remat.passes.regions import RegionGraph, Stretch, form_regions
 from remat.passes.transfers import Transfers
 from remat.pins import Pins, check_pins, pinned
-from remat.plan import Plan
+from remat.plan import Input, Plan
 from remat.planner import Menus, Solution, frontier_solutions, make_menus, smallest_solution, solve
 from remat.policies import Policy, check_fits, check_host, check_policy, is_planned, policy_solution
 from remat.program import Move, Program
 from remat.record import record
-from remat.resident import resident_bytes
+from remat.resident import resident_memory
 from remat.simulate import simulate
 from remat.workspace import library_bytes
 
@@ -84,6 +84,8 @@ class Traced:
     profile: DeviceProfile
     fingerprint: str
     trains: frozenset[int]
+    model: str
+    inputs: tuple[Input, ...]
     again: Callable[[Captured], Traced]  # the same for another graph of the same step
 
     def planned(self, settings: Settings) -> tuple[Traced, Plan]:
@@ -170,10 +172,23 @@ class Traced:
     def _given(self, plan: Plan) -> Solution:
         """A plan made for other sizes. Raises RematError unless it was made for a range of them, and for these ops."""
         if plan.structure != self.structure:
-            raise RematError("the plan given was made for another graph (model or versions differ); plan again")
+            raise RematError(f"the plan given was made for another graph: {self.difference(plan)}; plan again")
         if plan.peak_formula is None:
-            raise RematError("the plan given was made for other sizes; plan again, or for a range of them with dynamic_shapes=")
+            raise RematError(
+                f"the plan given was made for other sizes: {self.difference(plan)}; plan again, or for a range of them with "
+                "dynamic_shapes="
+            )
         return self.decided(plan)
+
+    def difference(self, plan: Plan) -> str:
+        """In what a plan that was made for another step differs from this one."""
+        parameters = dict(self.program.resident).get("parameters", 0), plan.at_peak().get("parameters", 0)
+        pairs = [("the model", self.model, plan.model), ("bytes of parameters", *parameters)]
+        pairs += [("an input", _shown(i), _shown(j)) for i, j in zip(self.inputs, plan.inputs, strict=False)]
+        pairs += [("inputs", len(self.inputs), len(plan.inputs)), ("torch", torch.__version__, plan.torch_version)]
+        pairs += [("ops in forward", len(self.program.forward), sum(m.phase == "forward" for m in plan.timeline))]
+        found = (f"{name}: {theirs} there, {ours} here" for name, ours, theirs in pairs if ours != theirs)
+        return next(found, "the ops themselves")
 
     def decided(self, plan: Plan) -> Solution:
         """This step under the decisions of a plan made for the same ops, at whatever sizes."""
@@ -215,7 +230,9 @@ class Traced:
 
     def describe(self, menus: Menus, solution: Solution, limit: int | None, seconds: float) -> Plan:
         program, name = solution.replay.program, self.memory.name
-        return describe(self.nodes, program, menus, solution, limit, seconds, name, "eager", self.fingerprint, self.structure)
+        about = name, "eager", self.fingerprint, self.structure
+        plan = describe(self.nodes, program, menus, solution, limit, seconds, *about)
+        return dataclasses.replace(plan, model=self.model, inputs=self.inputs)
 
     def stretches(self, plan: Plan) -> list[Stretch]:
         """The regions of a plan, as names of nodes."""
@@ -270,17 +287,30 @@ def trace(
     place = next((t.device for t in tensors if t.requires_grad), torch.device("cpu"))
     profile = profile or profile_of(place)
     libraries = library_bytes(place) if profile.is_here else LIBRARY_BYTES if profile.is_gpu else 0
-    resident = resident_bytes(tensors, model, optimizer) + libraries
+    resident = {**resident_memory(tensors, model, optimizer), "libraries": libraries}
     times = op_times(place) if costs == "measured" else None
-    return _traced(captured, tensors, place, profile, resident, times)
+    return _traced(captured, type(model).__name__, _inputs(args, kwargs), tensors, place, profile, resident, times)
+
+
+def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Input, ...]:
+    found = ((f"args{pytree.keystr(path)}", leaf) for path, leaf in pytree.tree_leaves_with_path(args))
+    named = ((pytree.keystr(path)[2:].replace("']", "", 1), leaf) for path, leaf in pytree.tree_leaves_with_path(kwargs))
+    tensors = ((name, leaf) for name, leaf in (*found, *named) if isinstance(leaf, torch.Tensor))
+    return tuple(Input(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors)
+
+
+def _shown(tensor: Input) -> str:
+    return f"{tensor.name} {'x'.join(map(str, tensor.shape))} {tensor.dtype}"
 
 
 def _traced(
     captured: Captured,
+    model: str,
+    inputs: tuple[Input, ...],
     tensors: Sequence[torch.Tensor],
     place: torch.device,
     profile: DeviceProfile,
-    resident: int,
+    resident: Mapping[str, int],
     times: OpTimes | None,
 ) -> Traced:
     program = record(captured, tensors, profile, resident, times)
@@ -288,8 +318,10 @@ def _traced(
         times.save()
     text = "\n".join(f"{n.name} {n.target} {n.args} {getattr(n.meta.get('val'), 'shape', '')}" for n in captured.graph.nodes)
     fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
-    again = partial(_traced, tensors=tensors, place=place, profile=profile, resident=resident, times=times)
-    return Traced(captured, program, place, profile, fingerprint, _training(captured, tensors), again)
+    again = partial(
+        _traced, model=model, inputs=inputs, tensors=tensors, place=place, profile=profile, resident=resident, times=times
+    )
+    return Traced(captured, program, place, profile, fingerprint, _training(captured, tensors), model, inputs, again)
 
 
 def _training(captured: Captured, tensors: Sequence[torch.Tensor]) -> frozenset[int]:

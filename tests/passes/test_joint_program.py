@@ -81,7 +81,7 @@ def test_what_a_draw_and_what_is_fused_cost(
     device: DeviceProfile, mask: Decision | None, tanh_costs: bool, dtype: torch.dtype
 ) -> None:
     graph, names = dropped_out(dtype)
-    program = joint_program(graph, split_joint(graph, 1, fuses=True), device, 0, fuses=True)
+    program = joint_program(graph, split_joint(graph, 1, fuses=True), device, {}, fuses=True)
     ops = {op.name: op for op in program.forward}
     draw, comparison, tanh = (ops[name] for name in names)
     assert comparison.pin is mask

@@ -35,7 +35,7 @@ def test_a_copy_that_hides_costs_no_time() -> None:
     assert moves == {0: Move(2, 6)}  # done when c ends; back while b' runs, which takes as long
     replay = simulate(step, (), moves)
     assert replay.stall_us == 0.0
-    assert replay.copies == ((0, False, 1.0, 3.0), (0, True, 8.0, 10.0))
+    assert replay.timing.copies == ((0, False, 1.0, 3.0), (0, True, 8.0, 10.0))
     assert list(replay.live_bytes) == [100, 200, 300, 300, 300, 200, 200, 100]
 
 
@@ -45,7 +45,7 @@ def test_a_slow_link_stalls_and_the_replay_says_how_long() -> None:
     assert moves == {0: Move(3, 5), 1: Move(3, 4)}  # the second is not out when forward ends: at 9 us instead of 4
     replay = simulate(step, (), moves)
     # out: 1 to 5, 5 to 9, and forward ends at 9; back: b from 9 to 13, wanted at 13; a from 13 to 17, wanted at 15
-    assert replay.copies == ((0, False, 1.0, 5.0), (1, False, 5.0, 9.0), (1, True, 9.0, 13.0), (0, True, 13.0, 17.0))
+    assert replay.timing.copies == ((0, False, 1.0, 5.0), (1, False, 5.0, 9.0), (1, True, 9.0, 13.0), (0, True, 13.0, 17.0))
     assert replay.stall_us == 5.0 + 2.0
 
 
