@@ -6,6 +6,7 @@ The public names, on one screen:
     plan        what would be done, without doing it          measure   what a step really allocated
     frontier    the trade-off, from fastest to smallest       explain   what is saved, recomputed, and why
     fit         the largest batch or sequence for a budget
+    to_dot      a rewritten graph for Graphviz
     profile_device   measure this machine's rates, once; plans use them from then on
 """
 
@@ -18,6 +19,7 @@ from remat.measure import Measurement, measure
 from remat.plan import Activation, Block, Formula, Plan, Transfer
 from remat.program import Decision
 from remat.session import CompiledPlan
+from remat.views.dot import to_dot
 
 __version__ = "0.1.0"
 
@@ -44,4 +46,5 @@ __all__ = [
     "plan",
     "plans",
     "profile_device",
+    "to_dot",
 ]

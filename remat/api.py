@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from typing import Any
 
@@ -15,7 +14,8 @@ from remat.module import RematModule
 from remat.pins import Pins
 from remat.plan import Plan
 from remat.policies import Policy
-from remat.traced import Settings, trace
+from remat.simulate import simulate
+from remat.traced import Settings, trace, with_baseline
 
 
 def optimize(
@@ -127,9 +127,8 @@ def frontier(
     limit = resolve_budget(parse_budget(budget), traced.memory, traced.program.resident_bytes, plans[0].peak_bytes)
     other = traced.worth_sharing(plans[-1].peak_bytes, settings)
     if other is not None:
-        peak, step = plans[0].baseline_peak_bytes, plans[0].baseline_step_us
-        shared = other.frontier(settings, points)
-        plans += [dataclasses.replace(p, baseline_peak_bytes=peak, baseline_step_us=step) for p in shared]
+        everything = simulate(traced.program, ())
+        plans += [with_baseline(plan, everything) for plan in other.frontier(settings, points)]
     plans.sort(key=lambda p: (p.step_us, p.peak_bytes))
     smaller = itertools.accumulate((p.peak_bytes for p in plans), min, initial=plans[0].peak_bytes + 1)
     plans = [p for p, least in zip(plans, smaller, strict=False) if p.peak_bytes < least]

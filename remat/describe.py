@@ -61,6 +61,7 @@ def describe(
         door=door,
         fingerprint=fingerprint,
         structure=structure,
+        link=program.link,
     )
 
 
@@ -85,7 +86,7 @@ def _transfers(nodes: Sequence[fx.Node], program: Program, solution: Solution) -
 def _copies(replay: Replay) -> Iterator[PlannedCopy]:
     for copy in replay.timing.copies:
         value = replay.program.values[copy.value]
-        yield PlannedCopy(value.name, value.bytes, copy.is_back, copy.start_us, copy.end_us)
+        yield PlannedCopy(replay.program.name_of(copy.value), value.bytes, copy.is_back, copy.start_us, copy.end_us)
 
 
 def _storages(replay: Replay) -> Iterator[Storage]:
@@ -98,7 +99,7 @@ def _storages(replay: Replay) -> Iterator[Storage]:
 
     for span in replay.spans:
         position = schedule[span.born][0]
-        name = program.values[span.value].name if span.value >= 0 else program.op_at(position).name
+        name = program.name_of(span.value) if span.value >= 0 else program.op_at(position).name
         if span.bytes:
             yield Storage(name, span.kind, span.bytes, span.born, span.dies, program.module_at(position))
     for index, (position, _) in enumerate(schedule):
@@ -164,7 +165,6 @@ def activation_of(
     """Value `v` of the program in the user's words. `source`: something is recomputed from it."""
     value = program.values[v]
     outputs = program.forward[value.op].outputs
-    name = node.name if len(outputs) == 1 else f"{node.name}.{outputs.index(v)}"
     shown = node.meta.get("val")
     shown = shown if isinstance(shown, torch.Tensor) else shown[outputs.index(v)] if shown is not None else None
     cost = program.forward[value.op].cost_us
@@ -179,12 +179,13 @@ def activation_of(
     else:
         reason = value.pinned or ("others are recomputed from it" if source and not value.reads else "it fits")
     return Activation(
-        name,
+        program.name_of(v),
         str(node.target),
         tuple(shown.shape) if shown is not None else (),
         str(shown.dtype).removeprefix("torch.") if shown is not None else "",
         value.bytes,
         cost,
+        tuple(map(program.name_of, program.forward[value.op].inputs)),
         decision,
         reason,
         module_path(node),

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 import sympy
 import torch
 
 from remat.errors import RematError
-from remat.program import KINDS, Decision
+from remat.program import KINDS, Decision, Link
 from remat.simulate import Moment
 
 
@@ -21,8 +22,8 @@ from remat.simulate import Moment
 class Activation:
     """A forward value that backward reads, and what becomes of it.
 
-    bytes: of its storage. cost_us: time to compute it once. reason: why this decision. module: path of the module that made
-    it. source: file and line of the user's code.
+    bytes: of its storage. cost_us: time to compute it once. reads: the values that this takes. reason: why this decision.
+    module: path of the module that made it. source: file and line of the user's code.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Activation:
     dtype: str
     bytes: int
     cost_us: float
+    reads: tuple[str, ...]
     decision: Decision
     reason: str
     module: str
@@ -141,8 +143,9 @@ class Plan:
     tracing. `fingerprint` ties the plan to the graph it was made for, `structure` to its ops whatever their sizes. It has
     formulas if it was made with `dynamic_shapes`.
 
-    `timeline` is the step op by op, `baseline_timeline` the same with everything saved. `storages` add up to the live bytes of
-    `timeline` at each moment. Through Inductor `peak_bytes` is that of the generated code, of which they are a model.
+    `link` is the way to the host, None where none was considered. `timeline` is the step op by op, `baseline_timeline` the same
+    with everything saved; `storages` add up to the live bytes of `timeline` at each moment. Through Inductor `peak_bytes` is
+    that of the generated code, of which they are a model.
     """
 
     budget_bytes: int | None
@@ -170,6 +173,7 @@ class Plan:
     structure: str = ""
     model: str = ""
     inputs: tuple[Input, ...] = ()
+    link: Link | None = None
     torch_version: str = torch.__version__
     peak_formula: Formula | None = field(default=None, repr=False)
     step_us_formula: Formula | None = field(default=None, repr=False)
@@ -217,8 +221,44 @@ class Plan:
 
         return from_json(text)
 
+    def to_html(self, path: str | Path | None = None, frontier: Sequence[Plan] = ()) -> str:
+        """The plan as one page of HTML that needs no network, written to `path` if given.
+
+        frontier: plans to show this one among, as `remat.frontier` returns them. Raises RematError without the extra `report`.
+        """
+        from remat.views.page import to_html
+
+        return _written(to_html(self, frontier), path)
+
+    def to_trace(self, path: str | Path | None = None) -> str:
+        """The planned step as a Chrome trace for ui.perfetto.dev: compute, copies, memory. Written to `path` if given."""
+        from remat.views.trace import to_trace
+
+        return _written(to_trace(self), path)
+
+    def to_snapshot(self, path: str | Path | None = None) -> bytes:
+        """The planned step as a snapshot for pytorch.org/memory_viz, a pickle. Written to `path` if given."""
+        from remat.views.snapshot import to_snapshot
+
+        found = to_snapshot(self)
+        if path is not None:
+            Path(path).write_bytes(found)
+        return found
+
+    def _repr_html_(self) -> str:
+        """The headline and the timeline, for notebooks; the table as text without the extra `report`."""
+        from remat.report import notebook
+
+        return notebook(self)
+
     def __str__(self) -> str:
         return self.summary()
+
+
+def _written(text: str, path: str | Path | None) -> str:
+    if path is not None:
+        Path(path).write_text(text, encoding="utf-8")
+    return text
 
 
 def _needed(formula: Formula | None) -> Formula:

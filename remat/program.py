@@ -157,6 +157,11 @@ class Program:
         n = len(self.forward)
         return self.forward[position] if position < n else self.backward[position - n]
 
+    def name_of(self, v: int) -> str:
+        """What value `v` is called: its op, with a number where that has several results."""
+        op = self.forward[self.values[v].op]
+        return op.name if len(op.outputs) == 1 else f"{op.name}.{op.outputs.index(v)}"
+
     def module_at(self, position: int) -> str:
         """The module of an op, or of the one whose gradient it is for; "" where unknown."""
         origin = position if position < len(self.forward) else self.op_at(position).origin

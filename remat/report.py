@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Sequence
 
 from remat.budget import format_bytes
+from remat.errors import RematError
 from remat.plan import Activation, Block, Plan
 
 _INDEX = re.compile(r"\.(\d+)(?=\.|$)")
@@ -19,6 +21,16 @@ def summary(plan: Plan) -> str:
         rows.append((_title(blocks), *[""] * 7))
         rows.extend(_row(activation) for activation in blocks[0].activations)
     return "\n".join(lines + _align(rows))
+
+
+def notebook(plan: Plan) -> str:
+    """What a notebook shows of a plan."""
+    try:
+        from remat.views import charts
+    except RematError:
+        return f"<pre>{html.escape(summary(plan))}</pre>"
+    lines = "<br>".join(html.escape(line) for line in _headline(plan))
+    return f"<p>{lines}</p>{charts.svg(charts.timeline(plan))}"
 
 
 def _headline(plan: Plan) -> list[str]:

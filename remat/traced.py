@@ -33,7 +33,7 @@ from remat.policies import Policy, check_fits, check_host, check_policy, is_plan
 from remat.program import Move, Program
 from remat.record import record
 from remat.resident import resident_memory
-from remat.simulate import simulate
+from remat.simulate import Replay, simulate
 from remat.workspace import library_bytes
 
 _MUCH = 0.1  # less of the room above what is resident is not worth a second plan
@@ -93,7 +93,8 @@ class Traced:
         Raises BudgetError when neither fits."""
         if settings.plan is not None:
             return self.of(settings.plan), self.of(settings.plan).plan(settings)
-        peak = simulate(self.program, ()).peak_bytes
+        everything = simulate(self.program, ())
+        peak = everything.peak_bytes
         limit = resolve_budget(parse_budget(settings.budget), self.memory, self.program.resident_bytes, peak)
         other = self.worth_sharing(limit, settings)
         if other is None:
@@ -111,7 +112,7 @@ class Traced:
         if not found:
             raise min(errors, key=lambda error: error.minimum_bytes or 0)
         traced, plan = min(found, key=lambda pair: pair[1].step_us)
-        return traced, dataclasses.replace(plan, baseline_peak_bytes=peak, baseline_step_us=self.program.step_us)
+        return traced, with_baseline(plan, everything)
 
     def of(self, plan: Plan) -> Traced:
         """This step, or the same with its cross-entropy in shares: whichever the plan was made for."""
@@ -243,6 +244,16 @@ class Traced:
             members = self.nodes[position[first] : position[last] + 1]
             stretches.append(Stretch(tuple(n.name for n in members), with_views(members, dropped)))
         return stretches
+
+
+def with_baseline(plan: Plan, everything: Replay) -> Plan:
+    """The plan beside another step with everything saved: the same one before its loss was taken in shares."""
+    return dataclasses.replace(
+        plan,
+        baseline_peak_bytes=everything.peak_bytes,
+        baseline_step_us=everything.program.step_us,
+        baseline_timeline=everything.moments,
+    )
 
 
 def transfers_of(plan: Plan) -> Transfers:

@@ -1,0 +1,5 @@
+"""`python -m remat`: the command line."""
+
+from remat.cli import main
+
+main()

@@ -1,0 +1,114 @@
+"""Why a value of a plan is treated as it is, and what the other ways would cost; and in what two plans differ.
+
+Each alternative is this one value's alone, all other decisions as they are: the peak is read off the timeline with the value
+taken out or put in, and recompute counts its own op.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from remat.budget import format_bytes
+from remat.errors import RematError
+from remat.plan import Activation, Plan, Storage
+from remat.program import Decision
+
+_FIGURES = ("budget_bytes", "peak_bytes", "resident_bytes", "saved_bytes", "host_bytes", "recompute_us", "stall_us", "step_us")
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """What one decision for one value comes to: the step's peak, and the time it adds. `note` says what that leaves out."""
+
+    decision: Decision
+    is_chosen: bool
+    peak_bytes: int
+    added_us: float
+    note: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A value, and its alternatives. `budget_bytes` is None where there was none."""
+
+    activation: Activation
+    alternatives: tuple[Alternative, ...]
+    budget_bytes: int | None
+
+    def __str__(self) -> str:
+        a = self.activation
+        lines = [
+            f"{a.name}: {a.decision.value}, since: {a.reason}",
+            f"{a.op} of {a.module or 'the model'}, {a.source}".rstrip(", "),
+        ]
+        lines.append(
+            f"{'×'.join(map(str, a.shape))} {a.dtype}, {format_bytes(a.bytes)}, made from {', '.join(a.reads) or 'inputs'}"
+        )
+        for other in self.alternatives:
+            over = self.budget_bytes is not None and other.peak_bytes > self.budget_bytes
+            text = f"{'chosen' if other.is_chosen else '':6}  {other.decision.value:9}  peak {format_bytes(other.peak_bytes)}"
+            text += f", {other.added_us / 1e3:+.3f} ms" + (", over the budget" if over else "")
+            lines.append(text + (f" ({other.note})" if other.note else ""))
+        return "\n".join(lines)
+
+
+def explain_value(plan: Plan, name: str) -> Explanation:
+    """Why `name` is treated as it is. Raises RematError for a name that is not in the plan, with close ones."""
+    found = {a.name: a for block in plan.blocks for a in block.activations}
+    if name not in found:
+        close = difflib.get_close_matches(name, found, n=5)
+        raise RematError(f"the plan has no value {name!r}" + (f"; there are {', '.join(close)}" if close else ""))
+    activation = found[name]
+    is_there = activation.decision is Decision.SAVE
+    gap = _gap(plan, [s for s in plan.storages if s.name == name and s.kind != "gradients"], is_there)
+    live = [moment.live_bytes for moment in plan.timeline]
+    sign = -1 if is_there else 1
+    other = max(size + sign * activation.bytes * (i in gap) for i, size in enumerate(live))
+    peak = {is_there: plan.peak_bytes, not is_there: plan.peak_bytes + other - max(live)}
+    costs = {Decision.SAVE: 0.0, Decision.RECOMPUTE: activation.cost_us}
+    notes = {Decision.SAVE: "", Decision.RECOMPUTE: ""}
+    missing = [read for read in activation.reads if read in found and found[read].decision is Decision.RECOMPUTE]
+    if missing:
+        notes[Decision.RECOMPUTE] = f"besides what recomputing {', '.join(missing)} takes"
+    if plan.link is not None:
+        costs[Decision.OFFLOAD] = plan.link.out_us(activation.bytes) + plan.link.in_us(activation.bytes)
+        notes[Decision.OFFLOAD] = "both copies, if nothing hides them"
+    now = costs.get(activation.decision, 0.0)
+    options = [
+        Alternative(way, way is activation.decision, peak[way is Decision.SAVE], cost - now, notes[way])
+        for way, cost in costs.items()
+    ]
+    return Explanation(activation, tuple(options), plan.budget_bytes)
+
+
+def _gap(plan: Plan, stays: Sequence[Storage], is_there: bool) -> range:
+    """The moments at which a value is on the device only where it is saved, as far as the plan tells: those between its stays;
+    for a saved one, the rest of forward after it is made."""
+    backward = next(i for i, moment in enumerate(plan.timeline) if moment.phase != "forward")
+    if is_there:
+        return range(min((s.born + 1 for s in stays), default=backward), backward)
+    ends = [s.dies + 1 for s in stays if s.born < backward]
+    starts = [s.born for s in stays if s.born >= backward]
+    return range(min(ends, default=backward), min(starts, default=backward))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Two plans: figures of both by name, and the values that they treat differently, with both decisions."""
+
+    figures: Mapping[str, tuple[float | None, float | None]]
+    decisions: Mapping[str, tuple[str, str]]
+
+    def __bool__(self) -> bool:
+        return bool(self.decisions) or any(ours != theirs for ours, theirs in self.figures.values())
+
+
+def diff(a: Plan, b: Plan) -> Difference:
+    """In what two plans differ. "not read" stands where backward reads the value in one plan only."""
+    figures = {name: (getattr(a, name), getattr(b, name)) for name in _FIGURES}
+    ours, theirs = ({name: d.value for name, d in plan.decisions.items()} for plan in (a, b))
+    names = dict.fromkeys((*ours, *theirs))
+    pairs = {name: (ours.get(name, "not read"), theirs.get(name, "not read")) for name in names}
+    return Difference(figures, {name: pair for name, pair in pairs.items() if pair[0] != pair[1]})

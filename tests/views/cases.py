@@ -1,0 +1,22 @@
+"""Plans to look at."""
+
+from __future__ import annotations
+
+import functools
+
+import remat
+from tests.models import build, llama
+
+
+@functools.cache
+def with_recompute() -> remat.Plan:
+    """Recompute, no copies."""
+    model, kwargs = llama(layers=4)
+    return remat.plan(model.train(), (), kwargs, budget=0.5)
+
+
+@functools.cache
+def with_copies() -> remat.Plan:
+    """Both, for a device whose copies run beside compute."""
+    model, kwargs = build("gpt2")
+    return remat.plan(model, (), kwargs, budget=None, host_budget="1GiB", device="h100", policy="offload")
