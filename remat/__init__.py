@@ -6,12 +6,14 @@ The public names, on one screen:
     plan        what would be done, without doing it          measure   what a step really allocated
     frontier    the trade-off, from fastest to smallest       explain   what is saved, recomputed, and why
     fit         the largest batch or sequence for a budget
+    verify      a step beside its plan                       report    all that a bug report needs, in one file
     to_dot      a rewritten graph for Graphviz
     profile_device   measure this machine's rates, once; plans use them from then on
 """
 
 from remat.api import explain, frontier, optimize, plan
 from remat.backend import plans
+from remat.bundle import report
 from remat.devices import DeviceProfile, profile_device
 from remat.errors import BudgetError, CaptureError, RematError, RewriteError
 from remat.fit import Fit, fit
@@ -19,6 +21,7 @@ from remat.measure import Measurement, measure
 from remat.plan import Activation, Block, Formula, Plan, Transfer
 from remat.program import Decision
 from remat.session import CompiledPlan
+from remat.verify import Check, Verification, verify
 from remat.views.dot import to_dot
 
 __version__ = "0.1.0"
@@ -28,6 +31,7 @@ __all__ = [
     "Block",
     "BudgetError",
     "CaptureError",
+    "Check",
     "CompiledPlan",
     "Decision",
     "DeviceProfile",
@@ -38,6 +42,7 @@ __all__ = [
     "RematError",
     "RewriteError",
     "Transfer",
+    "Verification",
     "explain",
     "fit",
     "frontier",
@@ -46,5 +51,7 @@ __all__ = [
     "plan",
     "plans",
     "profile_device",
+    "report",
     "to_dot",
+    "verify",
 ]

@@ -35,6 +35,7 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.graph import SubgraphLowering
 from torch._inductor.virtualized import V
+from torch._logging._internal import trace_structured
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._ordered_set import OrderedSet
@@ -65,6 +66,7 @@ __all__ = [
     "TorchDispatchMode",
     "V",
     "aot_eager",
+    "backward_start_ns",
     "buffer_bytes",
     "buffer_strides",
     "clear_library_workspaces",
@@ -87,6 +89,7 @@ __all__ = [
     "outermost_module",
     "past_dynamo",
     "profiler_is_running",
+    "publish",
     "pytree",
     "reading_wrapper_code",
     "running_sequence_number",
@@ -119,14 +122,26 @@ def storage_key(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def memory_events(profile: torch.profiler.profile) -> Iterator[tuple[int, int]]:
-    """(time in ns, bytes) of each CPU allocation (positive) that a profile saw and of its release (negative), in order.
+def memory_events(profile: torch.profiler.profile, device_type: str = "cpu") -> Iterator[tuple[int, int]]:
+    """(time in ns, bytes) of each allocation (positive) that a profile saw on a device and of its release (negative), in order.
 
     Releases of what was allocated before the profile are in it only if an earlier profile saw the allocation.
     """
+    kind = DeviceType.CPU if device_type == "cpu" else DeviceType.CUDA
     events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
-    found = [event for event in events if event.name() == "[memory]" and event.device_type() == DeviceType.CPU]
+    found = [event for event in events if event.name() == "[memory]" and event.device_type() == kind]
     return ((event.start_ns(), event.nbytes()) for event in sorted(found, key=lambda event: event.start_ns()))  # type: ignore[union-attr]
+
+
+def backward_start_ns(profile: torch.profiler.profile) -> int | None:
+    """When autograd evaluated its first node; None without a backward."""
+    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    return min((e.start_ns() for e in events if e.name().startswith("autograd::engine::evaluate_function")), default=None)
+
+
+def publish(name: str, encoding: str, payload: Callable[[], str]) -> None:
+    """Write an artifact for `tlparse`, where TORCH_TRACE asks for it."""
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": encoding}, payload_fn=payload)
 
 
 def joint_graph(module: fx.GraphModule, inputs: tuple[Any, ...]) -> fx.GraphModule:

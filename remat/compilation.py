@@ -30,6 +30,7 @@ from remat.planner import Menus, Solution, fastest_solution, make_menus, smalles
 from remat.policies import check_fits, check_host, is_planned, policy_solution
 from remat.program import Program
 from remat.session import CompiledPlan, Options, Session
+from remat.table import announce
 from remat.workspace import library_bytes
 
 
@@ -178,6 +179,9 @@ class Compilation:
         plan = describe(task.halves.forward, task.program, task.menus, solution, *about)
         baseline = peak if solution is task.everything else task.everything.replay.peak_bytes
         plan = dataclasses.replace(plan, peak_bytes=peak, baseline_peak_bytes=baseline)
+        _torch.publish("remat_plan", "json", plan.to_json)
+        _torch.publish("remat_plan_table", "string", plan.summary)
+        announce(plan)
         self.session.graphs.append(CompiledPlan(plan, *self._halves, _torch.frame_id()))
 
     def _policy_solution(self, joint: fx.GraphModule, task: _Task, num_fwd_outputs: int) -> Solution:

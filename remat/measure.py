@@ -7,12 +7,13 @@ that `fn` can reach (its closure, the globals it names, modules, optimizers).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import time
 import types
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,22 +37,29 @@ class Measurement:
 def measure(fn: Callable[[], object]) -> Measurement:
     """Run `fn()` once, in place, and count what the allocator did: an accelerator's, whose peak statistics are reset first, if
     `fn` can reach a tensor there."""
-    tensors = _reachable(fn)
+    tensors = reachable(fn)
     accelerator = next((t.device for t in tensors if t.device.type not in ("cpu", "meta")), None)
     if accelerator is not None:
         return measure_accelerator(fn, accelerator)
-    resident = list({storage_key(t): t.untyped_storage() for t in tensors if t.device.type == "cpu"}.values())
     del tensors
+    with resident_storages(fn) as (total, released):
+        above, seconds = measure_cpu(fn, released)
+    return Measurement(total + above, total, seconds)
+
+
+@contextlib.contextmanager
+def resident_storages(fn: Callable[[], object]) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+    """Bytes of the CPU storages that `fn` can reach, and a list that fills with (time in ns, -bytes) of those that go."""
+    resident = list({storage_key(t): t.untyped_storage() for t in reachable(fn) if t.device.type == "cpu"}.values())
     released: list[tuple[int, int]] = []
     watches = [weakref.finalize(storage, _note, released, storage.nbytes()) for storage in resident]
     total = sum(storage.nbytes() for storage in resident)
     resident.clear()
     try:
-        above, seconds = measure_cpu(fn, released)
+        yield total, released
     finally:
         for watch in watches:
             watch.detach()
-    return Measurement(total + above, total, seconds)
 
 
 def _note(released: list[tuple[int, int]], size: int) -> None:
@@ -63,20 +71,33 @@ def measure_cpu(fn: Callable[[], object], released: Sequence[tuple[int, int]] = 
 
     released: (time in ns, -bytes) of memory that was there before and went meanwhile; `fn` may add to it.
     """
+    profile, seconds = profiled(fn)
+    return max(0, *(live for _, live in live_bytes(profile, released)), 0), seconds
+
+
+def profiled(fn: Callable[[], object]) -> tuple[torch.profiler.profile, float]:
+    """Run `fn()` under the profiler, which sees what is allocated; the profile, and wall time in seconds. What `fn` returns is
+    held to its end."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports its own start and stop on stderr otherwise
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
-    ) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
         start = time.perf_counter()
-        fn()
+        result = fn()
         seconds = time.perf_counter() - start
-    own = ((at, amount, 0) for at, amount in memory_events(profile))
-    live = before = peak = 0
-    for _, amount, gone in sorted([*own, *((at, 0, amount) for at, amount in released)], key=lambda event: event[0]):
+    del result
+    return profile, seconds
+
+
+def live_bytes(
+    profile: torch.profiler.profile, released: Sequence[tuple[int, int]] = (), device_type: str = "cpu"
+) -> Iterator[tuple[int, int]]:
+    """(time in ns, bytes allocated above the start) after each event of a profile, in order."""
+    own = ((at, amount, 0) for at, amount in memory_events(profile, device_type))
+    live = before = 0
+    for at, amount, gone in sorted([*own, *((at, 0, amount) for at, amount in released)], key=lambda event: event[0]):
         live = max(0, live + amount)  # below zero it is memory of an earlier profile that goes
         before += gone
-        peak = max(peak, live + before)
-    return peak, seconds
+        yield at, live + before
 
 
 def measure_accelerator(fn: Callable[[], object], device: torch.device) -> Measurement:
@@ -90,7 +111,8 @@ def measure_accelerator(fn: Callable[[], object], device: torch.device) -> Measu
     return Measurement(torch.accelerator.max_memory_allocated(device), resident, time.perf_counter() - start)
 
 
-def _reachable(fn: Callable[[], object]) -> list[torch.Tensor]:
+def reachable(fn: Callable[[], object]) -> list[torch.Tensor]:
+    """The tensors that `fn` can reach: through its closure, the globals it names, modules, optimizers."""
     tensors: list[torch.Tensor] = []
     seen: set[int] = set()
     stack: list[object] = [fn]

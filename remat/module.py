@@ -30,6 +30,7 @@ from remat.passes.transfers import is_mark, without_transfers
 from remat.plan import Plan
 from remat.runtime import one_step, run_region
 from remat.steps import compile_region
+from remat.table import announce
 
 log = logging.getLogger("remat")
 aten = torch.ops.aten
@@ -194,6 +195,7 @@ class RematModule(fx.GraphModule):
             if isinstance(child, Region):
                 self._modules[name] = child
         self.plan = variant.plan
+        announce(variant.plan)
         self.graph = variant.run.graph
 
     def _find(self, flat: list[Any], spec: Any) -> Variant | None:

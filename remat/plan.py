@@ -204,7 +204,7 @@ class Plan:
 
     def summary(self) -> str:
         """The plan as a table, equal blocks merged."""
-        from remat.report import summary
+        from remat.table import summary
 
         return summary(self)
 
@@ -247,7 +247,7 @@ class Plan:
 
     def _repr_html_(self) -> str:
         """The headline and the timeline, for notebooks; the table as text without the extra `report`."""
-        from remat.report import notebook
+        from remat.table import notebook
 
         return notebook(self)
 

@@ -10,7 +10,7 @@ import pytest
 
 import remat
 from remat.program import KINDS
-from remat.report import summary
+from remat.table import summary
 from tests.models import llama
 
 

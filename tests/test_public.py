@@ -17,6 +17,7 @@ def test_names() -> None:
         "Block",
         "BudgetError",
         "CaptureError",
+        "Check",
         "CompiledPlan",
         "Decision",
         "DeviceProfile",
@@ -27,6 +28,7 @@ def test_names() -> None:
         "RematError",
         "RewriteError",
         "Transfer",
+        "Verification",
         "explain",
         "fit",
         "frontier",
@@ -35,6 +37,9 @@ def test_names() -> None:
         "plan",
         "plans",
         "profile_device",
+        "report",
+        "to_dot",
+        "verify",
     ]
     assert all(hasattr(remat, name) for name in remat.__all__)
 
@@ -62,6 +67,9 @@ COMMON = (
             COMMON.replace("*, budget,", "*, budget=None,").replace("'analytic')", "'analytic', device=None, points=12)"),
         ),
         ("measure", "(fn)"),
+        ("verify", "(model_or_step, plan=None, args=(), kwargs=None)"),
+        ("report", "(model, path='remat-report.zip')"),
+        ("to_dot", "(graph)"),
         ("profile_device", "(device=None, *, again=False)"),
         ("plans", "(compiled)"),
         ("explain", "(model, args=(), kwargs=None, *, budget=None)"),
@@ -77,7 +85,7 @@ def test_a_plan_has_what_was_promised() -> None:
         "baseline_step_us", "planning_seconds", "blocks", "timeline",
     }  # fmt: skip
     assert promised <= {field.name for field in dataclasses.fields(remat.Plan)}
-    for name in ("decisions", "summary", "to_json", "from_json"):
+    for name in ("decisions", "summary", "to_json", "from_json", "to_html", "to_trace", "to_snapshot", "at_peak"):
         assert hasattr(remat.Plan, name)
 
 

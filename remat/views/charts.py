@@ -13,6 +13,7 @@ from remat.errors import RematError
 from remat.plan import Plan
 from remat.program import KINDS, Decision
 from remat.simulate import Moment
+from remat.verify import Verification
 
 try:
     import altair as alt
@@ -231,6 +232,39 @@ def _point(plan: Plan, unit: _Unit, is_chosen: bool) -> dict[str, Any]:
         "saved": format_bytes(plan.saved_bytes),
         "chosen": is_chosen,
     }
+
+
+def verification(found: Verification) -> alt.LayerChart:
+    """Predicted and measured memory over one step; each phase takes its share of the width in either."""
+    plan = found.plan
+    unit = _Unit.of(max(found.peak_bytes, plan.peak_bytes))
+    turn = next(i for i, moment in enumerate(plan.timeline) if moment.phase != "forward")
+    predicted = [(moment.start_us, moment.live_bytes) for moment in plan.timeline]
+    rows = _halves("predicted", predicted, plan.timeline[turn].start_us, plan.step_us, unit)
+    rows += _halves("measured", found.measured, found.backward_us, found.measured[-1][0], unit)
+    names = ["predicted", "measured"]
+    lines = (
+        alt.Chart(alt.Data(values=rows))
+        .mark_line(interpolate="step-after")
+        .encode(
+            x=alt.X("at:Q", title="share of forward, and of backward", axis=alt.Axis(values=[0, 0.5, 1, 1.5, 2]), scale=_TIGHT),
+            y=alt.Y("size:Q", title=f"allocated, {unit.name}"),
+            color=alt.Color("what:N", title=None, sort=names, scale=alt.Scale(domain=names, range=["#2563eb", "#ea580c"])),
+        )
+    )
+    turned = alt.Chart(alt.Data(values=[{"at": 1}])).mark_rule(strokeDash=[4, 3], color="gray").encode(x="at:Q")
+    return alt.layer(lines, turned).properties(width="container", height=240, description="Predicted and measured memory")
+
+
+def _halves(what: str, points: Sequence[tuple[float, int]], turn_us: float, end_us: float, unit: _Unit) -> list[dict[str, Any]]:
+    """A timeline with forward from 0 to 1 and backward from 1 to 2, its highest points where there are many."""
+
+    def place(us: float) -> float:
+        return us / (turn_us or 1.0) if us < turn_us else 1 + (us - turn_us) / ((end_us - turn_us) or 1.0)
+
+    placed = [(round(place(us) * COLUMNS / 2) * 2 / COLUMNS, size) for us, size in points]
+    groups = itertools.groupby(placed, key=lambda point: point[0])
+    return [{"what": what, "at": at, "size": unit(max(size for _, size in group))} for at, group in groups]
 
 
 def save(chart: Any, path: str | Path, width: int = 720) -> None:

@@ -31,6 +31,7 @@ def test_a_module_with_its_regions() -> None:
     assert "model.layers.0.mlp" in text
 
 
+@pytest.mark.usefixtures("_dynamo")
 def test_a_compiled_plan() -> None:
     model, kwargs = build("llama")
     compiled = torch.compile(model, backend="remat", options={"budget": 0.7, "compiler": "eager"})

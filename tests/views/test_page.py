@@ -16,7 +16,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 import remat
 from remat.budget import format_bytes
-from remat.report import notebook
+from remat.table import notebook
 from remat.views import charts
 from tests.models import llama
 from tests.views.cases import with_copies, with_recompute

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import html
+import logging
 import re
 from collections.abc import Sequence
 
 from remat.budget import format_bytes
 from remat.errors import RematError
 from remat.plan import Activation, Block, Plan
+
+log = logging.getLogger("remat")
 
 _INDEX = re.compile(r"\.(\d+)(?=\.|$)")
 
@@ -20,7 +23,15 @@ def summary(plan: Plan) -> str:
     for blocks in _merge(plan.blocks):
         rows.append((_title(blocks), *[""] * 7))
         rows.extend(_row(activation) for activation in blocks[0].activations)
-    return "\n".join(lines + _align(rows))
+    return "\n".join([*lines, *aligned(rows)])
+
+
+def announce(plan: Plan) -> None:
+    """Log a plan that was made: the headline as info, the table for debugging (TORCH_LOGS="remat", or "+remat")."""
+    if log.isEnabledFor(logging.DEBUG):
+        log.debug("%s", summary(plan))
+    elif log.isEnabledFor(logging.INFO):
+        log.info("%s", "\n".join(_headline(plan)))
 
 
 def notebook(plan: Plan) -> str:
@@ -99,7 +110,8 @@ def _row(activation: Activation) -> tuple[str, ...]:
     )
 
 
-def _align(rows: list[tuple[str, ...]]) -> list[str]:
+def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Rows with columns of equal width; a row with a first cell only is a title."""
     table = [row for row in rows if any(row[1:])]
     widths = [max(len(row[i]) for row in table) for i in range(len(rows[0]))]
     return [
