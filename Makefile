@@ -7,12 +7,13 @@ export KINETO_LOG_LEVEL := 99
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench gpu
+.PHONY: help setup demo test check docs bench gpu
 
 help:
 	@echo "make demo    fine-tune a small Llama with and without a byte budget, through both doors (about 3 minutes)"
 	@echo "make test    run the tests"
 	@echo "make check   ruff and mypy"
+	@echo "make docs    the documentation, into build/docs/"
 	@echo "make bench   all benchmarks that a CPU can run, printed and written to benchmarks/results/ (a night, most of it compiling)"
 	@echo "make gpu     the tests and benchmarks that need an accelerator, with the python3 that is there and no set-up"
 	@echo "make setup   only the set-up: .venv with the versions of constraints.txt"
@@ -37,6 +38,10 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: setup
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: setup
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[bench]"

@@ -37,7 +37,8 @@ def optimize(
 
     Args:
         model: in training mode, on one device. Its parameters are shared with the result, not copied.
-        args, kwargs: example inputs of one call. Without them the model is captured at its first call.
+        args: example inputs of one call, as given by position. Without inputs the model is captured at its first call.
+        kwargs: those given by name.
         budget: peak of memory allocated on the device during forward and backward, resident memory included: bytes as an
             int, "24GiB" / "24GB", "80%" of the device, a float in (0, 1] (that share of the unoptimized step's peak above
             what is resident), "auto" (what the device has free), or None (the fastest plan).

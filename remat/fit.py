@@ -67,13 +67,13 @@ def fit(
 ) -> Fit:
     """The largest batch (or `dim`) whose training step fits in `budget`, and the plan for it. Nothing is run.
 
+    The example inputs say where to start. Arguments not told here are as in `remat.plan`.
+
     Args:
-        model, args, kwargs: as in `remat.plan`; the example inputs say where to start.
         budget: an amount of memory: bytes, "24GiB", "80%" of the device or "auto". A share of the step itself is none.
         dim: "batch" or "seq", the first or second axis of the inputs; or a name that `dynamic_shapes` gives.
         dynamic_shapes: as in `torch.export.export`: which axes of which inputs belong to `dim`, as `Dim`s or their names.
         multiple_of: only multiples of this are tried.
-        The rest: as in `remat.plan`.
 
     Raises:
         BudgetError: not even the smallest size fits.
