@@ -1,18 +1,18 @@
 """Why a value of a plan is treated as it is, and what the other ways would cost; and in what two plans differ.
 
 Each alternative is this one value's alone, all other decisions as they are: the peak is read off the timeline with the value
-taken out or put in, and recompute counts its own op.
+taken out while it is idle, or put in, and recompute counts its own op.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from remat.budget import format_bytes
 from remat.errors import RematError
-from remat.plan import Activation, Plan, Storage
+from remat.plan import Activation, Plan
 from remat.program import Decision
 
 _FIGURES = ("budget_bytes", "peak_bytes", "resident_bytes", "saved_bytes", "host_bytes", "recompute_us", "stall_us", "step_us")
@@ -62,10 +62,10 @@ def explain_value(plan: Plan, name: str) -> Explanation:
         raise RematError(f"the plan has no value {name!r}" + (f"; there are {', '.join(close)}" if close else ""))
     activation = found[name]
     is_there = activation.decision is Decision.SAVE
-    gap = _gap(plan, [s for s in plan.storages if s.name == name and s.kind != "gradients"], is_there)
+    idle = range(*activation.idle)
     live = [moment.live_bytes for moment in plan.timeline]
     sign = -1 if is_there else 1
-    other = max(size + sign * activation.bytes * (i in gap) for i, size in enumerate(live))
+    other = max(size + sign * activation.bytes * (i in idle) for i, size in enumerate(live))
     peak = {is_there: plan.peak_bytes, not is_there: plan.peak_bytes + other - max(live)}
     costs = {Decision.SAVE: 0.0, Decision.RECOMPUTE: activation.cost_us}
     notes = {Decision.SAVE: "", Decision.RECOMPUTE: ""}
@@ -81,17 +81,6 @@ def explain_value(plan: Plan, name: str) -> Explanation:
         for way, cost in costs.items()
     ]
     return Explanation(activation, tuple(options), plan.budget_bytes)
-
-
-def _gap(plan: Plan, stays: Sequence[Storage], is_there: bool) -> range:
-    """The moments at which a value is on the device only where it is saved, as far as the plan tells: those between its stays;
-    for a saved one, the rest of forward after it is made."""
-    backward = next(i for i, moment in enumerate(plan.timeline) if moment.phase != "forward")
-    if is_there:
-        return range(min((s.born + 1 for s in stays), default=backward), backward)
-    ends = [s.dies + 1 for s in stays if s.born < backward]
-    starts = [s.born for s in stays if s.born >= backward]
-    return range(min(ends, default=backward), min(starts, default=backward))
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import fx
@@ -31,9 +32,9 @@ def describe(
 ) -> Plan:
     """Put a solution in the words of the user's model. `nodes[p]` is forward op p of `program`."""
     baseline = fastest_solution(program, menus).replay
-    kept = _read_again(program, solution)
+    kept, wanted = _read_again(program, solution), _wanted(solution.replay)
     blocks = tuple(
-        _block(index, nodes, program, solution, kept, start, stop)
+        _block(index, nodes, program, solution, kept, wanted, start, stop)
         for index, (start, stop) in enumerate(_spans(menus, solution))
         if stop > start
     )
@@ -120,12 +121,27 @@ def _read_again(program: Program, solution: Solution) -> frozenset[int]:
     return frozenset(v for p in solution.replay.recomputed for v in program.forward[p].inputs)
 
 
+def _wanted(replay: Replay) -> dict[int, int]:
+    """The moment of the timeline at which each value is first read, or made again, after forward."""
+    program, found = replay.program, dict[int, int]()
+    reads: dict[int, list[int]] = {}
+    for v, value in enumerate(program.values):
+        for position in value.reads:
+            reads.setdefault(position, []).append(v)
+    for index, (position, again) in enumerate(replay.schedule):
+        op = program.op_at(position)
+        for v in (*op.inputs, *op.outputs) if again else reads.get(position, ()):
+            found.setdefault(v, index)
+    return found
+
+
 def _block(
     index: int,
     nodes: Sequence[fx.Node],
     program: Program,
     solution: Solution,
     kept: frozenset[int],
+    wanted: Mapping[int, int],
     start: int,
     stop: int,
 ) -> Block:
@@ -138,7 +154,9 @@ def _block(
                 continue
             decision = _decision(position, solution)
             saved += value.bytes if decision is Decision.SAVE else 0
-            activations.append(activation_of(nodes[position], program, v, decision, v in kept))
+            activation = activation_of(nodes[position], program, v, decision, v in kept)
+            idle = value.last_forward + 1, wanted.get(v, value.last_forward + 1)
+            activations.append(dataclasses.replace(activation, idle=idle))
     again = [p for p in solution.replay.recomputed if start <= p < stop]
     recompute_us = sum(program.forward[p].cost_us + program.forward[p].launch_us for p in again)
     key = [(a.op, a.shape, a.dtype, a.decision) for a in activations]

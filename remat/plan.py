@@ -24,6 +24,7 @@ class Activation:
 
     bytes: of its storage. cost_us: time to compute it once. reads: the values that this takes. reason: why this decision.
     module: path of the module that made it. source: file and line of the user's code.
+    idle: the moments of the timeline, [first, last), between forward's last use of it and the next one or its recompute.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Activation:
     reason: str
     module: str
     source: str
+    idle: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
