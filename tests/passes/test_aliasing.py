@@ -86,7 +86,6 @@ def test_items_of_a_split_are_views_and_items_of_an_op_are_its_own() -> None:
         (None, 0),
         (7, 0),
     ],
-    ids=str,
 )
 def test_storage_bytes(tensor: Any, expected: int) -> None:
     assert storage_bytes(tensor) == expected
