@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from remat.budget import format_bytes
 from remat.errors import RematError
-from remat.plan import Activation, Plan
+from remat.plan import FITS, PINNED, SOURCE, Activation, Plan
 from remat.program import Decision
 
 _FIGURES = ("budget_bytes", "peak_bytes", "resident_bytes", "saved_bytes", "host_bytes", "recompute_us", "stall_us", "step_us")
@@ -55,31 +55,32 @@ class Explanation:
 
 
 def explain_value(plan: Plan, name: str) -> Explanation:
-    """Why `name` is treated as it is. Raises RematError for a name that is not in the plan, with close ones."""
+    """Why `name` is treated as it is. What can only be saved has one alternative: that one.
+
+    Raises RematError for a name that is not in the plan, with close ones.
+    """
     found = {a.name: a for block in plan.blocks for a in block.activations}
     if name not in found:
         close = difflib.get_close_matches(name, found, n=5)
         raise RematError(f"the plan has no value {name!r}" + (f"; there are {', '.join(close)}" if close else ""))
     activation = found[name]
-    is_there = activation.decision is Decision.SAVE
-    idle = range(*activation.idle)
+    decision, idle = activation.decision, range(*activation.idle)
+    if decision is Decision.SAVE and activation.reason not in (FITS, SOURCE, PINNED):
+        return Explanation(activation, (Alternative(decision, True, plan.peak_bytes, 0.0, ""),), plan.budget_bytes)
     live = [moment.live_bytes for moment in plan.timeline]
-    sign = -1 if is_there else 1
-    other = max(size + sign * activation.bytes * (i in idle) for i, size in enumerate(live))
-    peak = {is_there: plan.peak_bytes, not is_there: plan.peak_bytes + other - max(live)}
+    change = -activation.bytes if decision is Decision.SAVE else activation.bytes
+    turned = plan.peak_bytes - max(live) + max(size + change * (i in idle) for i, size in enumerate(live))
     costs = {Decision.SAVE: 0.0, Decision.RECOMPUTE: activation.cost_us}
-    notes = {Decision.SAVE: "", Decision.RECOMPUTE: ""}
     missing = [read for read in activation.reads if read in found and found[read].decision is Decision.RECOMPUTE]
-    if missing:
-        notes[Decision.RECOMPUTE] = f"besides what recomputing {', '.join(missing)} takes"
+    notes = {Decision.RECOMPUTE: f"besides what recomputing {', '.join(missing)} takes"} if missing else {}
     if plan.link is not None:
         costs[Decision.OFFLOAD] = plan.link.out_us(activation.bytes) + plan.link.in_us(activation.bytes)
         notes[Decision.OFFLOAD] = "both copies, if nothing hides them"
-    now = costs.get(activation.decision, 0.0)
-    options = [
-        Alternative(way, way is activation.decision, peak[way is Decision.SAVE], cost - now, notes[way])
-        for way, cost in costs.items()
-    ]
+    options = []
+    for way, cost in costs.items():
+        is_like_now = (way is Decision.SAVE) == (decision is Decision.SAVE)
+        peak = plan.peak_bytes if is_like_now else turned
+        options.append(Alternative(way, way is decision, peak, cost - costs.get(decision, 0.0), notes.get(way, "")))
     return Explanation(activation, tuple(options), plan.budget_bytes)
 
 

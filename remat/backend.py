@@ -56,7 +56,8 @@ remat_backend.reset = _reset  # type: ignore[attr-defined]
 def plans(compiled: Any) -> list[CompiledPlan]:
     """The plans of a model compiled with backend "remat", one per graph, with the rewritten forward and backward graphs.
 
-    Empty before its first call. Raises RematError for anything else.
+    Empty before its first call, and for a second model of the same class compiled with equal options: Dynamo runs the first
+    one's code for it. Raises RematError for anything else.
     """
     call = _torch.compile_call_of(compiled)
     if call is None or call.compiler_fn is not remat_backend:

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from remat.passes.provenance import common_module, module_path, source_line
-from remat.plan import Activation, Block, Plan, PlannedCopy, Storage, Transfer
+from remat.plan import FITS, PINNED, SOURCE, Activation, Block, Plan, PlannedCopy, Storage, Transfer
 from remat.planner import Menus, Solution, fastest_solution, without_gc
 from remat.program import Decision, Program
 from remat.simulate import Replay
@@ -187,7 +187,7 @@ def activation_of(
     shown = shown if isinstance(shown, torch.Tensor) else shown[outputs.index(v)] if shown is not None else None
     cost = program.forward[value.op].cost_us
     if program.forward[value.op].pin is not None:
-        reason = "pinned"
+        reason = PINNED
     elif decision is Decision.OFFLOAD:
         reason = f"{value.bytes / 2**20:.2f} MiB wait on the host"
     elif decision is Decision.RECOMPUTE and not value.passing:
@@ -195,7 +195,7 @@ def activation_of(
     elif decision is Decision.RECOMPUTE:
         reason = f"{cost:.0f} us to compute again frees {value.bytes / 2**20:.2f} MiB"
     else:
-        reason = value.pinned or ("others are recomputed from it" if source and not value.reads else "it fits")
+        reason = value.pinned or (SOURCE if source and not value.reads else FITS)
     return Activation(
         program.name_of(v),
         str(node.target),

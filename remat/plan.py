@@ -17,6 +17,8 @@ from remat.errors import RematError
 from remat.program import KINDS, Decision, Link
 from remat.simulate import Moment
 
+FITS, SOURCE, PINNED = "it fits", "others are recomputed from it", "pinned"  # reasons that leave a choice
+
 
 @dataclass(frozen=True)
 class Activation:

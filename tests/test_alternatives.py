@@ -9,6 +9,7 @@ from torch import nn
 
 import remat
 from remat.alternatives import diff, explain_value
+from remat.plan import FITS, SOURCE
 from remat.program import Decision
 from remat.simulate import simulate
 from remat.traced import trace
@@ -70,3 +71,14 @@ def test_plans_differ_in_figures_and_decisions() -> None:
     assert found
     assert found.figures["recompute_us"] == (plan.recompute_us, 0)
     assert found.decisions[some(Decision.RECOMPUTE)] == ("recompute", "save")
+
+
+def test_what_can_only_be_saved_has_no_alternative() -> None:
+    plan = step()[2]
+    fixed = [
+        a for block in plan.blocks for a in block.activations if a.reason not in (FITS, SOURCE) and a.decision is Decision.SAVE
+    ]
+    for activation in fixed:
+        (only,) = explain_value(plan, activation.name).alternatives
+        assert only.is_chosen
+    assert fixed
