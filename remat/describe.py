@@ -199,7 +199,7 @@ def activation_of(
     return Activation(
         program.name_of(v),
         str(node.target),
-        tuple(shown.shape) if shown is not None else (),
+        tuple(map(int, shown.shape)) if shown is not None else (),  # sizes may be symbols
         str(shown.dtype).removeprefix("torch.") if shown is not None else "",
         value.bytes,
         cost,
