@@ -12,7 +12,7 @@ from torch import nn
 import remat
 from remat.views import charts
 from tests.models import build, llama
-from tests.views.test_page import _data
+from tests.views.cases import data_of
 
 
 def module() -> tuple[Any, dict[str, Any]]:
@@ -81,7 +81,7 @@ def test_a_wrong_prediction_shows() -> None:
 def test_the_chart_has_both_timelines() -> None:
     optimized, kwargs = module()
     found = remat.verify(optimized, kwargs=kwargs)
-    rows = [row for data in _data(found.chart().to_dict()) for row in data if "what" in str(row)]
+    rows = [row for data in data_of(found.chart().to_dict()) for row in data if "what" in str(row)]
     for name, peak in (("predicted", found.plan.peak_bytes), ("measured", found.peak_bytes)):
         own = [row for row in rows if row["what"] == name]
         assert max(row["size"] for row in own) == pytest.approx(peak / 2**20, rel=1e-3)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from typing import Any
 
 import remat
 from tests.models import build, llama
@@ -20,3 +22,15 @@ def with_copies() -> remat.Plan:
     """Both, for a device whose copies run beside compute."""
     model, kwargs = build("gpt2")
     return remat.plan(model, (), kwargs, budget=None, host_budget="1GiB", device="h100", policy="offload")
+
+
+def data_of(spec: Any) -> Iterator[Any]:
+    """All rows in a chart's specification."""
+    if isinstance(spec, dict):
+        if isinstance(spec.get("values"), list):
+            yield spec["values"]
+        for value in spec.values():
+            yield from data_of(value)
+    elif isinstance(spec, list):
+        for value in spec:
+            yield from data_of(value)

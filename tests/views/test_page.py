@@ -19,7 +19,7 @@ from remat.budget import format_bytes
 from remat.table import notebook
 from remat.views import charts
 from tests.models import llama
-from tests.views.cases import with_copies, with_recompute
+from tests.views.cases import data_of, with_copies, with_recompute
 
 
 @pytest.fixture(scope="module")
@@ -196,17 +196,6 @@ def test_a_timeline_is_drawn_by_its_highest_moments() -> None:
     plan = with_recompute()
     many = tuple(m._replace(start_us=m.start_us + i * 1e-3) for m in plan.timeline for i in range(20))
     chart: Any = charts.timeline(dataclasses.replace(plan, timeline=many)).to_dict()
-    drawn = [row for data in _data(chart) for row in data if "live" in row]
+    drawn = [row for data in data_of(chart) for row in data if "live" in row]
     assert len(drawn) <= 2 * (charts.COLUMNS + 1)
     assert max(row["live"] for row in drawn) == pytest.approx(plan.peak_bytes / 2**20, rel=1e-4)
-
-
-def _data(spec: Any) -> Iterator[Any]:
-    if isinstance(spec, dict):
-        if isinstance(spec.get("values"), list):
-            yield spec["values"]
-        for value in spec.values():
-            yield from _data(value)
-    elif isinstance(spec, list):
-        for value in spec:
-            yield from _data(value)
