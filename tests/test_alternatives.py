@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import pytest
@@ -9,8 +10,7 @@ from torch import nn
 
 import remat
 from remat.alternatives import diff, explain_value
-from remat.plan import FITS, SOURCE
-from remat.program import Decision
+from remat.program import HELD, Decision
 from remat.simulate import simulate
 from remat.traced import trace
 from tests.models import llama
@@ -74,11 +74,10 @@ def test_plans_differ_in_figures_and_decisions() -> None:
 
 
 def test_what_can_only_be_saved_has_no_alternative() -> None:
-    plan = step()[2]
-    fixed = [
-        a for block in plan.blocks for a in block.activations if a.reason not in (FITS, SOURCE) and a.decision is Decision.SAVE
-    ]
-    for activation in fixed:
-        (only,) = explain_value(plan, activation.name).alternatives
-        assert only.is_chosen
-    assert fixed
+    plan, name = step()[2], some(Decision.SAVE)
+    block = next(block for block in plan.blocks if name in {a.name for a in block.activations})
+    fixed = tuple(dataclasses.replace(a, reason=HELD) if a.name == name else a for a in block.activations)
+    blocks = tuple(dataclasses.replace(b, activations=fixed) if b is block else b for b in plan.blocks)
+    (only,) = explain_value(dataclasses.replace(plan, blocks=blocks), name).alternatives
+    assert only.is_chosen
+    assert len(explain_value(plan, name).alternatives) == 3

@@ -387,7 +387,7 @@ def test_a_plan_can_be_used_again() -> None:
 
 def test_a_plan_for_another_graph_is_refused() -> None:
     model, x, module = small()
-    with pytest.raises(remat.RematError, match="other sizes: an input: .*; plan again, or for a range of them"):
+    with pytest.raises(remat.RematError, match=r"other sizes: an input: .*; plan again, or for a range of them"):
         remat.optimize(model, (x[:8],), budget=None, plan=module.plan)
     other, y = mlp(layers=3)
     with pytest.raises(remat.RematError, match="another graph"):
