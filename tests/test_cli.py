@@ -6,11 +6,13 @@ import json
 import pickle
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
+from torch import nn
 
 import remat
 from remat.cli.app import run
@@ -121,6 +123,33 @@ def test_a_function(capsys: pytest.CaptureFixture[str]) -> None:
     plan = remat.Plan.from_json(answer(capsys, "plan", "tests.cli_models:mlp", "--batch", "8", "--set", "width=32", "--json"))
     assert plan.inputs[0].shape == (8, 32)
     assert "Bilinear" in answer(capsys, "plan", "tests.cli_models:several")
+
+
+def test_timm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in: the real one brings torchvision, whose build has to be that of torch."""
+
+    def create_model(name: str, pretrained: bool) -> nn.Module:
+        if name != "tiny" or pretrained:
+            raise RuntimeError("Unknown model")
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 2))
+        model.default_cfg = {"input_size": (3, 8, 8)}  # type: ignore[assignment]
+        return model
+
+    monkeypatch.setitem(sys.modules, "timm", types.SimpleNamespace(create_model=create_model))
+    plan = remat.Plan.from_json(answer(capsys, "plan", "timm:tiny", "--batch", "3", "--json"))
+    assert plan.inputs[0].shape == (3, 3, 8, 8)
+    assert "timm does not make 'huge'" in refusal(capsys, "plan", "timm:huge")
+    assert "takes images" in refusal(capsys, "plan", "timm:tiny", "--seq", "3")
+
+
+def test_what_should_not_happen_is_told_in_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remat, "plan", lambda **_: 1 / 0)
+    assert "this should not happen: ZeroDivisionError" in refusal(capsys, "plan", "tests.cli_models:mlp", code=3)
+    monkeypatch.setenv("REMAT_TRACEBACK", "1")
+    with pytest.raises(ZeroDivisionError):
+        run(["plan", "tests.cli_models:mlp"])
 
 
 def test_frontier(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

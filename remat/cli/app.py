@@ -1,6 +1,7 @@
 """The commands. Each prints for people, or with --json one JSON value for programs; messages and progress go to stderr.
 
-Exit codes: 0 done, 1 the answer is no (nothing fits, or two plans differ), 2 the question is wrong.
+Exit codes: 0 done, 1 the answer is no (nothing fits, or two plans differ), 2 the question is wrong, 3 something
+failed that should not.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import dataclasses
 import enum
 import json
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -64,6 +66,11 @@ def run(arguments: Sequence[str]) -> int:
         return _failed(arguments, error, 2)
     except (typer.Abort, KeyboardInterrupt):
         return 130
+    except Exception as error:  # a fault of remat's, or of a library that the model comes from
+        if os.environ.get("REMAT_TRACEBACK"):
+            raise
+        hint = "REMAT_TRACEBACK=1 shows where"
+        return _failed(arguments, RematError(f"this should not happen: {type(error).__name__}: {error} ({hint})"), 3)
 
 
 def _failed(arguments: Sequence[str], error: Exception, code: int, **more: Any) -> int:

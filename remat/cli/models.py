@@ -195,6 +195,8 @@ def _from_timm(name: str, request: Request) -> tuple[nn.Module, tuple[Any, ...],
         import timm
     except ImportError as error:
         raise RematError("timm:NAME needs timm: pip install timm") from error
+    except Exception as error:  # an installation that does not fit together
+        raise RematError(f"timm cannot be imported: {_first_line(error)}") from error
     if request.seq is not None:
         raise RematError("--seq: this model takes images")
     try:
