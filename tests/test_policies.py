@@ -11,6 +11,7 @@ from torch import nn
 
 import remat
 from remat import Activation, Decision
+from remat.traced import Settings, trace
 from remat.transfer import _HostLane
 from tests.models import build, llama, mlp
 from tests.steps import Outcome, assert_same, run_step
@@ -37,14 +38,16 @@ def test_the_step_is_the_same_and_its_peak_predicted(name: str, policy: str) -> 
 
 
 @functools.cache
-def plan_of(policy: object, layers: int = 2) -> remat.Plan:
-    model, kwargs = llama(layers=layers)
+def plan_of(policy: object) -> remat.Plan:
+    model, kwargs = llama()
     return remat.plan(model.train(), (), kwargs, budget=None, policy=policy)  # type: ignore[arg-type]
 
 
 def test_what_the_rules_decide() -> None:
-    everything = plan_of("none", layers=5)
-    found = {policy: plan_of(policy, layers=5) for policy in POLICIES}
+    model, kwargs = llama(layers=5)
+    traced = trace(model.train(), (), kwargs)
+    found = {policy: traced.plan(Settings(None, policy)) for policy in POLICIES}  # type: ignore[arg-type]
+    everything = traced.plan(Settings(None, "none"))
     assert [len(found[policy].regions) for policy in ("blocks", "every-2", "sqrt", "selective")] == [5, 3, 2, 5]
     assert found["every-2"].recompute_us == pytest.approx(found["blocks"].recompute_us * 3 / 5, rel=0.01)
     assert found["selective"].recompute_us < found["blocks"].recompute_us
