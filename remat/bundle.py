@@ -15,7 +15,7 @@ from torch import fx
 
 from remat.backend import plans
 from remat.errors import RematError
-from remat.module import RematModule
+from remat.module import Region, RematModule
 from remat.passes.provenance import module_path
 from remat.plan import Plan
 from remat.views.dot import to_dot
@@ -49,8 +49,8 @@ def report(model: Any, path: str | Path = "remat-report.zip") -> Path:
 def _graphs(model: Any) -> Iterator[tuple[Plan, dict[str, fx.GraphModule], str]]:
     if isinstance(model, RematModule):
         if model.plan is not None:
-            regions = {name: child for name, child in model.named_children() if name.startswith("region_")}
-            yield model.plan, {"outer": model, **regions}, to_dot(model)  # type: ignore[dict-item]
+            regions = {name: child for name, child in model.named_children() if isinstance(child, Region)}
+            yield model.plan, {"outer": model, **regions}, to_dot(model)
         return
     for compiled in plans(model):
         yield compiled.plan, {"forward": compiled.forward, "backward": compiled.backward}, to_dot(compiled)

@@ -41,16 +41,19 @@ def measure(fn: Callable[[], object]) -> Measurement:
     accelerator = next((t.device for t in tensors if t.device.type not in ("cpu", "meta")), None)
     if accelerator is not None:
         return measure_accelerator(fn, accelerator)
-    del tensors
-    with resident_storages(fn) as (total, released):
+    with resident_storages(tensors) as (total, released):
         above, seconds = measure_cpu(fn, released)
     return Measurement(total + above, total, seconds)
 
 
 @contextlib.contextmanager
-def resident_storages(fn: Callable[[], object]) -> Iterator[tuple[int, list[tuple[int, int]]]]:
-    """Bytes of the CPU storages that `fn` can reach, and a list that fills with (time in ns, -bytes) of those that go."""
-    resident = list({storage_key(t): t.untyped_storage() for t in reachable(fn) if t.device.type == "cpu"}.values())
+def resident_storages(tensors: list[torch.Tensor]) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+    """Bytes of the CPU storages of `tensors`, and a list that fills with (time in ns, -bytes) of those that go.
+
+    The list given is emptied, so that they can.
+    """
+    resident = list({storage_key(t): t.untyped_storage() for t in tensors if t.device.type == "cpu"}.values())
+    tensors.clear()
     released: list[tuple[int, int]] = []
     watches = [weakref.finalize(storage, _note, released, storage.nbytes()) for storage in resident]
     total = sum(storage.nbytes() for storage in resident)

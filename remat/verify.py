@@ -113,9 +113,10 @@ def verify(
 
 
 def _held_against(plan: Plan, step: Callable[[], object]) -> Verification:
-    device = next((t.device for t in reachable(step) if t.device.type not in ("cpu", "meta")), torch.device("cpu"))
+    tensors = reachable(step)
+    device = next((t.device for t in tensors if t.device.type not in ("cpu", "meta")), torch.device("cpu"))
     if device.type == "cpu":
-        with resident_storages(step) as (resident, released):
+        with resident_storages(tensors) as (resident, released):
             profile, seconds = profiled(step)
     else:
         torch.accelerator.synchronize(device)

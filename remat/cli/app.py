@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
-import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -55,10 +54,10 @@ Budget = Annotated[str, typer.Option(help="24GiB, bytes, 80%, 0.4 of activations
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command; the exit code."""
-    logging.getLogger("remat").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")  # of the libraries that models come from
     try:
-        return int(app(list(arguments) or ["--help"], standalone_mode=False) or 0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the libraries that models come from
+            return int(app(list(arguments) or ["--help"], standalone_mode=False) or 0)
     except BudgetError as error:
         code = 2 if error.minimum_bytes is None else 1
         return _failed(arguments, error, code, minimum_bytes=error.minimum_bytes, where=error.where)

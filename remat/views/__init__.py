@@ -1,1 +1,1 @@
-"""Plans for the eye and for other tools: charts, a page, a memory snapshot, a trace, a graph. Needs the extra `report`."""
+"""Plans for the eye and for other tools. Charts and the page need the extra `report`; the rest needs nothing."""
