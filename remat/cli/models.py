@@ -16,7 +16,8 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,10 +126,8 @@ def _named_config(name: str, sizes: Sequence[str], data: Mapping[str, Any] | Non
     for key in given:
         if not hasattr(known, key):
             raise RematError(f"--set {key}: {type(known).__name__} has no such size")
-    try:
+    with _told(f"{type(known).__name__} does not take these sizes"):
         return mapping[name](**{**(data or {}), **given})
-    except Exception as error:  # whatever a configuration finds wrong
-        raise RematError(f"{type(known).__name__} does not take these sizes: {_first_line(error)}") from error
 
 
 def _assignment(text: str) -> tuple[str, Any]:
@@ -149,10 +148,8 @@ def _from_config(config: Any, request: Request) -> tuple[nn.Module, tuple[Any, .
     made = getattr(transformers, name, None)
     if made is None:
         raise RematError(f"transformers {transformers.__version__} has no {name}")
-    try:
+    with _told(f"{name} does not take this configuration"):
         model = made(config)
-    except Exception as error:
-        raise RematError(f"{name} does not take this configuration: {_first_line(error)}") from error
     return model, (), _inputs(model, config, request)
 
 
@@ -199,10 +196,8 @@ def _from_timm(name: str, request: Request) -> tuple[nn.Module, tuple[Any, ...],
         raise RematError(f"timm cannot be imported: {_first_line(error)}") from error
     if request.seq is not None:
         raise RematError("--seq: this model takes images")
-    try:
+    with _told(f"timm does not make {name!r}"):
         model = timm.create_model(name, pretrained=False, **dict(_assignment(text) for text in request.sizes))
-    except Exception as error:
-        raise RematError(f"timm does not make {name!r}: {_first_line(error)}") from error
     return model, (torch.zeros(request.batch or _BATCH, *model.default_cfg["input_size"]),), {}
 
 
@@ -210,10 +205,8 @@ def _from_function(name: str, request: Request) -> tuple[nn.Module, tuple[Any, .
     module_name, _, function_name = name.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")  # the folder that the command runs in
-    try:
+    with _told(f"{name} cannot be imported"):
         function = getattr(importlib.import_module(module_name), function_name)
-    except Exception as error:  # the module is the user's: anything may happen in it
-        raise RematError(f"{name} cannot be imported: {_first_line(error)}") from error
     if not callable(function):
         raise RematError(f"{name} is no function")
     options = {"batch": request.batch, "seq": request.seq, **dict(_assignment(text) for text in request.sizes)}
@@ -222,10 +215,8 @@ def _from_function(name: str, request: Request) -> tuple[nn.Module, tuple[Any, .
     for key in options:
         if key not in takes and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
             raise RematError(f"{name} takes no {key!r}, so that it cannot be set from here")
-    try:
+    with _told(f"{name} failed"):
         found = function(**options)
-    except Exception as error:
-        raise RematError(f"{name} failed: {_first_line(error)}") from error
     if not isinstance(found, tuple) or len(found) not in (2, 3) or not isinstance(found[0], nn.Module):
         raise RematError(f"{name} must return a model and its inputs: a dict, a tuple, or a tuple and a dict")
     parts = [part if isinstance(part, dict | tuple) else (part,) for part in found[1:]]
@@ -247,10 +238,8 @@ def _with_lora(model: nn.Module, text: str) -> nn.Module:
     settings: dict[str, Any] = {names[key]: value for key, value in given.items()}
     if targets:
         settings["target_modules"] = targets.split(",")
-    try:
+    with _told(f"--lora {text}"):
         adapted: Any = peft.get_peft_model(model, peft.LoraConfig(**settings))
-    except Exception as error:
-        raise RematError(f"--lora {text}: {_first_line(error)}") from error
     return adapted
 
 
@@ -267,6 +256,15 @@ def _optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer | None:
 
 def _cast(inputs: Any, dtype: torch.dtype) -> Any:
     return pytree.tree_map_only(torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, inputs)
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Turn whatever goes wrong inside, which is other people's code, into one line that says what it was about."""
+    try:
+        yield
+    except Exception as error:
+        raise RematError(f"{what}: {_first_line(error)}") from error
 
 
 def _first_line(error: BaseException) -> str:
