@@ -25,7 +25,7 @@ from torch._functorch._aot_autograd.descriptors import (
 )
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors, aot_module_simplified
 from torch._functorch.partitioners import _extract_fwd_bwd_modules
-from torch._guards import CompileContext
+from torch._guards import CompileContext, TracingContext
 from torch._inductor import config as inductor_config
 from torch._inductor import ir as inductor_ir
 from torch._inductor.choices import InductorChoices
@@ -204,6 +204,13 @@ def aot_eager(
 ) -> Callable[..., Any]:
     """AOTAutograd with our partition, the halves run by `compiler`."""
     return aot_module_simplified(gm, inputs, fw_compiler=compiler, bw_compiler=compiler, partition_fn=split)
+
+
+def forget_output_strides() -> None:
+    """Those that an earlier compilation of the same graph reported; Inductor reports them once."""
+    context = TracingContext.try_get()
+    if context is not None and context.output_strides is not None:
+        context.output_strides.clear()
 
 
 def outermost_module() -> torch.nn.Module | None:

@@ -19,6 +19,7 @@ from remat.budget import memory_of, parse_budget, resolve_budget, resolve_host_b
 from remat.describe import describe
 from remat.devices import profile_of
 from remat.errors import RematError
+from remat.generated import as_generated
 from remat.inductor import Watch, compile_graph
 from remat.ladder import Ladder
 from remat.op_times import op_times
@@ -107,7 +108,7 @@ class Compilation:
     def _peak_bytes(self, task: _Task) -> int:
         if not self._fuses:
             return self._solution.replay.peak_bytes
-        return task.program.resident_bytes + task.slack + self._watch.peak_bytes
+        return task.program.resident_bytes + task.slack + self._watch.step.peak_bytes
 
     def split(
         self,
@@ -177,8 +178,11 @@ class Compilation:
         solution, peak = self._solution, self._peak_bytes(task)
         about = task.limit, self._planning_s, str(task.device), "compiled", task.fingerprint
         plan = describe(task.halves.forward, task.program, task.menus, solution, *about)
-        baseline = peak if solution is task.everything else task.everything.replay.peak_bytes
-        plan = dataclasses.replace(plan, peak_bytes=peak, baseline_peak_bytes=baseline)
+        if self._fuses:
+            plan = as_generated(plan, solution.replay, self._watch.step, task.slack)
+            assert plan.peak_bytes == peak, "the storages of a plan add up to its peak"
+        if solution is task.everything:
+            plan = dataclasses.replace(plan, baseline_peak_bytes=peak, baseline_timeline=plan.timeline)
         _torch.publish("remat_plan", "json", plan.to_json)
         _torch.publish("remat_plan_table", "string", plan.summary)
         announce(plan)

@@ -90,14 +90,18 @@ def _copies(replay: Replay) -> Iterator[PlannedCopy]:
         yield PlannedCopy(replay.program.name_of(copy.value), value.bytes, copy.is_back, copy.start_us, copy.end_us)
 
 
-def _storages(replay: Replay) -> Iterator[Storage]:
-    """All memory of the step: what is resident, what ops make, and their scratch memory."""
-    program, schedule = replay.program, replay.schedule
+def resident_storages(program: Program, last: int) -> Iterator[Storage]:
+    """What is there from the first moment to the last."""
     resident = (*program.resident, ("others", program.resident_bytes - sum(size for _, size in program.resident)))
     for kind, size in resident:
         if size:
-            yield Storage(kind, kind, size, 0, len(schedule) - 1, "")
+            yield Storage(kind, kind, size, 0, last, "")
 
+
+def _storages(replay: Replay) -> Iterator[Storage]:
+    """All memory of the step: what is resident, what ops make, and their scratch memory."""
+    program, schedule = replay.program, replay.schedule
+    yield from resident_storages(program, len(schedule) - 1)
     for span in replay.spans:
         position = schedule[span.born][0]
         name = program.name_of(span.value) if span.value >= 0 else program.op_at(position).name
@@ -155,10 +159,11 @@ def _block(
             decision = _decision(position, solution)
             saved += value.bytes if decision is Decision.SAVE else 0
             activation = activation_of(nodes[position], program, v, decision, v in kept)
-            idle = value.last_forward + 1, wanted.get(v, value.last_forward + 1)
+            again = wanted.get(v, 0)
+            idle = min(value.last_forward + 1, again), again  # empty for one that somebody holds to the end
             activations.append(dataclasses.replace(activation, idle=idle))
-    again = [p for p in solution.replay.recomputed if start <= p < stop]
-    recompute_us = sum(program.forward[p].cost_us + program.forward[p].launch_us for p in again)
+    repeated = [p for p in solution.replay.recomputed if start <= p < stop]
+    recompute_us = sum(program.forward[p].cost_us + program.forward[p].launch_us for p in repeated)
     key = [(a.op, a.shape, a.dtype, a.decision) for a in activations]
     return Block(
         f"block_{index}",

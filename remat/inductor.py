@@ -18,6 +18,7 @@ from torch import fx
 from remat import _torch
 from remat._torch import V
 from remat.errors import RematError
+from remat.generated import GeneratedStep
 from remat.ops import OFFLOAD, RELOAD
 from remat.passes.aliasing import results
 from remat.wrapper import Memory, memory_of_inputs, run_allocations
@@ -62,7 +63,7 @@ class _Partitioner(_torch.CustomPartitionerFn):
         return self.split(gm, joint_inputs, **kwargs)
 
     def uuid(self) -> str:
-        return "remat"  # Inductor compiles the halves, in which the partition shows
+        return "remat.2"  # the partition shows in the halves, which are what is cached; the number goes up with `Memory`
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Partitioner:
         return self  # Inductor copies its whole configuration now and then
@@ -95,13 +96,10 @@ class Watch:
         self.check()
 
     @property
-    def peak_bytes(self) -> int:
-        """Peak of either half above what is resident; the model's outputs are alive while backward runs."""
-        first, second = self.forward, self.backward
-        peaks = [first.peak_bytes] if first is not None else []
-        if first is not None and second is not None:
-            peaks.append(first.returned_bytes + second.peak_bytes - second.taken_bytes)
-        return max(peaks, default=0)
+    def step(self) -> GeneratedStep:
+        """Both halves as one; what is not known yet allocates nothing."""
+        nothing = Memory(("",), ())
+        return GeneratedStep(self.forward or nothing, self.backward or nothing, self.kept)
 
 
 def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], split: Callable[..., Any], watch: Watch) -> Callable[..., Any]:
@@ -128,6 +126,7 @@ def _compile_half(module: fx.GraphModule, inputs: Sequence[Any], watch: Watch, *
     hosts = any(module.graph.find_nodes(op="call_function", target=op) for op in (OFFLOAD, RELOAD))
     order = {"reorder_for_peak_memory": False} if hosts else {}
     for config in (order, {**order, "fx_graph_cache": False}):
+        _torch.forget_output_strides()
         with _torch.inductor_config.patch(config), _torch.reading_wrapper_code(reading.read):
             code = _torch.compile_fx_inner(module, inputs, **kwargs)
         if not reading.is_done:
@@ -169,7 +168,7 @@ class _Reading:
             _, note, text = line.partition(_NOTE)
             found = json.loads(text) if note and line.startswith(("#", "//")) else {}
             if found.pop("about", None) == self._digest():
-                self._found(Memory(**{**found, "copied": tuple(found["copied"])}))
+                self._found(Memory.read(found))
                 return
 
     def _found(self, memory: Memory) -> None:

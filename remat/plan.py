@@ -148,8 +148,8 @@ class Plan:
     formulas if it was made with `dynamic_shapes`.
 
     `link` is the way to the host, None where none was considered. `timeline` is the step op by op, `baseline_timeline` the same
-    with everything saved; `storages` add up to the live bytes of `timeline` at each moment. Through Inductor `peak_bytes` is
-    that of the generated code, of which they are a model.
+    with everything saved; `storages` add up to the live bytes of `timeline` at each moment. Through Inductor both are of the
+    generated code, with a moment for each allocation.
     """
 
     budget_bytes: int | None

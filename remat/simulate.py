@@ -8,7 +8,7 @@ inputs it needs are computed then, once, and each is held until its last reader 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -32,7 +32,6 @@ class Moment(NamedTuple):
     start_us: float
     end_us: float
     by_kind: tuple[int, ...]
-    position: int
 
     def __str__(self) -> str:
         of = f" of {self.module}" if self.module else ""
@@ -105,7 +104,6 @@ class Replay:
                 live,
                 *times,
                 kinds,
-                p,
             )
             for (p, again), live, times, kinds in zip(
                 self.schedule, self.live_bytes, self.timing.ops, self._by_kind(), strict=True
@@ -114,11 +112,7 @@ class Replay:
 
     def _by_kind(self) -> list[tuple[int, ...]]:
         """For each moment its bytes, in the order of `KINDS`."""
-        table = np.zeros((len(self.schedule) + 1, len(KINDS)), dtype=np.int64)
-        for span in self.spans:
-            table[span.born, KINDS.index(span.kind)] += span.bytes
-            table[span.dies + 1, KINDS.index(span.kind)] -= span.bytes
-        table = table.cumsum(axis=0)[:-1]
+        table = by_kind(self.spans, len(self.schedule))
         table[:, : len(RESIDENT)] += [dict(self.program.resident).get(kind, 0) for kind in RESIDENT]
         table[:, KINDS.index("others")] += self.program.resident_bytes - sum(size for _, size in self.program.resident)
         table[:, -1] += np.array(self.live_bytes, dtype=np.int64) - table.sum(axis=1)  # scratch memory of kernels
@@ -127,6 +121,16 @@ class Replay:
     @property
     def peak_at(self) -> Moment:
         return self.moments[max(range(len(self.live_bytes)), key=self.live_bytes.__getitem__)]
+
+
+def by_kind(spans: Iterable[Span], length: int) -> np.ndarray:
+    """Bytes at each of `length` moments: a row for each, a column for each of `KINDS`."""
+    table = np.zeros((length + 1, len(KINDS)), dtype=np.int64)
+    for span in spans:
+        column = KINDS.index(span.kind)
+        table[span.born, column] += span.bytes
+        table[span.dies + 1, column] -= span.bytes
+    return table.cumsum(axis=0)[:-1]
 
 
 def simulate(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import fx
 from torch.utils import _pytree as pytree
@@ -15,28 +15,53 @@ from remat import _torch
 from remat._torch import V, inductor_ir, wrapper_code
 from remat.devices import cuda_block_bytes
 from remat.ops import OFFLOAD, RELEASE, RELOAD, WAIT
-from remat.passes.aliasing import storage_bytes
+from remat.passes.aliasing import results, storage_bytes
 from remat.workspace import Call, TensorLike, workspace_bytes
+
+
+class Allocation(NamedTuple):
+    """Memory from one moment to another, both included. `results` are those of the graph that it holds at its end."""
+
+    name: str
+    bytes: int
+    born: int
+    dies: int
+    results: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that generated code allocates: at its peak, in what it takes over from forward, and in what it returns.
+    """What the generated code of a graph allocates, and when: at the start and, for each of `moments`, for that node.
 
-    Counted are inputs that are not parameters, intermediates, outputs, and the scratch memory of foreign kernels.
+    Counted are inputs that are not parameters, intermediates, outputs, and the scratch memory of foreign kernels. Inputs are
+    there from moment 0, which has no node.
     """
 
-    peak_bytes: int
-    taken_bytes: int
-    returned_bytes: int
+    moments: tuple[str, ...]
+    allocations: tuple[Allocation, ...]
     copied: tuple[str, ...] = ()  # parameters and inputs that forward returns in another layout, as memory of its own
+
+    @classmethod
+    def read(cls, data: Mapping[str, Any]) -> Memory:
+        """From what `dataclasses.asdict` made, written as JSON and read back."""
+        allocations = tuple(
+            Allocation(name, size, born, dies, tuple(results)) for name, size, born, dies, results in data["allocations"]
+        )
+        return cls(tuple(data["moments"]), allocations, tuple(data["copied"]))
 
 
 def memory_of_inputs(module: fx.GraphModule) -> Memory:
     """That of a graph without ops."""
     placeholders = module.graph.find_nodes(op="placeholder")
-    sizes = {node.name: storage_bytes(node.meta["val"]) for node in placeholders if not _is_resident(node.name)}
-    return Memory(sum(sizes.values()), sum(size for name, size in sizes.items() if not name.startswith("tangents")), 0)
+    returned = {node for node in results(module.graph) if isinstance(node, fx.Node)}
+    return Memory(
+        ("",),
+        tuple(
+            Allocation(node.name, storage_bytes(node.meta["val"]), 0, 0, (node.name,) if node in returned else ())
+            for node in placeholders
+            if not _is_resident(node.name)
+        ),
+    )
 
 
 def _is_resident(name: str) -> bool:
@@ -48,15 +73,18 @@ class _Heap:
     """Names and the storages they stand for: a storage is freed with the last of its names."""
 
     def __init__(self) -> None:
-        self.live = self.peak = 0
-        self._storage: dict[str, str] = {}
-        self._bytes: dict[str, int] = {}
-        self._names: Counter[str] = Counter()
+        self.moments = [""]
+        self._made: list[Allocation] = []
+        self._storage: dict[str, int] = {}
+        self._names: Counter[int] = Counter()
 
-    def allocate(self, name: str, size: int) -> None:
-        self._storage[name], self._bytes[name], self._names[name] = name, size, 1
-        self.live += size
-        self.touch(0)
+    def allocate(self, name: str, size: int, node: str) -> None:
+        """At a moment of its own, unless for an input."""
+        self._storage[name] = len(self._made)
+        self._names[len(self._made)] = 1
+        if node:
+            self.moments.append(node)
+        self._made.append(Allocation(node or name, size, len(self.moments) - 1, -1))
 
     def alias(self, name: str, of: str) -> None:
         if of in self._storage:
@@ -69,13 +97,27 @@ class _Heap:
             return
         self._names[storage] -= 1
         if not self._names[storage]:
-            self.live -= self._bytes[storage]
+            self._made[storage] = self._made[storage]._replace(dies=len(self.moments) - 1)
 
-    def bytes_of(self, names: Iterable[str]) -> int:
-        return sum(self._bytes[storage] for storage in {self._storage[name] for name in names if name in self._storage})
+    def scratch(self, node: str, size: int) -> None:
+        if size:
+            self.moments.append(node)
+            now = len(self.moments) - 1
+            self._made.append(Allocation(f"scratch of {node}", size, now, now))
 
-    def touch(self, scratch: int) -> None:
-        self.peak = max(self.peak, self.live + scratch)
+    def memory(self, names: Sequence[str], buffers: Sequence[str]) -> Memory:
+        """All of it, when `buffers` are returned as the results called `names`."""
+        known: dict[int, list[str]] = {}
+        for name, buffer in zip(names, buffers, strict=True):
+            if buffer in self._storage:
+                known.setdefault(self._storage[buffer], []).append(name)
+        end = len(self.moments) - 1
+        made = [
+            allocation._replace(dies=allocation.dies if allocation.dies >= 0 else end, results=tuple(known.get(i, ())))
+            for i, allocation in enumerate(self._made)
+        ]
+        fresh = (name for of in known.values() for name in of if _is_resident(name))
+        return Memory(tuple(self.moments), tuple(a for a in made if a.bytes), tuple(fresh))
 
 
 def run_allocations(
@@ -89,12 +131,11 @@ def run_allocations(
             items.setdefault(line.arg_name, []).append(V.graph.get_buffer(line.result_name))
     coming = {n: _allocated_bytes(v) for n, v in V.graph.graph_inputs.items() if n in copied or not _is_resident(n)}
     coming = {name: size for name, size in coming.items() if name not in hosted}
-    taken = sum(size for name, size in coming.items() if not name.startswith("tangents"))
     for name, size in coming.items():
-        heap.allocate(name, size)
+        heap.allocate(name, size, "")
     for line in lines:
         if isinstance(line, wrapper_code.AllocateLine):
-            heap.allocate(line.node.get_name(), _allocated_bytes(line.node))
+            heap.allocate(line.node.get_name(), _allocated_bytes(line.node), _node_name(line.node))
         elif isinstance(line, wrapper_code.ReuseLine):
             heap.alias(line.reused_as.get_name(), line.node.get_name())
             if line.delete_old:
@@ -105,7 +146,7 @@ def run_allocations(
             if not getattr(line, "is_reused", False) and line.node.get_name() not in kept:
                 heap.free(line.node.get_name())
         elif isinstance(line, wrapper_code.ExternKernelOutLine):
-            heap.touch(_scratch_bytes(line.node))
+            heap.scratch(_node_name(line.node), _scratch_bytes(line.node))
         elif isinstance(line, wrapper_code.ExternKernelAllocLine):
             op = getattr(line.node, "op_overload", None)
             if op in (RELEASE, WAIT):
@@ -116,12 +157,15 @@ def run_allocations(
                 if shared:
                     heap.alias(buffer.get_name(), shared[0])
                 else:
-                    heap.allocate(buffer.get_name(), 0 if op is OFFLOAD else _allocated_bytes(buffer))
-            heap.touch(_scratch_bytes(line.node))
-    returned = V.graph.get_output_names()
-    pairs = zip(names, returned, strict=True)
-    fresh = tuple(name for name, buffer in pairs if _is_resident(name) and heap.bytes_of([buffer]))
-    return Memory(heap.peak, taken, heap.bytes_of(returned), fresh)
+                    heap.allocate(buffer.get_name(), 0 if op is OFFLOAD else _allocated_bytes(buffer), _node_name(buffer))
+            heap.scratch(_node_name(line.node), _scratch_bytes(line.node))
+    return heap.memory(names, V.graph.get_output_names())
+
+
+def _node_name(buffer: Any) -> str:
+    """The graph's node whose result a buffer holds, or one of those that it is computed for."""
+    node = getattr(buffer, "fx_node", None) or buffer.get_origin_node() or next(reversed([*buffer.origins]), None)
+    return node.name if node is not None else buffer.get_name()
 
 
 def _allocated_bytes(buffer: Any) -> int:

@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import remat
-from remat.inductor import LocalFusion
+from remat.inductor import LocalFusion, _Reading
 from tests.models import build, llama, mlp
 from tests.steps import Outcome, assert_close_gradients, run_step
 
@@ -155,6 +155,19 @@ def test_code_from_inductors_cache_has_its_peak() -> None:
     assert counters["inductor"]["fxgraph_cache_hit"] >= 2
     assert counters["inductor"]["fxgraph_cache_miss"] == 0
     assert second.plan.peak_bytes == first.plan.peak_bytes >= outcome.peak_bytes
+    assert second.plan.storages == first.plan.storages
+
+
+def test_cached_code_that_tells_of_another_graph_is_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = mlp(dropout=0.3, rows=512)
+    expected = run_step(module := compiled(model, None), {"x": x})
+    (first,) = remat.plans(module)
+    torch._dynamo.reset()
+    monkeypatch.setattr(_Reading, "_digest", lambda _: "another")
+    outcome = run_step(module := compiled(model, None), {"x": x})
+    (second,) = remat.plans(module)
+    assert second.plan.storages == first.plan.storages
+    assert_close_gradients(outcome.gradients, expected.gradients, 1e-4)
 
 
 def test_fusion_is_ours_after_other_compilations_and_only_then(monkeypatch: pytest.MonkeyPatch) -> None:

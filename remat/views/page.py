@@ -57,11 +57,6 @@ def figures(plan: Plan) -> list[tuple[str, str, str]]:
         ("saved for backward", format_bytes(plan.saved_bytes), f"of {_all_activations(plan)} that backward reads"),
         ("recompute", f"{plan.recompute_us / 1e3:.1f} ms", f"{plan.recompute_us / step:.1%} of the step"),
     ]
-    drawn = max(moment.live_bytes for moment in plan.timeline)
-    if drawn != plan.peak_bytes:
-        found.append(
-            ("peak of the timeline below", format_bytes(drawn), "the planner's model of the code that Inductor generated")
-        )
     if plan.host_bytes:
         waits = f"{plan.stall_us / step:.1%} of the step waits for copies"
         found.append(("on the host meanwhile", format_bytes(plan.host_bytes), waits))

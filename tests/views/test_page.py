@@ -157,12 +157,6 @@ def test_ten_thousand_values(browser: Browser, tmp_path: Path) -> None:
     page.close()
 
 
-def test_a_peak_that_is_not_the_timelines_is_told() -> None:
-    plan = with_recompute()
-    assert "peak of the timeline below" not in plan.to_html()
-    assert "peak of the timeline below" in dataclasses.replace(plan, peak_bytes=plan.peak_bytes + 2**20).to_html()
-
-
 def test_names_cannot_break_out(browser: Browser, tmp_path: Path) -> None:
     plan = with_recompute()
     wild = '</script><script>document.title="broken"</script><img src=x onerror=alert(1)>'

@@ -11,10 +11,10 @@ import pytest
 
 from remat.budget import format_bytes
 from remat.program import KINDS
-from tests.views.cases import with_copies, with_recompute
+from tests.views.cases import with_copies, with_inductor, with_recompute
 
 
-@pytest.mark.parametrize("make", [with_recompute, with_copies])
+@pytest.mark.parametrize("make", [with_recompute, with_copies, with_inductor])
 def test_all_five_say_the_same(make: Any) -> None:
     plan = make()
     data = json.loads(plan.to_json())
