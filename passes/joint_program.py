@@ -9,7 +9,7 @@ arithmetic only.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,73 +87,13 @@ def joint_program(
     resident: bytes by kind. times: measured costs of ops; None: those of the device's profile.
     """
     position = {node: p for p, node in enumerate([*halves.forward, *halves.backward])}
-    n_forward, end = len(halves.forward), len(position)
-    inlined = halves.inlined
-    late = inlined - set(halves.forward)
-    readers = _storage_readers(graph, late)
-    escaping = {owner(node) for node in halves.forward_outputs}
-    grads = {owner(node) for node in halves.backward_outputs}
-    values: list[Value] = []
-    outputs: dict[int, list[int]] = {}
-    fixed: list[Fixed] = []
-    for node in (*halves.forward, *halves.backward):
-        if is_view(node) or node.target is operator.getitem or node in late:
-            continue
-        for item, requested in _storages(node):
-            size = device.allocated_bytes(requested)
-            uses = sorted(position[r] for r in readers.get(item, ()) if r in position)
-            born = position[node]
-            if born >= n_forward:
-                is_gradient = item in grads
-                dies = end if is_gradient else max([born, *uses])
-                fixed.append(Fixed(born, dies, size, "gradients" if is_gradient else "working set"))
-                continue
-            held = item in escaping
-            before = [p for p in uses if p < n_forward]
-            after = tuple(p for p in uses if p >= n_forward)
-            outputs.setdefault(born, []).append(len(values))
-            values.append(
-                Value(
-                    item.name,
-                    size,
-                    born,
-                    end if held else max([born, *before]),
-                    after,
-                    after[-1] if after else -1,
-                    HELD if held else _pin(node, fuses),
-                    0 if node in inlined else None,
-                )
-            )
-    index = {value.name: v for v, value in enumerate(values)}
-    for tangent in graph.nodes:
-        if tangent.op == "placeholder" and "tangent" in tangent.name:
-            last = max((position[r] for r in readers[tangent] if r in position), default=n_forward)
-            size = device.allocated_bytes(storage_bytes(tangent.meta.get("val")))
-            fixed.append(Fixed(n_forward, last if TANGENTS_GO else end, size))
-    fixed.append(Fixed(0, end, device.slack_bytes(largest_value(values))))
-    stored = {value.name for value in values}
-    forward = tuple(
-        _op(
-            node,
-            tuple(outputs.get(p, ())),
-            [index[name] for name in _sources(node) if name in stored],
-            device,
-            fuses,
-            node in inlined,
-            times,
-        )
-        for p, node in enumerate(halves.forward)
-    )
-    made_by = {node.meta["seq_nr"]: p for p, node in reversed(list(enumerate(halves.forward))) if "seq_nr" in node.meta}
-    backward = tuple(
-        _op(node, (), [], device, fuses, node in inlined, times)._replace(origin=made_by.get(node.meta.get("seq_nr"), -1))
-        for node in halves.backward
-    )
-    end_of_step = Op("end of step", 0.0, 0)
+    values, fixed = _lifetimes(graph, halves, position, device, fuses)
+    fixed += _tangents(graph, halves, position, device)
+    fixed.append(Fixed(0, len(position), device.slack_bytes(largest_value(values))))
     moments = tuple((position[node], node.name) for node in halves.backward)
     return Program(
-        forward,
-        (*backward, end_of_step),
+        _forward_ops(halves, values, device, fuses, times),
+        (*_backward_ops(halves, device, fuses, times), Op("end of step", 0.0, 0)),
         tuple(values),
         tuple(fixed),
         sum(resident.values()),
@@ -163,6 +103,78 @@ def joint_program(
         resident=tuple(resident.items()),
         modules=tuple(module_path(node) for node in halves.forward),
     )
+
+
+def _lifetimes(
+    graph: fx.Graph, halves: JointHalves, position: Mapping[fx.Node, int], device: DeviceProfile, fuses: bool
+) -> tuple[list[Value], list[Fixed]]:
+    """What the ops of forward make, and what those of backward make."""
+    n_forward, end = len(halves.forward), len(position)
+    late = halves.inlined - set(halves.forward)
+    readers = _storage_readers(graph, late)
+    escaping = {owner(node) for node in halves.forward_outputs}
+    grads = {owner(node) for node in halves.backward_outputs}
+    values: list[Value] = []
+    fixed: list[Fixed] = []
+    for node, born in position.items():
+        if is_view(node) or node.target is operator.getitem or node in late:
+            continue
+        for item, requested in _storages(node):
+            size = device.allocated_bytes(requested)
+            uses = sorted(position[r] for r in readers.get(item, ()) if r in position)
+            if born >= n_forward:
+                is_gradient = item in grads
+                dies = end if is_gradient else max([born, *uses])
+                fixed.append(Fixed(born, dies, size, "gradients" if is_gradient else "working set"))
+                continue
+            held = item in escaping
+            last_forward = end if held else max([born, *(p for p in uses if p < n_forward)])
+            after = tuple(p for p in uses if p >= n_forward)
+            release = after[-1] if after else -1
+            pin = HELD if held else _pin(node, fuses)
+            passing = 0 if node in halves.inlined else None
+            values.append(Value(item.name, size, born, last_forward, after, release, pin, passing))
+    return values, fixed
+
+
+def _tangents(graph: fx.Graph, halves: JointHalves, position: Mapping[fx.Node, int], device: DeviceProfile) -> Iterator[Fixed]:
+    """The gradients of the model's results, which backward starts from."""
+    n_forward, end = len(halves.forward), len(position)
+    readers = _storage_readers(graph, halves.inlined - set(halves.forward))
+    for tangent in graph.find_nodes(op="placeholder"):
+        if "tangent" in tangent.name:
+            last = max((position[r] for r in readers[tangent] if r in position), default=n_forward)
+            size = device.allocated_bytes(storage_bytes(tangent.meta.get("val")))
+            yield Fixed(n_forward, last if TANGENTS_GO else end, size)
+
+
+def _forward_ops(
+    halves: JointHalves, values: Sequence[Value], device: DeviceProfile, fuses: bool, times: OpTimes | None
+) -> tuple[Op, ...]:
+    index = {value.name: v for v, value in enumerate(values)}
+    made: dict[int, list[int]] = {}
+    for v, value in enumerate(values):
+        made.setdefault(value.op, []).append(v)
+    return tuple(
+        _op(
+            node,
+            tuple(made.get(p, ())),
+            [index[name] for name in _sources(node) if name in index],
+            device,
+            fuses,
+            node in halves.inlined,
+            times,
+        )
+        for p, node in enumerate(halves.forward)
+    )
+
+
+def _backward_ops(halves: JointHalves, device: DeviceProfile, fuses: bool, times: OpTimes | None) -> Iterator[Op]:
+    """Each with the forward op whose gradient it is for, told by autograd's sequence numbers."""
+    made_by = {node.meta["seq_nr"]: p for p, node in reversed(list(enumerate(halves.forward))) if "seq_nr" in node.meta}
+    for node in halves.backward:
+        op = _op(node, (), [], device, fuses, node in halves.inlined, times)
+        yield op._replace(origin=made_by.get(node.meta.get("seq_nr"), -1))
 
 
 def largest_value(values: Sequence[Value]) -> int:
