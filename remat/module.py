@@ -2,7 +2,8 @@
 
 It shares the original's parameters, buffers and submodules (the same objects under the same names), its signature, its
 output type and its other attributes. For each kind of call (shapes, dtypes, constants, autocast, which parameters train) it
-captures and plans once. In `eval()` or without grad it runs the original forward, since there is nothing to save.
+captures and plans once, and plans once more for a step that adds to gradients. In `eval()` or without grad it runs the original
+forward, since there is nothing to save.
 """
 
 from __future__ import annotations
@@ -13,9 +14,8 @@ import functools
 import inspect
 import logging
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx, nn
@@ -23,7 +23,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from remat._torch import pytree
 from remat.capture import Captured
-from remat.errors import RematError
+from remat.errors import BudgetError, RematError
 from remat.passes.aliasing import is_view
 from remat.passes.regions import RegionGraph
 from remat.passes.transfers import is_mark, without_transfers
@@ -115,9 +115,11 @@ def adopt(owner: nn.Module, original: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Variant:
-    """One rewritten graph: `run` takes the flat tensor inputs, and serves calls whose key is `key`."""
+    """One rewritten graph: `run` takes the flat tensor inputs, and serves calls whose key is `key`. `adds` says whether
+    gradients were there already, to which the step adds its own: that takes another plan."""
 
     key: Any
+    adds: bool
     captured: Captured
     plan: Plan
     outer: fx.Graph
@@ -125,7 +127,12 @@ class Variant:
     run: fx.GraphModule
 
 
-Build = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[Captured, Plan, fx.Graph, tuple[RegionGraph, ...]]]
+class Build(Protocol):
+    """Captures, plans and rewrites one kind of call; `captured` is what such a call was captured as before, if it was."""
+
+    def __call__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], captured: Captured | None
+    ) -> tuple[Captured, Plan, fx.Graph, tuple[RegionGraph, ...]]: ...
 
 
 class RematModule(fx.GraphModule):
@@ -177,13 +184,18 @@ class RematModule(fx.GraphModule):
         if torch.compiler.is_compiling():
             raise RematError("this module has not captured a call like this; call it once before torch.compile")
         if self._variants:
-            self._say("again", "captures and plans again: the inputs differ from those captured before")
+            self._say("again", "plans again: the inputs differ from those before, or there are gradients to add to")
         inspect.signature(self._original.forward).bind(*args, **kwargs)  # a wrong call is a TypeError, as it always was
-        captured, plan, outer, regions = self._build(self._original, args, kwargs)
-        flat, spec = flatten_call(args, kwargs)
-        variant = Variant(
-            self._key(flat, spec), captured, plan, outer, regions, _runnable(self._original, captured, outer, regions)
-        )
+        key = self._key(*flatten_call(args, kwargs))
+        known = next((variant.captured for variant in self._variants if variant.key == key), None)
+        try:
+            captured, plan, outer, regions = self._build(self._original, args, kwargs, known)
+        except BudgetError as error:
+            if self._adds():
+                error.args = (f"{error} Gradients are there already, to which this step adds.",)
+            raise
+        run = _runnable(self._original, captured, outer, regions)
+        variant = Variant(key, self._adds(), captured, plan, outer, regions, run)
         self._variants.append(variant)
         self._show(variant)
         return variant
@@ -199,8 +211,11 @@ class RematModule(fx.GraphModule):
         self.graph = variant.run.graph
 
     def _find(self, flat: list[Any], spec: Any) -> Variant | None:
-        key = self._key(flat, spec)
-        return next((variant for variant in self._variants if variant.key == key), None)
+        key, adds = self._key(flat, spec), self._adds()
+        return next((variant for variant in self._variants if variant.key == key and variant.adds == adds), None)
+
+    def _adds(self) -> bool:
+        return any(p.grad is not None for p in self._original.parameters())
 
     def _key(self, flat: list[Any], spec: Any) -> Any:
         device = _device_type(self)
@@ -229,7 +244,7 @@ class RematModule(fx.GraphModule):
         twin.__dict__["_forward_hooks"] = copy.deepcopy(self._forward_hooks, memo)
         for v in self._variants:
             run = _runnable(twin._original, v.captured, v.outer, v.regions)
-            twin._variants.append(Variant(v.key, v.captured, v.plan, v.outer, v.regions, run))
+            twin._variants.append(Variant(v.key, v.adds, v.captured, v.plan, v.outer, v.regions, run))
         if twin._variants:
             twin._show(twin._variants[-1])
         return twin

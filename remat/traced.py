@@ -66,10 +66,10 @@ class Settings:
         return self
 
     def __call__(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], captured: Captured | None = None
     ) -> tuple[Captured, Plan, fx.Graph, tuple[RegionGraph, ...]]:
-        """Capture, plan and rewrite one kind of call."""
-        traced, plan = trace(model, args, kwargs, self.optimizer, costs=self.costs).planned(self)
+        """Capture, plan and rewrite one kind of call; `captured` if it is known."""
+        traced, plan = trace(model, args, kwargs, self.optimizer, costs=self.costs, captured=captured).planned(self)
         outer, regions = form_regions(traced.captured.graph, traced.stretches(plan), transfers_of(plan))
         return traced.captured, plan, outer, regions
 
@@ -280,6 +280,7 @@ def trace(
     optimizer: torch.optim.Optimizer | None = None,
     device: str | None = None,
     costs: str = "analytic",
+    captured: Captured | None = None,
 ) -> Traced:
     """Capture one call of `model` and record its training step, as on the device it is on or on a well-known one by name.
     Allocates nothing on the device."""
@@ -291,7 +292,7 @@ def trace(
         model, args, kwargs = stand_in(model, args, kwargs)
     if not model.training:
         raise RematError("the model is in eval mode, where nothing is saved for backward; call model.train() first")
-    captured = capture(model, args, kwargs)
+    captured = captured or capture(model, args, kwargs)
     tensors = placeholder_tensors(captured, model, args, kwargs)
     if not any(t.requires_grad for t in tensors):
         raise RematError("no parameter or input requires grad, so there is no backward to plan for; unfreeze something first")

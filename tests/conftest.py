@@ -1,4 +1,5 @@
-"""Shared set-up: quiet profiler, two threads (kernels' scratch memory depends on it), a fresh Dynamo for door 2."""
+"""Shared set-up: quiet profiler, one thread (test processes run side by side, and kernels' scratch memory depends on it), a fresh
+Dynamo for door 2."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def _seeded() -> None:
     import torch
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     torch.manual_seed(0)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import remat
+from remat.program import KINDS
 from tests.models import build, llama, mlp
 from tests.steps import assert_close_gradients, assert_same_gradients, gradients_of
 
@@ -322,7 +323,8 @@ def test_gradients_of_inputs() -> None:
 
 
 def test_gradients_accumulate() -> None:
-    model, x, module = small()
+    model, x = mlp(rows=512)
+    module = remat.optimize(model, (x,), budget=0.5)
 
     def accumulated(m: nn.Module) -> dict[str, torch.Tensor]:
         m.zero_grad()
@@ -332,6 +334,29 @@ def test_gradients_accumulate() -> None:
         return {n: p.grad.clone() for n, p in m.named_parameters()}
 
     assert_close_gradients(accumulated(module), accumulated(model), 1e-6)
+
+
+def test_a_step_that_adds_to_gradients_stays_within_the_budget() -> None:
+    model, x = mlp(dropout=0.0, rows=64)
+    adding = sum(p.nbytes for p in model.parameters())
+    budget = remat.frontier(model, (x,))[-1].peak_bytes + adding
+    module = remat.optimize(model, (x,), budget=budget)
+    first = module.plan
+    module(x).backward()
+    assert remat.measure(lambda: module(x).backward()).peak_bytes <= budget
+    assert module.plan.peak_bytes <= budget
+    assert dict(zip(KINDS, module.plan.timeline[0].by_kind, strict=True))["gradients"] == adding
+    model.zero_grad()
+    module(x).backward()
+    assert len(module._variants) == 2
+    assert first.peak_bytes <= budget
+
+
+def test_a_budget_too_small_to_add_to_gradients_is_an_error() -> None:
+    _, x, module = small()
+    module(x).backward()
+    with pytest.raises(remat.BudgetError, match="Gradients are there already"):
+        module(x)
 
 
 def test_hooks_of_the_module_run() -> None:
