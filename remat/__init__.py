@@ -7,6 +7,8 @@ The public names, on one screen:
     frontier    the trade-off, from fastest to smallest       explain   what is saved, recomputed, and why
     fit         the largest batch or sequence for a budget
     verify      a step beside its plan                       report    all that a bug report needs, in one file
+    enable      a budget for a model in place (door 1); disable, plan_of
+    prepare_for_training   the same and what else fine-tuning needs, with the way back
     to_dot      a rewritten graph for Graphviz
     profile_device   measure this machine's rates, once; plans use them from then on
 """
@@ -17,8 +19,10 @@ from remat.bundle import report
 from remat.devices import DeviceProfile, profile_device
 from remat.errors import BudgetError, CaptureError, RematError, RewriteError
 from remat.fit import Fit, fit
+from remat.inplace import disable, enable, plan_of
 from remat.measure import Measurement, measure
 from remat.plan import Activation, Block, Formula, Plan, Transfer
+from remat.prepare import Preparation, prepare_for_training
 from remat.program import Decision
 from remat.session import CompiledPlan
 from remat.verify import Check, Verification, verify
@@ -39,17 +43,22 @@ __all__ = [
     "Formula",
     "Measurement",
     "Plan",
+    "Preparation",
     "RematError",
     "RewriteError",
     "Transfer",
     "Verification",
+    "disable",
+    "enable",
     "explain",
     "fit",
     "frontier",
     "measure",
     "optimize",
     "plan",
+    "plan_of",
     "plans",
+    "prepare_for_training",
     "profile_device",
     "report",
     "to_dot",

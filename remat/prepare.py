@@ -18,6 +18,7 @@ from torch import nn
 
 from remat.budget import BudgetLike
 from remat.errors import RematError
+from remat.inplace import disable, enable, trained_part
 from remat.policies import Policy
 
 log = logging.getLogger("remat")
@@ -76,22 +77,20 @@ def prepare_for_training(
     Raises RematError for arguments that contradict each other, and where the model checkpoints already or is enabled already;
     nothing has been done then.
     """
-    from remat import hf  # which needs transformers
-
     if use_gradient_checkpointing is not None:
         if policy != "auto":
             raise RematError("policy= and use_gradient_checkpointing= say the same in two ways; give one of them")
         if use_gradient_checkpointing not in UNSLOTH:
             raise RematError(f"use_gradient_checkpointing={use_gradient_checkpointing!r}; there are 'unsloth', True and False")
         policy = UNSLOTH[use_gradient_checkpointing]
-    part = hf.trained_part(model)
+    part = trained_part(model)
     embeddings: Any = getattr(part, "get_output_embeddings", None)
     head: Any = embeddings() if embeddings is not None else None
     if upcast_lm_head_output and head is None:
         raise RematError(f"upcast_lm_head_output=True: {type(part).__name__} has no output embeddings")
-    hf.enable(model, budget, policy=policy, trainable_only=trainable_only, **settings)
+    enable(model, budget, policy=policy, trainable_only=trainable_only, **settings)
     found = Preparation(model)
-    found.note(f"remat: policy {policy!r}, budget {budget!r}", functools.partial(hf.disable, model))
+    found.note(f"remat: policy {policy!r}, budget {budget!r}", functools.partial(disable, model))
     if upcast_layernorm:
         _upcast_norms(part, found)
     if upcast_lm_head_output:

@@ -1,5 +1,5 @@
-"""Shared set-up: quiet profiler, one thread (test processes run side by side, and kernels' scratch memory depends on it), a fresh
-Dynamo for door 2."""
+"""Shared set-up: quiet profiler, one thread (test processes run side by side, and kernels' scratch memory depends on it), a
+fresh Dynamo for door 2."""
 
 from __future__ import annotations
 

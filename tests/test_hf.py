@@ -14,7 +14,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 import remat
-from remat.hf import RematCallback, disable, enable, plan_of
+from remat import disable, enable, plan_of
+from remat.hf import RematCallback
 from tests.steps import assert_close_gradients, gradients_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
