@@ -1,0 +1,109 @@
+"""What each of two processes does in the tests of several ranks; prints a line of JSON, or the error.
+
+torchrun --nproc-per-node 2 tests/distributed_steps.py CASE
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import remat
+from remat import distributed
+from tests.models import llama, mlp
+from tests.steps import gradients_of, loss_of
+
+
+def ddp(rank: int) -> dict[str, Any]:
+    """100 steps of DDP with one plan for both ranks, beside DDP without; and its gradients beside those of one process."""
+    torch.manual_seed(0)
+    model, kwargs = llama(layers=2)
+    both = [_rolled(kwargs, r) for r in range(dist.get_world_size())]
+    alone = [gradients_of(model, **each) for each in both]
+    budget = int(0.8 * remat.plan(model, (), both[rank], budget=None).peak_bytes)
+    plan = distributed.plan(model, (), both[rank], budget=budget)
+    plain = DistributedDataParallel(copy.deepcopy(model))
+    ours = DistributedDataParallel(remat.optimize(model, (), both[rank], budget=budget, plan=plan))
+    fired: list[str] = []
+    for name, parameter in ours.module.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: fired.append(name))
+    together = gradients_of(ours.module, **both[rank])  # not through DDP: this rank's own
+    measured = remat.measure(lambda: loss_of(ours(**both[rank]), both[rank]).backward())
+    averaged = {name: p.grad for name, p in ours.module.named_parameters() if p.grad is not None}
+    apart = max(_distance(averaged[name], sum(g[name] for g in alone) / len(alone)) for name in averaged)
+    return {
+        "own": max(_distance(together[name], alone[rank][name]) for name in together),
+        "averaged": apart,
+        "hooks": sorted({fired.count(name) for name in fired}),
+        "dropped": len(plan.dropped),
+        "plan": plan.to_json(),
+        "over": measured.peak_bytes - budget,
+        "losses": _losses(ours, both[rank]),
+        "expected": _losses(plain, both[rank]),
+    }
+
+
+def other_model(rank: int) -> dict[str, Any]:
+    """Ranks with different models."""
+    model, x = mlp(layers=2 + rank)
+    return {"plan": distributed.plan(model, (x,), budget=0.8).peak_bytes}
+
+
+def other_shape(rank: int) -> dict[str, Any]:
+    """Ranks with different inputs."""
+    model, x = mlp(rows=8 + rank)
+    return {"plan": distributed.plan(model, (x,), budget=None).peak_bytes}
+
+
+def no_room(rank: int) -> dict[str, Any]:
+    """A budget that one rank cannot meet."""
+    model, x = mlp()
+    return {"plan": distributed.plan(model, (x,), budget=1000 if rank else None).peak_bytes}
+
+
+def _rolled(kwargs: dict[str, Any], rank: int) -> dict[str, Any]:
+    ids = kwargs["input_ids"].roll(rank, 1)
+    return {"input_ids": ids, "labels": ids}
+
+
+def _distance(a: torch.Tensor, b: Any) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def _losses(model: nn.Module, kwargs: dict[str, Any]) -> list[float]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    found = []
+    for _ in range(100):
+        optimizer.zero_grad()
+        loss = loss_of(model(**kwargs), kwargs)
+        loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+    return found
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    folder, *cases = sys.argv[1:]
+    said: dict[str, Any] = {}
+    for case in cases:
+        try:
+            said[case] = globals()[case](rank)
+        except remat.RematError as error:
+            said[case] = {"error": type(error).__name__, "text": str(error)}
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(said))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Two processes, over gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import remat
+from remat import distributed
+from tests.models import mlp
+
+_ROOT = Path(__file__).parent.parent
+
+
+_CASES = ("ddp", "other_model", "other_shape", "no_room")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two ranks says of each case."""
+    folder = tmp_path_factory.mktemp("ranks")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    path = os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [*launch, "tests/distributed_steps.py", str(folder), *_CASES]
+    done = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def test_ddp_with_one_plan(ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank["ddp"] for rank in ranks)
+    assert first["plan"] == second["plan"]
+    for rank in (first, second):
+        assert rank["own"] < 1e-6
+        assert rank["averaged"] < 1e-6
+        assert rank["hooks"] == [2]  # once for each of the two steps
+        assert rank["dropped"] > 0
+        assert rank["over"] <= 0
+        assert rank["losses"] == pytest.approx(rank["expected"], rel=1e-3)
+        assert rank["losses"][-1] < 0.9 * rank["losses"][0]
+    assert first["losses"] != second["losses"]
+
+
+@pytest.mark.parametrize(
+    ("case", "error", "texts"),
+    [
+        ("other_model", "RematError", ("ranks 0 and 1 differ", "on rank 1")),
+        ("other_shape", "RematError", ("args[0] 8x32 float32", "args[0] 9x32 float32")),
+        ("no_room", "BudgetError", ("on rank 1: ", "smallest")),
+    ],
+)
+def test_a_rank_that_differs_stops_both(case: str, error: str, texts: tuple[str, ...], ranks: list[dict[str, Any]]) -> None:
+    for said in (rank[case] for rank in ranks):
+        assert said["error"] == error
+        assert all(text in said["text"] for text in texts), said["text"]
+
+
+def test_alone_it_is_an_error() -> None:
+    model, x = mlp()
+    with pytest.raises(remat.RematError, match="init_process_group"):
+        distributed.plan(model, (x,), budget=0.8)
