@@ -1,6 +1,6 @@
-"""What each of two processes does in the tests of several ranks; prints a line of JSON, or the error.
+"""What each of two processes does in the tests of several ranks: each writes what it found, or the error, as JSON.
 
-torchrun --nproc-per-node 2 tests/distributed_steps.py CASE
+torchrun --nproc-per-node 2 tests/distributed_steps.py FOLDER CASE ...
 """
 
 from __future__ import annotations
