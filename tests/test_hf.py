@@ -72,6 +72,23 @@ def test_bf16_and_evaluation_in_between(tmp_path: Path) -> None:
     assert evaluated[1] == pytest.approx(evaluated[0], rel=1e-2)
 
 
+@pytest.mark.usefixtures("_dynamo")
+def test_a_compiled_model_in_a_trainer(tmp_path: Path) -> None:
+    plain = trainer(tiny(attention_dropout=0.0), tmp_path, max_steps=5)
+    plain.train()
+    model = tiny(attention_dropout=0.0)
+    model.compile(backend="remat", options={"budget": 0.8, "compiler": "eager"})
+    ours = trainer(model, tmp_path, max_steps=5)
+    ours.train()
+    assert losses(ours) == pytest.approx(losses(plain), rel=1e-5)
+    assert list(ours.model.state_dict()) == list(plain.model.state_dict())
+
+
+def test_the_backend_of_training_arguments_is_not_ours_to_add(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="REMAT"):  # accelerate's list of backends; docs/trainers.md says what works
+        trainer(tiny(), tmp_path, torch_compile_backend="remat")
+
+
 def test_a_run_resumes_where_it_was_killed(tmp_path: Path) -> None:
     class Killed(Exception):
         pass
