@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
+import types
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +37,11 @@ def batch(rows: int = 4) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
-def trainer(model: Any, folder: Path, callbacks: Any = (), **arguments: Any) -> Trainer:
+def trainer(model: Any, folder: Path, callbacks: Any = (), kind: type[Trainer] = Trainer, **arguments: Any) -> Trainer:
     given = {"max_steps": 100, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "save_strategy": "no", **arguments}
     quiet = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "logging_steps": 1}
     settings = TrainingArguments(str(folder), **given, **quiet)
-    return Trainer(model, settings, train_dataset=_TOKENS, eval_dataset=_TOKENS[:8], callbacks=[*callbacks])
+    return kind(model, settings, train_dataset=_TOKENS, eval_dataset=_TOKENS[:8], callbacks=[*callbacks])
 
 
 def losses(run: Trainer) -> list[float]:
@@ -87,6 +89,33 @@ def test_a_compiled_model_in_a_trainer(tmp_path: Path) -> None:
 def test_the_backend_of_training_arguments_is_not_ours_to_add(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="REMAT"):  # accelerate's list of backends; docs/trainers.md says what works
         trainer(tiny(), tmp_path, torch_compile_backend="remat")
+
+
+class _OwnLoss(Trainer):
+    """Replaces the model's forward by one that calls the backbone and computes the loss, as trl's SFTTrainer does."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        original: Any = type(self.model).forward
+
+        @functools.wraps(original)
+        def forward(model: Any, input_ids: torch.Tensor, labels: torch.Tensor, **_: Any) -> dict[str, torch.Tensor]:
+            hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
+            return {"loss": nn.functional.cross_entropy(model.lm_head(hidden).flatten(0, 1), labels[:, 1:].flatten())}
+
+        self.model.forward = types.MethodType(forward, self.model)
+
+
+def test_a_trainer_with_a_loss_of_its_own(tmp_path: Path) -> None:
+    plain = trainer(tiny(), tmp_path, kind=_OwnLoss, max_steps=10)
+    plain.train()
+    callback = RematCallback(budget=0.6)
+    ours = trainer(tiny(), tmp_path, [callback], kind=_OwnLoss, max_steps=10)
+    ours.train()
+    assert losses(ours) == losses(plain)
+    assert callback.plan is not None
+    assert callback.plan.model == "LlamaModel"
+    assert callback.plan.dropped
 
 
 def test_a_run_resumes_where_it_was_killed(tmp_path: Path) -> None:
