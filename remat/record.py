@@ -270,51 +270,26 @@ def _program(
     resident: Mapping[str, int],
     times: OpTimes | None,
 ) -> Program:
-    n_forward, end = len(nodes), recorder.position - 1
-    mutated = _mutated_inputs(captured)
     escaping = {id(s) for node in captured.graph.output_node().all_input_nodes for s in produced.get(node, ())}
-    values: list[Value] = []
-    fixed: list[Fixed] = []
-    index: dict[int, int] = {}
-    for storage in recorder.all:
-        dies = end if storage.dies < 0 else storage.dies
-        if storage.node is None or storage.born >= n_forward:
-            fixed.append(Fixed(storage.born, max(dies, storage.born), storage.bytes, _kind(storage, n_forward)))
-            continue
-        held = id(storage) in escaping
-        index[id(storage)] = len(values)
-        values.append(
-            Value(
-                storage.node.name,
-                storage.bytes,
-                storage.born,
-                end if held else max(storage.last_forward, storage.born),
-                tuple(sorted(set(storage.reads))),
-                storage.release,
-                HELD if held else why_pinned(storage.node, mutated),
-            )
-        )
-    fixed.append(Fixed(0, end, recorder.device.slack_bytes(max((s.bytes for s in recorder.all), default=0))))
+    values, index, fixed = _lifetimes(recorder, len(nodes), escaping, _mutated_inputs(captured))
+    largest = max((storage.bytes for storage in recorder.all), default=0)
+    fixed.append(Fixed(0, recorder.position - 1, recorder.device.slack_bytes(largest)))
     scratch = workspace_bytes if recorder.device.is_here else scratch_bytes
-    ops = []
+    forward = []
     for position, node in enumerate(nodes):
-        own = [index[id(s)] for s in produced[node] if id(s) in index and s.born == position]
-        reads = {index[id(s)] for source in recompute_inputs(node) for s in produced.get(source, ()) if id(s) in index}
+        own = tuple(index[id(s)] for s in produced[node] if id(s) in index and s.born == position)
         cost, call = costs[position]
         op = Op(node.name, _time_us(times, call, cost), scratch(call))
         if own:
+            reads = {index[id(s)] for source in recompute_inputs(node) for s in produced.get(source, ()) if id(s) in index}
             state = _rng_state_bytes(recorder.device) if is_random(node) else 0
-            op = op._replace(
-                inputs=tuple(sorted(reads)),
-                outputs=tuple(own),
-                launch_us=recorder.device.recompute_launch_us,
-                state_bytes=state,
-            )
-        ops.append(op)
+            launch = recorder.device.recompute_launch_us
+            op = op._replace(inputs=tuple(sorted(reads)), outputs=own, launch_us=launch, state_bytes=state)
+        forward.append(op)
     backward = tuple(Op(k.name, _time_us(times, k.call, k.cost_us), scratch(k.call), origin=k.origin) for k in recorder.kernels)
     moments = tuple(sorted((ready, nodes[position].name) for position, ready in recorder.gradient_ready.items()))
     return Program(
-        tuple(ops),
+        tuple(forward),
         backward,
         tuple(values),
         tuple(fixed),
@@ -324,6 +299,29 @@ def _program(
         resident=tuple(resident.items()),
         modules=tuple(module_path(node) for node in nodes),
     )
+
+
+def _lifetimes(
+    recorder: _Recorder, n_forward: int, escaping: set[int], mutated: frozenset[fx.Node]
+) -> tuple[list[Value], dict[int, int], list[Fixed]]:
+    """What the ops of forward make, the index of each by the id of its storage, and everything else that was allocated."""
+    end = recorder.position - 1
+    values: list[Value] = []
+    index: dict[int, int] = {}
+    fixed: list[Fixed] = []
+    for storage in recorder.all:
+        born = storage.born
+        dies = end if storage.dies < 0 else storage.dies
+        if storage.node is None or born >= n_forward:
+            fixed.append(Fixed(born, max(dies, born), storage.bytes, _kind(storage, n_forward)))
+            continue
+        held = id(storage) in escaping
+        last_forward = end if held else max(storage.last_forward, born)
+        reads = tuple(sorted(set(storage.reads)))
+        pin = HELD if held else why_pinned(storage.node, mutated)
+        index[id(storage)] = len(values)
+        values.append(Value(storage.node.name, storage.bytes, born, last_forward, reads, storage.release, pin))
+    return values, index, fixed
 
 
 def _kind(storage: _Storage, n_forward: int) -> str:
