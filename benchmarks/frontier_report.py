@@ -142,11 +142,18 @@ def bars_of(races: list[Data]) -> Table:
                     f"{race['model']}: predicted order of {door}", str(len(ours)), f"{rank:.3f}", "", "Spearman ≥ 0.95"
                 )
         peers = [d["peer"]["peak_bytes"] for d in race["duels"] if family(d["peer"]["name"]) in ("ratio", "regional")]
+        peers += unreached(race)
         least = [point["peak_bytes"] for point in race["smallest"] if family(point["name"]) == "remat-compiled"]
         if peers and least:
             share = f"{min(least) / MIB:.1f} of {min(peers) / MIB:.1f} MiB"
             table.add_row(f"{race['model']}: lowest peak, of the ratio budgets'", "", share, "", "below")
     return table
+
+
+def unreached(race: Data) -> list[int]:
+    """Peaks of ratio budgets at which remat had no plan: "remat-compiled/BYTES against regional/0.0/dp" was left out."""
+    pairs = [name.split(" against ") for name in race["left_out"] if " against " in name]
+    return [int(ours.rpartition("/")[2]) for ours, peer in pairs if family(peer) in ("ratio", "regional")]
 
 
 def draw(race: Data, path: Path) -> None:
