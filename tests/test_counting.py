@@ -68,6 +68,7 @@ def test_recomputed_ops_run_once_more_and_no_others(share: float) -> None:
 def test_with_nothing_to_recompute_the_ops_are_those_of_the_original() -> None:
     model, x = mlp(layers=4)
     forward, backward = counted(model, x)
+    model.zero_grad(set_to_none=True)  # a step that adds to gradients has a plan of its own
     found_forward, found_backward = counted(remat.optimize(model, (x,), budget=None), x)
     for kernel in ("aten.mm.default", "aten.addmm.default", "aten.native_layer_norm.default", "aten.gelu.default"):
         assert found_forward[kernel] == forward[kernel]
