@@ -136,7 +136,7 @@ def test_steps_leak_nothing_and_allocate_no_new_buffers(policy: str, tier: HostT
 
 @pytest.mark.parametrize("door", [1, 2])
 @pytest.mark.usefixtures("_dynamo")
-def test_a_thousand_steps_leak_nothing(door: int, tier: HostTier) -> None:
+def test_hundreds_of_steps_leak_nothing(door: int, tier: HostTier) -> None:
     model, x = mlp(dropout=0.1)
     if door == 1:
         step_of = remat.optimize(model, (x,), budget=None, policy="offload-all")
@@ -152,11 +152,11 @@ def test_a_thousand_steps_leak_nothing(door: int, tier: HostTier) -> None:
     gc.collect()
     made, held, objects = tier.pool.made, tier.pool.bytes, len(gc.get_objects())
     assert made > 0
-    for _ in range(1000):
+    for _ in range(300):
         step()
     gc.collect()
     assert (tier.pool.made, tier.pool.bytes, tier.pool.in_use_bytes) == (made, held, 0)
-    assert len(gc.get_objects()) < objects + 1000
+    assert len(gc.get_objects()) < objects + 300
     assert remat.measure(step).peak_bytes == first
 
 
