@@ -85,6 +85,11 @@ def _check_arguments(args: TrainingArguments) -> None:
                 f"{type(args).__name__}({name}=True) checkpoints already, which remat replaces; set it to False "
                 "(trl's configurations have it on unless told otherwise)"
             )
+    if args.n_gpu > 1:
+        raise RematError(
+            f"with {args.n_gpu} GPUs in one process the Trainer uses nn.DataParallel, whose replicas would all run this model; "
+            "start a process for each GPU (torchrun, accelerate launch), or make one visible"
+        )
     if args.torch_compile:
         raise RematError(
             f"{type(args).__name__}(torch_compile=True) compiles the model; leave out both it and RematCallback, and call "

@@ -251,6 +251,12 @@ def test_two_mechanisms_at_once_are_refused(tmp_path: Path, name: str) -> None:
         trainer(tiny(), tmp_path, [RematCallback()], **{name: True})
 
 
+def test_data_parallel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda _: 2))
+    with pytest.raises(remat.RematError, match="with 2 GPUs in one process"):
+        trainer(tiny(), tmp_path, [RematCallback()])
+
+
 def test_a_model_that_checkpoints_is_refused() -> None:
     model = tiny()
     model.activation_checkpointing_enable()
