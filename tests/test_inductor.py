@@ -28,21 +28,15 @@ def compiled(model: nn.Module, budget: Any) -> Any:
     return torch.compile(model, backend="remat", options={"budget": budget})
 
 
-def between(plan: remat.Plan, share: float) -> int:
-    return int(plan.resident_bytes + share * (plan.peak_bytes - plan.resident_bytes))
-
-
 def test_llama_within_a_budget() -> None:
     torch.manual_seed(0)
     model, kwargs = llama(width=128, length=128)
-    reference = compiled(model.train(), None)
-    expected = run_step(reference, kwargs)
-    (unconstrained,) = remat.plans(reference)
-    torch._dynamo.reset()
-    budget = between(unconstrained.plan, 0.75)
-    module = compiled(model, budget)
+    expected = run_step(model.train(), kwargs)
+    module = compiled(model, 0.75)
     outcome = run_step(module, kwargs)
     (graph,) = remat.plans(module)
+    budget = graph.plan.budget_bytes
+    assert budget is not None
     assert graph.plan.dropped
     assert_close_gradients(outcome.gradients, expected.gradients, 1e-4)
     assert torch.allclose(outcome.loss, expected.loss, rtol=1e-5)
@@ -128,11 +122,10 @@ def test_a_rewritten_module_under_inductor() -> None:
     assert outcome.peak_bytes <= 1.1 * expected.peak_bytes + gradients
 
 
-@pytest.mark.parametrize("name", ["resnet", "gpt2"])  # channels-last inside; several layers
-def test_values_wait_on_the_host_through_inductor(name: str) -> None:
+def test_values_wait_on_the_host_through_inductor() -> None:
     def through(**options: Any) -> tuple[Outcome, remat.Plan]:
         torch._dynamo.reset()
-        model, kwargs = build(name)
+        model, kwargs = build("resnet")  # channels-last inside
         module = torch.compile(model, backend="remat", options=options)
         return run_step(module, kwargs), remat.plans(module)[0].plan
 
