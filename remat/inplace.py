@@ -66,7 +66,7 @@ def enable(model: nn.Module, budget: BudgetLike = "auto", **settings: Any) -> nn
         model: a `PreTrainedModel`, one wrapped by PEFT (it is enabled on the model inside), or any other module. Not yet
             prepared by accelerate or wrapped for several GPUs; that comes after.
         budget: as in `remat.optimize`.
-        settings: further arguments of `remat.optimize`: policy, optimizer, host_budget, pin, costs, plan, trainable_only.
+        **settings: further arguments of `remat.optimize`: policy, optimizer, host_budget, pin, costs, plan, trainable_only.
 
     The first call of each shape captures and plans, and the first one that adds to gradients plans again. In `eval()` and
     without grad the model runs as it always did, `generate` included.

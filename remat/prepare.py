@@ -70,9 +70,12 @@ def prepare_for_training(
         upcast_layernorm: norms keep their weights and compute in float32; what they return has the dtype of what they got.
         upcast_lm_head_output: logits are float32.
         use_cache: leave the key-value cache of the model's configuration as it is. Training steps never keep one.
-        budget, policy, trainable_only, settings: as in `remat.optimize`.
+        budget: as in `remat.optimize`.
+        policy: as in `remat.optimize`.
         use_gradient_checkpointing: Unsloth's argument in the place of `policy`: "unsloth" is "offload" (blocks' inputs wait on
             the host), True is "blocks", False is "none" (save everything). The budget is then checked and changes nothing.
+        trainable_only: as in `remat.optimize`.
+        **settings: further arguments of `remat.optimize`.
 
     Raises RematError for arguments that contradict each other, and where the model checkpoints already or is enabled already;
     nothing has been done then.
