@@ -50,11 +50,11 @@ def plan(
     """
     if not dist.is_initialized():
         raise RematError("torch.distributed is not initialized; call torch.distributed.init_process_group first")
-    read_settings(budget, settings)
     try:
+        read_settings(budget, settings)
         mine = api.plan(model, args, kwargs, budget=budget, **settings)
         word = _Word(None, mine.fingerprint, mine.model, mine.inputs, mine.resident_bytes)
-    except RematError as error:
+    except Exception as error:  # of any kind: the other ranks wait for a word
         word = _Word(_portable(error))
     words: list[_Word] = [word] * dist.get_world_size(group)
     dist.all_gather_object(words, word, group=group)
@@ -76,11 +76,11 @@ def bucket_bytes(model: nn.Module) -> int:
     return sum(p.nbytes for p in model.parameters() if p.requires_grad)
 
 
-def _portable(error: RematError) -> RematError:
-    """The same error without what it came from, which may not travel between processes."""
+def _portable(error: Exception) -> RematError:
+    """The same error without what it came from, which may not travel between processes; others' errors as ours."""
     if isinstance(error, BudgetError):
         return BudgetError(str(error), budget_bytes=error.budget_bytes, minimum_bytes=error.minimum_bytes, where=error.where)
-    return type(error)(str(error))
+    return type(error)(str(error)) if isinstance(error, RematError) else RematError(f"{type(error).__name__}: {error}")
 
 
 def _check(words: list[_Word]) -> None:

@@ -58,9 +58,10 @@ class RematCallback(TrainerCallback):
         if model is not self._model or not self._forward.is_on:
             raise RematError("the Trainer's model is not the one that RematCallback enabled; make a new Trainer for it")
         whole = self._forward.model
-        if not _leads_to(whole.forward, self._forward) and getattr(whole, "base_model", whole) is not whole:
+        backbone = getattr(whole, "base_model", whole)
+        if not _leads_to(whole.forward, self._forward) and backbone is not whole:
             disable(whole)
-            self._forward = enable_by(whole.base_model, self._settings)  # type: ignore[arg-type]
+            self._forward = enable_by(backbone, self._settings)
         optimizer = getattr(optimizer, "optimizer", optimizer)  # inside of accelerate's
         if isinstance(optimizer, torch.optim.Optimizer):
             self._forward.replan(dataclasses.replace(self._settings, optimizer=optimizer))

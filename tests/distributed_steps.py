@@ -63,6 +63,18 @@ def other_shape(rank: int) -> dict[str, Any]:
     return {"plan": distributed.plan(model, (x,), budget=None).peak_bytes}
 
 
+def wrong_setting(rank: int) -> dict[str, Any]:
+    """A setting that there is not, on one rank."""
+    model, x = mlp()
+    return {"plan": distributed.plan(model, (x,), budget=None, **({"polcy": "blocks"} if rank else {})).peak_bytes}
+
+
+def fault(rank: int) -> dict[str, Any]:
+    """Something that is not remat's error, on one rank."""
+    model, x = mlp()
+    return {"plan": distributed.plan(None if rank else model, (x,), budget=None).peak_bytes}  # type: ignore[arg-type]
+
+
 def no_room(rank: int) -> dict[str, Any]:
     """A budget that one rank cannot meet."""
     model, x = mlp()

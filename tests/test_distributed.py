@@ -18,7 +18,7 @@ from tests.models import mlp
 _ROOT = Path(__file__).parent.parent
 
 
-_CASES = ("ddp", "other_model", "other_shape", "no_room")
+_CASES = ("ddp", "other_model", "other_shape", "wrong_setting", "fault", "no_room")
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,8 @@ def test_ddp_with_one_plan(ranks: list[dict[str, Any]]) -> None:
     [
         ("other_model", "RematError", ("ranks 0 and 1 differ", "on rank 1")),
         ("other_shape", "RematError", ("args[0] 8x32 float32", "args[0] 9x32 float32")),
+        ("wrong_setting", "RematError", ("on rank 1: ", "'polcy'")),
+        ("fault", "RematError", ("on rank 1: AttributeError",)),
         ("no_room", "BudgetError", ("on rank 1: ", "smallest")),
     ],
 )
