@@ -124,7 +124,8 @@ class Program:
 
     `moments` are the backward positions before which a copy back can be started, with the names of what tells that they have
     come. Where `regions_hold`, the inputs of a stretch that runs as one stay to its end. `resident` says what `resident_bytes`
-    are for, by kind. `modules` are the paths of the modules that the forward ops come from.
+    are for, by kind. `modules` are the paths of the modules that the forward ops come from. `parts` are the stretches [start,
+    stop) of forward that can be rewritten, none across their ends; none are given where that is all of it.
     """
 
     forward: tuple[Op, ...]
@@ -137,6 +138,7 @@ class Program:
     regions_hold: bool = True
     resident: tuple[tuple[str, int], ...] = ()
     modules: tuple[str, ...] = ()
+    parts: tuple[tuple[int, int], ...] = ()
 
     @cached_property
     def fixed_table(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,0 +1,270 @@
+"""What a training step on fake tensors does to memory: an eager run, watched below autograd.
+
+The joint graph says what backward reads; it does not say when autograd lets go of it. An eager step on fake tensors does:
+the same ops in the same order, the same saved-tensor hooks as the runtime, the C++ lifetimes of gradients and of the
+temporaries inside a derivative formula. No memory is allocated and no kernel runs. (DESIGN.md plans door 1 on the joint
+graph; measured, this recording predicts the eager peak more closely, and it needs no rules about autograd.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from remat import _torch
+from remat._torch import pytree
+from remat.capture import Captured
+from remat.cost import op_cost_us
+from remat.devices import DeviceProfile
+from remat.passes.aliasing import results
+from remat.steps import bind, recompute_inputs
+from remat.workspace import Call
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Storage:
+    """Memory from position `born` to `dies` (-1: to the end), made by forward op `node` if it is a decision's to keep.
+
+    `last_forward` is the last forward op that reads it; autograd has `packed` it so many times, unpacks it at the positions
+    in `reads` and holds it until `release`. `kind` is one of `remat.program.KINDS`, "" where its lifetime tells.
+    """
+
+    bytes: int
+    born: int
+    dies: int = -1
+    node: fx.Node | None = None
+    last_forward: int = -1
+    packed: int = 0
+    reads: list[int] = field(default_factory=list)
+    release: int = -1
+    kind: str = ""
+
+
+class Ran(NamedTuple):
+    """A forward op that ran: the storages behind its results, and those that running it again would read."""
+
+    node: fx.Node
+    cost_us: float
+    call: Call | None
+    storages: tuple[Storage, ...]
+    reads: tuple[Storage, ...]
+
+
+class Kernel(NamedTuple):
+    """A backward op: `origin` is the position of the forward op whose gradient it computes."""
+
+    name: str
+    cost_us: float
+    call: Call | None
+    origin: int
+
+
+class _Token:
+    """Stands for a packed tensor; its death is the moment autograd lets go."""
+
+    __slots__ = ("__weakref__", "storage", "tensor")
+
+    def __init__(self, tensor: torch.Tensor, storage: Storage | None) -> None:
+        self.tensor, self.storage = tensor, storage
+
+
+class Recorder(_torch.TorchDispatchMode):
+    """Counts positions, notes each storage's birth and death, and each op's cost.
+
+    Forward ops are those of the graphs given to `run_graph`, and every kernel that runs outside of them, as one of `module`.
+    """
+
+    def __init__(self, device: DeviceProfile) -> None:
+        super().__init__()
+        self.device = device
+        self.position = 0
+        self.in_forward = True
+        self.in_graph = False
+        self.module = ""
+        self.ran: list[Ran] = []
+        self.kernels: list[Kernel] = []
+        self.all: list[Storage] = []
+        self.gradient_ready: dict[int, int] = {}
+        self._storages: dict[int, Storage] = {}
+        self._known: set[int] = set()
+        self._sequence: list[int] = []  # autograd's count after each forward op
+        self._others = fx.Graph()
+
+    def know(self, tensor: torch.Tensor) -> None:
+        """Parameters and inputs are resident: never counted."""
+        self._known.add(_torch.storage_key(tensor))
+
+    @contextlib.contextmanager
+    def forward(self) -> Iterator[None]:
+        """Forward runs within."""
+        with self, torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
+            yield
+
+    @contextlib.contextmanager
+    def backward(self) -> Iterator[None]:
+        """Backward runs within, after forward; the step ends with it."""
+        self.in_forward = False
+        self.position = len(self.ran)
+        with self:
+            yield
+        self.position += 1
+        self.kernels.append(Kernel("end of step", 0.0, None, -1))
+
+    def run_graph(self, captured: Captured, inputs: list[torch.Tensor]) -> list[Any]:
+        """Run a captured forward graph op by op. `inputs` has a tensor for each placeholder, all held by the caller."""
+        nodes = list(captured.graph.nodes)
+        env: dict[fx.Node, Any] = dict(zip((n for n in nodes if n.op == "placeholder"), inputs, strict=True))
+        for node in nodes:
+            if node.op == "get_attr":
+                env[node] = fake_like(captured.constants[str(node.target)])
+                self.know(env[node])
+        last = {source: node for node in nodes for source in node.all_input_nodes}
+        self.in_graph = True
+        for node in nodes:
+            if node.op != "call_function":
+                continue
+            self.position = len(self.ran)
+            call, order = bind(node)
+            values = [env[source] for source in order]
+            out = env[node] = call(*values)
+            self.note(out)
+            self._watch(out)
+            read = self.behind([env[source] for source in node.all_input_nodes])
+            again = self.behind([env[source] for source in recompute_inputs(node)])
+            self._ran(node, _node_cost(node, values, out, self.device), read, self.behind(out), again)
+            del values, out
+            for source in node.all_input_nodes:
+                if last[source] is node:
+                    env.pop(source, None)
+            if node not in last:
+                del env[node]
+        self.in_graph = False
+        return [env[node] for node in results(captured.graph)]
+
+    def behind(self, values: Any) -> tuple[Storage, ...]:
+        """The counted storages behind all tensors in `values`, each once."""
+        leaves = [t for t in pytree.tree_leaves(values) if isinstance(t, torch.Tensor) and t.numel()]
+        found = (self._storages.get(_torch.storage_key(t)) for t in leaves)
+        return tuple({id(s): s for s in found if s is not None}.values())
+
+    def _ran(
+        self,
+        node: fx.Node,
+        cost: tuple[float, Call | None],
+        read: tuple[Storage, ...],
+        made: tuple[Storage, ...],
+        again: tuple[Storage, ...] = (),
+    ) -> None:
+        for storage in read:
+            storage.last_forward = self.position
+        for storage in made:
+            if storage.node is None and storage.born == self.position:
+                storage.node = node
+        self._sequence.append(_torch.sequence_number())
+        self.ran.append(Ran(node, *cost, made, again))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.in_forward and not self.in_graph:
+            self.position = len(self.ran)
+        out = func(*args, **kwargs)
+        counts = not _is_free(func) and isinstance(func, torch._ops.OpOverload) and func.namespace != "prim"
+        if not self.in_forward:
+            if not counts:
+                return out
+            cost = op_cost_us(func, args, kwargs, out, self.device)
+            self.kernels.append(Kernel(str(func), cost, Call.of(func, args, kwargs), self._origin()))
+            self.position += 1
+        self.note(out)
+        if self.in_forward and not self.in_graph and counts:
+            cost = op_cost_us(func, args, kwargs, out, self.device)
+            read = self.behind((args, kwargs))
+            self._ran(self._other(func, out), (cost, Call.of(func, args, kwargs)), read, self.behind(out))
+        return out
+
+    def _other(self, func: Any, out: Any) -> fx.Node:
+        """Stands for a kernel that ran outside of the graphs."""
+        node = self._others.call_function(func)
+        node.meta = {"val": out, "nn_module_stack": {"": (self.module, None)}}
+        return node
+
+    def _origin(self) -> int:
+        """The forward op whose gradient is being computed, -1 where autograd only adds gradients up."""
+        number = _torch.running_sequence_number()
+        found = -1 if number is None else bisect_right(self._sequence, number)
+        return found if found < len(self._sequence) else -1
+
+    def note(self, out: Any) -> None:
+        """Count the storages behind what has just been made."""
+        at = self.position if self.in_forward else self.position - 1
+        for tensor in pytree.tree_leaves(out):
+            if not isinstance(tensor, torch.Tensor) or not tensor.numel():
+                continue
+            key = _torch.storage_key(tensor)
+            if key in self._known or key in self._storages:
+                continue
+            raw = tensor.untyped_storage()
+            storage = self._storages[key] = Storage(self.device.allocated_bytes(raw.nbytes()), at)
+            self.all.append(storage)
+            weakref.finalize(raw, self._died, key, storage)
+
+    def _died(self, key: int, storage: Storage) -> None:
+        storage.dies = self.position - (0 if self.in_forward else 1)
+        if self._storages.get(key) is storage:
+            del self._storages[key]
+
+    def _watch(self, out: Any) -> None:
+        """Note when the gradient of a forward op's result is complete."""
+        if isinstance(out, torch.Tensor) and out.grad_fn is not None:
+            position = self.position
+            out.register_hook(lambda _: self.gradient_ready.setdefault(position, self.position) and None)
+
+    def _pack(self, tensor: torch.Tensor) -> Any:
+        self.note(tensor)  # an output that is saved before its op returns
+        storage = self._storages.get(_torch.storage_key(tensor))
+        token = _Token(tensor, storage)
+        if storage is not None:
+            storage.packed += 1
+            weakref.finalize(token, self._released, storage)
+        return token
+
+    def _unpack(self, token: _Token) -> torch.Tensor:
+        if token.storage is not None:
+            token.storage.reads.append(self.position)
+        return token.tensor
+
+    def _released(self, storage: Storage) -> None:
+        if not self.in_forward:
+            storage.release = max(storage.release, self.position - 1)
+
+
+def fake_like(tensor: torch.Tensor) -> torch.Tensor:
+    """A leaf like `tensor`; fake within a fake mode."""
+    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return fake.requires_grad_(tensor.requires_grad)
+
+
+def _is_free(func: Any) -> bool:
+    schema = func._schema
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns) or func in (
+        aten._unsafe_view.default,
+        aten.detach.default,
+    )
+
+
+def _node_cost(node: fx.Node, values: list[Any], out: Any, device: DeviceProfile) -> tuple[float, Call | None]:
+    if not isinstance(node.target, torch._ops.OpOverload) or _is_free(node.target):
+        return 0.0, None
+    filled = iter(values)
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda _: next(filled))
+    cost = op_cost_us(node.target, tuple(args), dict(kwargs), out, device)
+    return cost, Call.of(node.target, tuple(args), dict(kwargs))
