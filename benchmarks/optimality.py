@@ -30,7 +30,7 @@ from torch import nn
 
 from remat.planner import fastest_solution, make_menus, smallest_solution, solve
 from remat.program import Program
-from remat.traced import trace
+from remat.whole import trace
 
 RESULTS = Path(__file__).parent / "results" / "optimality.json"
 COMPUTATIONS = 3

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from remat.traced import Settings, trace
+from remat.settings import Settings
+from remat.whole import trace
 
 LAYERS = (12, 48, 96)
 BUDGETS = (0.6, 0.4, 0.25)  # shares of the activation memory

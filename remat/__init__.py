@@ -8,6 +8,7 @@ The public names, on one screen:
     fit         the largest batch or sequence for a budget
     verify      a step beside its plan                       report    all that a bug report needs, in one file
     enable      a budget for a model in place (door 1); disable, plan_of
+    optimize_blocks   the same with every block kept as a module, for fully_shard
     prepare_for_training   the same and what else fine-tuning needs, with the way back
     to_dot      a rewritten graph for Graphviz
     profile_device   measure this machine's rates, once; plans use them from then on
@@ -19,7 +20,7 @@ from remat.bundle import report
 from remat.devices import DeviceProfile, profile_device
 from remat.errors import BudgetError, CaptureError, RematError, RewriteError
 from remat.fit import Fit, fit
-from remat.inplace import disable, enable, plan_of
+from remat.inplace import disable, enable, optimize_blocks, plan_of
 from remat.measure import Measurement, measure
 from remat.plan import Activation, Block, Formula, Plan, Transfer
 from remat.prepare import Preparation, prepare_for_training
@@ -55,6 +56,7 @@ __all__ = [
     "frontier",
     "measure",
     "optimize",
+    "optimize_blocks",
     "plan",
     "plan_of",
     "plans",

@@ -7,7 +7,7 @@ import inspect
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -36,11 +36,13 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.graph import SubgraphLowering
 from torch._inductor.virtualized import V
 from torch._logging._internal import trace_structured
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._ordered_set import OrderedSet
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, is_traceable_wrapper_subclass
 from torch.utils.flop_counter import flop_registry
+from torch.utils.weak import WeakTensorKeyDictionary
 
 try:  # objects that are inputs of a graph, such as a DeviceMesh: since 2.12
     from torch._functorch._aot_autograd.graph_compile import is_opaque_node
@@ -65,6 +67,7 @@ __all__ = [
     "TangentAOTInput",
     "TorchDispatchMode",
     "V",
+    "WeakTensorKeyDictionary",
     "aot_eager",
     "backward_start_ns",
     "buffer_bytes",
@@ -85,6 +88,7 @@ __all__ = [
     "is_traceable_wrapper_subclass",
     "joint_graph",
     "memory_events",
+    "no_dispatch",
     "no_dispatch_modes",
     "outermost_module",
     "past_dynamo",
@@ -341,3 +345,84 @@ def watch_for_opaque_autograd() -> Iterator[None]:
     finally:
         checkpoint._checkpoint_without_reentrant_generator = generator
         torch.autograd.Function.apply = apply  # type: ignore[method-assign]
+
+
+class ShardedParameter(NamedTuple):
+    """A parameter under `fully_shard`: `shard` is this rank's part of it, a DTensor; `places` are the modules, and the name in
+    each, that have it. It computes in `dtype`."""
+
+    shard: torch.nn.Parameter
+    dtype: torch.dtype
+    places: tuple[tuple[torch.nn.Module, str], ...]
+
+
+class ShardedGroup(NamedTuple):
+    """Parameters that `fully_shard` gathers together, in forward and backward of `module`.
+
+    Between them they are let go of if `reshards`. Gradients are summed in `reduce_dtype` over `ranks`. Inputs of the module are
+    cast to `input_dtype`, outputs to `output_dtype`, None: not at all.
+    """
+
+    module: torch.nn.Module
+    parameters: tuple[ShardedParameter, ...]
+    ranks: int
+    process_group: Any
+    reshards: bool
+    reduce_dtype: torch.dtype | None
+    input_dtype: torch.dtype | None
+    output_dtype: torch.dtype | None
+
+
+def sharded_groups(model: torch.nn.Module) -> tuple[ShardedGroup, ...]:
+    """What `fully_shard` has done to a model, nothing where torch.distributed.fsdp was never imported."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return ()
+    found: dict[int, ShardedGroup] = {}
+    for module in model.modules():
+        state: Any = module._get_fsdp_state() if isinstance(module, fsdp.FSDPModule) else None
+        groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+        for group in (group for group in groups if group is not None and id(group) not in found):
+            policy, mesh = group.mp_policy, group.mesh_info
+            goes = group.post_forward_mesh_info is not None and not (module is model and state._auto_reshard_after_forward)
+            found[id(group)] = ShardedGroup(
+                module,
+                tuple(_sharded_parameter(p, policy.param_dtype) for p in group.fsdp_params),
+                mesh.shard_mesh_size,
+                mesh.shard_process_group,
+                goes,
+                policy.reduce_dtype,
+                policy.param_dtype if policy.cast_forward_inputs else None,
+                policy.output_dtype,
+            )
+    return tuple(found.values())
+
+
+def _sharded_parameter(found: Any, dtype: torch.dtype | None) -> ShardedParameter:
+    at, shard = found._module_info, found.sharded_param
+    places = [(at.module, at.param_name), *zip(at.shared_modules, at.shared_param_names, strict=True)]
+    computes_in = dtype if dtype is not None and shard.dtype.is_floating_point else shard.dtype
+    return ShardedParameter(shard, computes_in, tuple(places))
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """True for a tensor without memory of its own."""
+    return isinstance(tensor, FakeTensor)
+
+
+def meta_like(tensor: torch.Tensor) -> torch.Tensor:
+    """Shape and type of a tensor alone, whatever mode is on."""
+    with _disable_current_modes():
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
+def plain_type(module: torch.nn.Module) -> type[torch.nn.Module]:
+    """The class of a module before `fully_shard` changed it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return next(kind for kind in type(module).__mro__ if fsdp is None or not issubclass(kind, fsdp.FSDPModule))
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor that several share, or the tensor itself."""
+    sharding = sys.modules.get("torch.distributed.tensor")
+    return tensor.to_local() if sharding is not None and isinstance(tensor, sharding.DTensor) else tensor

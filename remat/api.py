@@ -14,8 +14,9 @@ from remat.module import RematModule
 from remat.pins import Pins
 from remat.plan import Plan
 from remat.policies import Policy
+from remat.settings import Settings
 from remat.simulate import simulate
-from remat.traced import Settings, trace, with_baseline
+from remat.whole import Rewriting, trace, with_baseline
 
 
 def optimize(
@@ -64,7 +65,7 @@ def optimize(
     """
     module = RematModule(
         model,
-        Settings(budget, policy, trainable_only, host_budget, plan, optimizer, pin, costs),
+        Rewriting(Settings(budget, policy, trainable_only, host_budget, plan, optimizer, pin, costs)),
         quiet=dynamic_shapes is not None,
     )
     if args or kwargs:

@@ -12,7 +12,7 @@ import contextlib
 import itertools
 import logging
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,10 @@ class Captured:
     mutations: tuple[tuple[int, Source], ...]
     constants: dict[str, torch.Tensor]
 
+    def output_of(self, results: Sequence[Any]) -> Any:
+        """The model's output, from what the graph returns."""
+        return pytree.tree_unflatten([constant if i < 0 else results[i] for i, constant in self.outputs], self.out_spec)
+
 
 def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
     """Capture one training forward of `model`. Raises CaptureError with the place and the way out."""
@@ -82,7 +86,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
     try:
-        with _torch.watch_for_opaque_autograd(), _torch.specializing(), _without_cache(model):
+        with _torch.watch_for_opaque_autograd(), _torch.specializing(), without_cache(model):
             return torch.export.export(model, args, kwargs, strict=False)
     except _torch.OpaqueAutograd as error:
         raise CaptureError(_opaque_message(error.what)) from error
@@ -95,7 +99,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 @contextlib.contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
+def without_cache(model: nn.Module) -> Iterator[None]:
     """Leave a generation cache (transformers: `config.use_cache`) out of the training step: nothing there reads it."""
     found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     configs: dict[int, Any] = {id(c): c for c in found if getattr(c, "use_cache", None) is True}

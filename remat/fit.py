@@ -18,8 +18,9 @@ from remat.errors import CaptureError, RematError
 from remat.pins import Pins
 from remat.plan import Plan
 from remat.policies import Policy
+from remat.settings import Settings
 from remat.shapes import named_axes, resized, size_of
-from remat.traced import Settings, Traced, trace
+from remat.whole import TracedModel, trace
 
 _DOUBLINGS = 24
 
@@ -88,7 +89,7 @@ def fit(
     kwargs = kwargs or {}
     axes = named_axes(model, args, kwargs, dynamic_shapes)
     start = max(round(size_of(args, kwargs, axes, dim) / multiple_of), 1)
-    known: dict[int, tuple[Traced, int, int]] = {}
+    known: dict[int, tuple[TracedModel, int, int]] = {}
 
     def room(units: int) -> int:
         """Bytes that the smallest plan leaves of the budget; negative if it does not fit."""

@@ -23,7 +23,7 @@ from torch import nn
 from remat.errors import RematError
 from remat.plan import Formula, Plan
 from remat.shapes import named_axes, resized, size_of
-from remat.traced import Traced, trace
+from remat.whole import TracedModel, trace
 
 DEGREE = 2
 TOLERANCE = 0.002  # between formula and recording: allocators round sizes up
@@ -45,7 +45,7 @@ def with_formulas(
     dims = tuple(axes)
     planned = tuple(size_of(args, kwargs, axes, dim) for dim in dims)
 
-    def at(point: tuple[int, ...]) -> Traced:
+    def at(point: tuple[int, ...]) -> TracedModel:
         inputs = resized(args, kwargs, axes, dict(zip(dims, point, strict=True)))
         return trace(model, *inputs, optimizer, device, costs).of(plan)
 

@@ -15,9 +15,11 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from remat.budget import BudgetLike
+from remat.enabled import Enabled
 from remat.errors import RematError
-from remat.inplace import Enabled, disable, enable, enable_by, plan_of, read_settings
+from remat.inplace import disable, enable, enable_by, plan_of
 from remat.plan import Plan
+from remat.settings import read_settings
 
 __all__ = ["RematCallback", "disable", "enable", "plan_of"]
 

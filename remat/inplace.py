@@ -7,65 +7,28 @@ Trainers hold on to the model that they were given, save it by its class and loo
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
+from remat.blocks import find_blocks
 from remat.budget import BudgetLike
+from remat.enabled import Enabled, EnabledBlocks, EnabledWhole
 from remat.errors import RematError
 from remat.module import RematModule
 from remat.plan import Plan
-from remat.traced import Settings
+from remat.settings import Settings, read_settings
 
 
-class Enabled:
-    """The `forward` of an enabled model. `settings` say how to plan; `plan` is the plan of the latest kind of call."""
-
-    def __init__(self, model: nn.Module, settings: Settings) -> None:
-        self.model = model
-        self.modules = list(model.modules())
-        self._twin = object.__new__(type(model))
-        self._twin.__dict__["training"] = True
-        _imitate(self._twin, model)
-        self.step = RematModule(self._twin, settings)
-        self.is_on = True
-        self.__signature__ = inspect.signature(type(model).forward.__get__(model))
-
-    @property
-    def plan(self) -> Plan | None:
-        return self.step.plan
-
-    def replan(self, settings: Settings) -> None:
-        """Plan by other settings from now on."""
-        self.step = RematModule(self._twin, settings)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        model = self.model
-        if not self.is_on or not model.training or not torch.is_grad_enabled():
-            return type(model).forward(model, *args, **kwargs)
-        if kwargs.get("use_cache"):
-            raise RematError("use_cache=True: training keeps no key-value cache, which nothing there reads; leave it out")
-        found = list(model.modules())
-        if len(found) != len(self.modules) or any(a is not b for a, b in zip(found, self.modules, strict=True)):
-            raise RematError(
-                f"modules of {type(model).__name__} were added or replaced after remat was enabled for it; "
-                "call remat.disable(model) before, and enable it again after"
-            )
-        _imitate(self._twin, model)
-        return self.step.forward(*args, **kwargs)
-
-
-def enable(model: nn.Module, budget: BudgetLike = "auto", **settings: Any) -> nn.Module:
+def enable(model: nn.Module, budget: BudgetLike = "auto", *, whole_model: bool = True, **settings: Any) -> nn.Module:
     """Train `model` within `budget` from its next call on; returns the same model, of the same class and with the same keys.
 
     Args:
         model: a `PreTrainedModel`, one wrapped by PEFT (it is enabled on the model inside), or any other module. Not yet
             prepared by accelerate or wrapped for several GPUs; that comes after.
         budget: as in `remat.optimize`.
+        whole_model: False rewrites the model block by block, as `optimize_blocks` does, where one graph cannot hold it.
         **settings: further arguments of `remat.optimize`: policy, optimizer, host_budget, pin, costs, plan, trainable_only.
 
     The first call of each shape captures and plans, and the first one that adds to gradients plans again. In `eval()` and
@@ -74,12 +37,78 @@ def enable(model: nn.Module, budget: BudgetLike = "auto", **settings: Any) -> nn
     Raises RematError where the model checkpoints already, or is enabled already. `CaptureError` and `BudgetError` come with the
     first call, before anything has run.
     """
-    enable_by(model, read_settings(budget, settings))
+    enable_by(model, read_settings(budget, settings), whole_model)
     return model
 
 
-def enable_by(model: nn.Module, settings: Settings) -> Enabled:
+def enable_by(model: nn.Module, settings: Settings, whole_model: bool = True) -> Enabled:
     """`enable` by settings; returns what the model's `forward` is then."""
+    part = _checked(model)
+    return EnabledWhole(part, settings) if whole_model else _enable_blocks(part, settings, None)
+
+
+def optimize_blocks(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    budget: BudgetLike,
+    blocks: Sequence[nn.Module] | None = None,
+    **settings: Any,
+) -> nn.Module:
+    """Train `model` within `budget` with every block kept as a module; returns the same model, as `enable` does.
+
+    For `fully_shard`, before or after it is applied, and for models that one graph cannot hold: each block is captured on its
+    own, and the code between them runs as it is. One plan covers the step, with what lies between blocks, and with what
+    `fully_shard` gathers and reduces, in its timeline; this rank's part of parameters, gradients and optimizer state is
+    resident. What goes from one block to another is saved; nothing moves to the host.
+
+    Args:
+        model: as in `enable`.
+        args: example inputs of one call, as given by position, to plan now. Without inputs each kind of call is planned when it
+            first comes. Where `fully_shard` has been applied, all ranks plan together, and an error on one is raised on all.
+        kwargs: those given by name.
+        budget: as in `remat.optimize`.
+        blocks: modules of the model, none inside of another; by default the elements of its outermost lists of modules.
+        **settings: further arguments of `remat.optimize`: policy ("auto", "none", "blocks", "every-k", "selective" or a
+            function), optimizer, pin, costs, plan, trainable_only.
+
+    Raises RematError where `enable` does, and for a setting that has no meaning here.
+    """
+    forward = _enable_blocks(_checked(model), read_settings(budget, settings), blocks)
+    if args or kwargs:
+        try:
+            forward.capture_together(args, kwargs or {})
+        except Exception:
+            forward.remove()
+            raise
+    return model
+
+
+def _enable_blocks(model: nn.Module, settings: Settings, blocks: Sequence[nn.Module] | None) -> EnabledBlocks:
+    found = find_blocks(model) if blocks is None else _named(model, blocks)
+    for path, block in found.items():
+        if "forward" in block.__dict__:
+            raise RematError(f"the forward of {path} was replaced already; enable remat before that")
+    return EnabledBlocks(model, settings, found)
+
+
+def _named(model: nn.Module, blocks: Sequence[nn.Module]) -> dict[str, nn.Module]:
+    paths = {id(module): path for path, module in model.named_modules()}
+    found: dict[str, nn.Module] = {}
+    for block in blocks:
+        if id(block) not in paths or block is model:
+            raise RematError(f"blocks=: {type(block).__name__} is not a module inside of {type(model).__name__}")
+        found[paths[id(block)]] = block
+    for path in found:
+        outer = next((other for other in found if path.startswith(f"{other}.")), None)
+        if outer is not None:
+            raise RematError(f"blocks=: {path} lies inside of {outer}")
+    return found
+
+
+def _checked(model: nn.Module) -> nn.Module:
+    """The part of a model to enable. Raises RematError where it cannot be."""
     model = trained_part(model)
     name = type(model).__name__
     if enabled(model) is not None:
@@ -92,10 +121,7 @@ def enable_by(model: nn.Module, settings: Settings) -> Enabled:
             "enable remat before accelerator.prepare(model)"
         )
     _check_switches(model)
-    forward = Enabled(model, settings)
-    model.__dict__["_remat"] = forward
-    model.forward = forward
-    return forward
+    return model
 
 
 def disable(model: nn.Module) -> nn.Module:
@@ -103,11 +129,7 @@ def disable(model: nn.Module) -> nn.Module:
 
     Raises RematError where it is not enabled.
     """
-    part, forward = trained_part(model), _found(model)
-    forward.is_on = False
-    del part.__dict__["_remat"]
-    if part.__dict__.get("forward") is forward:
-        del part.__dict__["forward"]
+    _found(model).remove()
     return model
 
 
@@ -130,15 +152,6 @@ def enabled(model: nn.Module) -> Enabled | None:
     return trained_part(model).__dict__.get("_remat")
 
 
-def read_settings(budget: BudgetLike, settings: Mapping[str, Any]) -> Settings:
-    """Raises RematError for a setting that there is not."""
-    names = [field.name for field in dataclasses.fields(Settings) if field.name != "budget"]
-    for name in settings:
-        if name not in names:
-            raise RematError(f"unknown setting {name!r}; there are {', '.join(names)}")
-    return Settings(budget, **settings)
-
-
 def _found(model: nn.Module) -> Enabled:
     found = enabled(model)
     if found is None:
@@ -154,12 +167,3 @@ def _check_switches(model: nn.Module) -> None:
                 f"{name or type(module).__name__} checkpoints already, which remat replaces; call "
                 f"model.{kind}_checkpointing_disable() first"
             )
-
-
-def _imitate(twin: nn.Module, model: nn.Module) -> None:
-    """Give `twin` the model's own parameters, buffers, submodules and attributes, but not our `forward`, nor the hooks, which
-    the model itself runs."""
-    for name, value in model.__dict__.items():
-        if name not in ("forward", "_remat", "training"):
-            is_hooks = name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and isinstance(value, dict)
-            twin.__dict__[name] = type(value)() if is_hooks else value

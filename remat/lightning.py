@@ -13,8 +13,9 @@ from torch import nn
 
 from remat.budget import BudgetLike
 from remat.errors import RematError
-from remat.inplace import enable_by, enabled, plan_of, read_settings
+from remat.inplace import enable_by, enabled, plan_of
 from remat.plan import Plan
+from remat.settings import read_settings
 
 
 class RematCallback(Callback):

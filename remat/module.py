@@ -33,6 +33,7 @@ from remat.steps import compile_region
 from remat.table import announce
 
 log = logging.getLogger("remat")
+ADDS = "Gradients are there already, to which this step adds."
 aten = torch.ops.aten
 
 
@@ -100,6 +101,24 @@ def _recompile_text_only(module: fx.GraphModule) -> Any:
 def flatten_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
     """A call's leaves and their structure; keyword arguments in order of name."""
     return pytree.tree_flatten((args, {name: kwargs[name] for name in sorted(kwargs)}))
+
+
+def leaves_key(flat: list[Any], spec: Any) -> Any:
+    """Equal for calls that a graph cannot tell apart."""
+    leaves = tuple(
+        (tuple(leaf.shape), leaf.dtype, leaf.device, leaf.requires_grad) if isinstance(leaf, torch.Tensor) else leaf
+        for leaf in flat
+    )
+    return spec, leaves
+
+
+def call_key(model: nn.Module, flat: list[Any], spec: Any) -> Any:
+    """Equal for calls of a model that one plan serves."""
+    device = device_type(model)
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    trains = tuple(p.requires_grad for p in model.parameters())
+    modes = tuple(m.training for m in model.modules())
+    return leaves_key(flat, spec), autocast, trains, modes
 
 
 def adopt(owner: nn.Module, original: nn.Module) -> None:
@@ -174,10 +193,9 @@ class RematModule(fx.GraphModule):
         moves = len(variant.plan.transfers) > 0
         if moves and torch.compiler.is_compiling():
             raise RematError("a plan that offloads runs eagerly; compile the original model with backend='remat' instead")
-        with torch.autocast(_device_type(self), enabled=False), one_step() if moves else contextlib.nullcontext():
+        with torch.autocast(device_type(self), enabled=False), one_step() if moves else contextlib.nullcontext():
             results = variant.run(*tensors)
-        leaves = [constant if i < 0 else results[i] for i, constant in variant.captured.outputs]
-        return pytree.tree_unflatten(leaves, variant.captured.out_spec)
+        return variant.captured.output_of(results)
 
     def capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
         """Capture and plan for calls like this one. `optimize` does it ahead when given example inputs."""
@@ -186,15 +204,15 @@ class RematModule(fx.GraphModule):
         if self._variants:
             self._say("again", "plans again: the inputs differ from those before, or there are gradients to add to")
         inspect.signature(self._original.forward).bind(*args, **kwargs)  # a wrong call is a TypeError, as it always was
-        key = self._key(*flatten_call(args, kwargs))
+        key = call_key(self._original, *flatten_call(args, kwargs))
         known = next((variant.captured for variant in self._variants if variant.key == key), None)
         try:
             captured, plan, outer, regions = self._build(self._original, args, kwargs, known)
         except BudgetError as error:
             if self._adds():
-                error.args = (f"{error} Gradients are there already, to which this step adds.",)
+                error.args = (f"{error} {ADDS}",)
             raise
-        run = _runnable(self._original, captured, outer, regions)
+        run = runnable(self._original, captured, outer, regions)
         variant = Variant(key, self._adds(), captured, plan, outer, regions, run)
         self._variants.append(variant)
         self._show(variant)
@@ -211,22 +229,11 @@ class RematModule(fx.GraphModule):
         self.graph = variant.run.graph
 
     def _find(self, flat: list[Any], spec: Any) -> Variant | None:
-        key, adds = self._key(flat, spec), self._adds()
+        key, adds = call_key(self._original, flat, spec), self._adds()
         return next((variant for variant in self._variants if variant.key == key and variant.adds == adds), None)
 
     def _adds(self) -> bool:
         return any(p.grad is not None for p in self._original.parameters())
-
-    def _key(self, flat: list[Any], spec: Any) -> Any:
-        device = _device_type(self)
-        leaves = tuple(
-            (tuple(leaf.shape), leaf.dtype, leaf.device, leaf.requires_grad) if isinstance(leaf, torch.Tensor) else leaf
-            for leaf in flat
-        )
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        trains = tuple(p.requires_grad for p in self._original.parameters())
-        modes = tuple(m.training for m in self._original.modules())
-        return spec, leaves, autocast, trains, modes
 
     def _say(self, topic: str, message: str) -> None:
         if topic not in self._said:
@@ -243,7 +250,7 @@ class RematModule(fx.GraphModule):
         memo[id(self)] = twin
         twin.__dict__["_forward_hooks"] = copy.deepcopy(self._forward_hooks, memo)
         for v in self._variants:
-            run = _runnable(twin._original, v.captured, v.outer, v.regions)
+            run = runnable(twin._original, v.captured, v.outer, v.regions)
             twin._variants.append(Variant(v.key, v.adds, v.captured, v.plan, v.outer, v.regions, run))
         if twin._variants:
             twin._show(twin._variants[-1])
@@ -273,12 +280,13 @@ def _with_signature(forward: Any, signature: inspect.Signature) -> Any:
     return wrapped
 
 
-def _device_type(module: nn.Module) -> str:
+def device_type(module: nn.Module) -> str:
+    """Of the device that the model is on."""
     parameter = next(module.parameters(), None)
     return parameter.device.type if parameter is not None else "cpu"
 
 
-def _runnable(original: nn.Module, captured: Captured, outer: fx.Graph, regions: tuple[RegionGraph, ...]) -> fx.GraphModule:
+def runnable(original: nn.Module, captured: Captured, outer: fx.Graph, regions: tuple[RegionGraph, ...]) -> fx.GraphModule:
     """The outer graph as a module over the flat tensor inputs: parameters are attributes, buffers are written back."""
     root = nn.Module()
     adopt(root, original)

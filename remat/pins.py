@@ -80,5 +80,7 @@ def _check(program: Program, position: int, decision: Decision) -> None:
     for value in (program.values[v] for v in program.forward[position].outputs):
         if decision is Decision.RECOMPUTE and value.pinned:
             raise RematError(f"pin: {value.name} cannot be recomputed: {value.pinned}")
+        if decision is Decision.OFFLOAD and program.parts:
+            raise RematError(f"pin: {value.name} cannot move to the host in a model rewritten block by block")
         if decision is Decision.OFFLOAD and value.pinned == HELD:
             raise RematError(f"pin: moving {value.name} to the host would free nothing: it is {HELD}")

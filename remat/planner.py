@@ -124,7 +124,7 @@ def make_menus(program: Program, host_bytes: int = 0) -> Menus:
     for i in range(n_blocks):
         for width in _MERGES:
             j = i + width
-            if j > n_blocks:
+            if j > n_blocks or not program.in_one_part(cuts[i], cuts[j]):
                 break
             bounds = cuts[i], cuts[j], back[j], back[i]
             outside[i, j] = outside_bytes(program, *bounds)

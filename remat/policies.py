@@ -68,6 +68,8 @@ def policy_solution(
     trains: the positions that read a trainable parameter; blocks without any save everything. None: all blocks count.
     """
     spans = blocks(nodes) or [(a, b) for a, b in itertools.pairwise(cuts) if b > a]
+    if program.parts:
+        spans = list(program.parts)
     if trains is not None:
         spans = [(a, b) for a, b in spans if any(a <= p < b for p in trains)]
     if callable(policy):
@@ -177,6 +179,7 @@ def _may_drop(program: Program, position: int, stop: int) -> bool:
 
 
 def _may_move(program: Program, position: int) -> bool:
-    """False if someone else holds the result, so that moving it would free nothing, or has decided about it."""
+    """False if someone else holds the result, so that moving it would free nothing, or has decided about it, and for a step
+    that is rewritten in parts."""
     op = program.forward[position]
-    return op.pin is None and not any(program.values[v].pinned == HELD for v in op.outputs)
+    return not program.parts and op.pin is None and not any(program.values[v].pinned == HELD for v in op.outputs)

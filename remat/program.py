@@ -155,6 +155,10 @@ class Program:
         """Time of the step when nothing is recomputed."""
         return sum(op.cost_us for op in self.forward) + sum(op.cost_us for op in self.backward)
 
+    def in_one_part(self, start: int, stop: int) -> bool:
+        """False where the stretch [start, stop) of forward goes across an end of one of `parts`."""
+        return not any(start < edge < stop for part in self.parts for edge in part)
+
     def op_at(self, position: int) -> Op:
         n = len(self.forward)
         return self.forward[position] if position < n else self.backward[position - n]

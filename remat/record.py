@@ -46,20 +46,20 @@ def record(
             recorder.know(tensor.grad)
     with fake, recorder.forward():
         outputs = recorder.run_graph(captured, inputs)
-    run_backward(recorder, fake, [o for o in outputs if isinstance(o, torch.Tensor)])
+    with fake, recorder.backward():
+        backward_from([o for o in outputs if isinstance(o, torch.Tensor)])
     produced = {ran.node: ran.storages for ran in recorder.ran}
     escaping = {id(s) for node in captured.graph.output_node().all_input_nodes for s in produced.get(node, ())}
     pins = {id(s): why_pinned(s.node, mutated_inputs(captured)) for s in recorder.all if s.node is not None}
     return write_program(recorder, pins | dict.fromkeys(escaping, HELD), resident, times)
 
 
-def run_backward(recorder: Recorder, fake: Any, outputs: list[torch.Tensor]) -> None:
-    """Backward from the loss among `outputs`, or from all of them, each let go of as in a real step."""
-    with fake, recorder.backward():
-        differentiable = [o for o in outputs if o.requires_grad]
-        losses = [o for o in differentiable if o.dim() == 0]
-        if differentiable:
-            (losses[0] if losses else _Loss.apply(*differentiable)).backward()
+def backward_from(outputs: list[torch.Tensor]) -> None:
+    """Backward from the loss among `outputs`, or from all of them."""
+    differentiable = [o for o in outputs if o.requires_grad]
+    losses = [o for o in differentiable if o.dim() == 0]
+    if differentiable:
+        (losses[0] if losses else _Loss.apply(*differentiable)).backward()
 
 
 class _Loss(torch.autograd.Function):
@@ -129,6 +129,8 @@ def _lifetimes(recorder: Recorder, pins: Mapping[int, str]) -> tuple[list[Value]
             continue
         pin = pins[id(storage)]
         last_forward = end if pin == HELD else max(storage.last_forward, born)
+        if pin and (dies < n_forward or not storage.packed):  # a variable may hold it after its last reader
+            last_forward = max(last_forward, min(dies, n_forward - 1))
         reads = tuple(sorted(set(storage.reads)))
         index[id(storage)] = len(values)
         values.append(Value(storage.node.name, storage.bytes, born, last_forward, reads, storage.release, pin))

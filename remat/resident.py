@@ -14,13 +14,15 @@ from remat._torch import pytree
 
 
 def resident_memory(
-    inputs: Sequence[torch.Tensor], model: nn.Module, optimizer: torch.optim.Optimizer | None
+    inputs: Sequence[torch.Tensor],
+    parameters: Sequence[torch.Tensor],
+    buffers: Sequence[torch.Tensor],
+    optimizer: torch.optim.Optimizer | None,
 ) -> dict[str, int]:
-    """Bytes resident during every step by kind, each storage once.
+    """Bytes resident during every step by kind, each storage once; of a tensor that several ranks share this one's part.
 
     inputs: the tensors that one call reads. An optimizer without state yet is asked what it will hold.
     """
-    parameters, buffers = list(model.parameters()), list(model.buffers())
     gradients = [t.grad for t in (*parameters, *inputs) if t.is_leaf and t.grad is not None]
     groups: dict[str, Sequence[torch.Tensor]]
     groups = {"parameters": parameters, "buffers": buffers, "inputs": inputs, "gradients": gradients}
@@ -43,7 +45,8 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def _fake_trained(parameter: torch.Tensor) -> nn.Parameter:
-    fake = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device))
+    part = _torch.local(parameter)
+    fake = nn.Parameter(torch.empty(part.shape, dtype=part.dtype, device=part.device))
     fake.grad = torch.empty_like(fake) if parameter.requires_grad else None
     return fake
 
@@ -51,7 +54,7 @@ def _fake_trained(parameter: torch.Tensor) -> nn.Parameter:
 def _bytes(tensors: Iterable[torch.Tensor], seen: set[int] | None = None) -> int:
     """Of storages not in `seen`, to which they are added."""
     seen = set() if seen is None else seen
-    storages = {_torch.storage_key(t): t.untyped_storage().nbytes() for t in tensors}
+    storages = {_torch.storage_key(t): t.untyped_storage().nbytes() for t in map(_torch.local, tensors)}
     size = sum(size for key, size in storages.items() if key not in seen)
     seen.update(storages)
     return size

@@ -12,7 +12,7 @@ import remat
 from remat.alternatives import diff, explain_value
 from remat.program import HELD, Decision
 from remat.simulate import simulate
-from remat.traced import trace
+from remat.whole import trace
 from tests.models import llama
 
 

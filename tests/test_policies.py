@@ -11,8 +11,9 @@ from torch import nn
 
 import remat
 from remat import Activation, Decision
-from remat.traced import Settings, trace
+from remat.settings import Settings
 from remat.transfer import _HostLane
+from remat.whole import trace
 from tests.models import build, llama, mlp
 from tests.steps import Outcome, assert_same, run_step
 

@@ -7,7 +7,7 @@ cross many cuts (rotary tables, masks, an encoder's output) raise the curve even
 
 from __future__ import annotations
 
-from itertools import accumulate
+import itertools
 
 from remat.program import Program
 
@@ -15,7 +15,8 @@ _PROMINENCE = 1.8  # between two cuts the curve must rise by this factor
 
 
 def find_cuts(program: Program) -> tuple[int, ...]:
-    """Forward positions that begin a block: 0, the narrow places, and the number of forward ops."""
+    """Forward positions that begin a block: 0, the narrow places, the ends of the program's parts, and the number of forward
+    ops."""
     n = len(program.forward)
     crossing = _crossing_bytes(program)
     cuts, low, rising = [0], n, False
@@ -31,7 +32,7 @@ def find_cuts(program: Program) -> tuple[int, ...]:
         elif here >= low * _PROMINENCE:
             cuts.append(low_at)
             rising, high = True, here
-    return tuple(dict.fromkeys([*cuts, n]))
+    return tuple(sorted({*cuts, *itertools.chain(*program.parts), n}))
 
 
 def _crossing_bytes(program: Program) -> list[int]:
@@ -42,7 +43,7 @@ def _crossing_bytes(program: Program) -> list[int]:
         if last > value.op:
             delta[value.op + 1] += value.bytes
             delta[last + 1] -= value.bytes
-    return list(accumulate(delta))
+    return list(itertools.accumulate(delta))
 
 
 def backward_cuts(program: Program, cuts: tuple[int, ...]) -> tuple[int, ...]:

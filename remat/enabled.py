@@ -1,0 +1,228 @@
+"""The `forward` of a model that trains within a budget in place: rewritten as a whole, or block by block."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+
+from remat import _torch
+from remat.blocks import check_blockwise, trace_blocks
+from remat.capture import Captured, without_cache
+from remat.errors import BudgetError, RematError
+from remat.module import ADDS, RematModule, call_key, device_type, flatten_call, leaves_key, runnable
+from remat.plan import Plan
+from remat.ranks import agreed
+from remat.settings import Settings
+from remat.sharding import local_parameters
+from remat.table import announce
+from remat.twin import imitate, without_hooks
+from remat.whole import Rewriting
+
+log = logging.getLogger("remat")
+
+
+class Enabled:
+    """The `forward` of an enabled model; `plan` is the plan of the latest kind of call."""
+
+    plan: Plan | None
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.modules = list(model.modules())
+        self.is_on = True
+        self.__signature__ = inspect.signature(type(model).forward.__get__(model))
+        model.__dict__["_remat"] = self
+        model.forward = self
+
+    def replan(self, settings: Settings) -> None:
+        """Plan by these settings from now on."""
+        raise NotImplementedError
+
+    def train(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A forward that backward follows."""
+        raise NotImplementedError
+
+    def remove(self) -> None:
+        """Give the model its own forward back, also where another was put around ours meanwhile."""
+        self.is_on = False
+        del self.model.__dict__["_remat"]
+        _take_back(self.model, self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model = self.model
+        if not self.is_on or not model.training or not torch.is_grad_enabled():
+            return type(model).forward(model, *args, **kwargs)
+        if kwargs.get("use_cache"):
+            raise RematError("use_cache=True: training keeps no key-value cache, which nothing there reads; leave it out")
+        found = list(model.modules())
+        if len(found) != len(self.modules) or any(a is not b for a, b in zip(found, self.modules, strict=True)):
+            raise RematError(
+                f"modules of {type(model).__name__} were added or replaced after remat was enabled for it; "
+                "call remat.disable(model) before, and enable it again after"
+            )
+        return self.train(args, kwargs)
+
+
+class EnabledWhole(Enabled):
+    """One graph for the whole model. `settings` say how to plan."""
+
+    def __init__(self, model: nn.Module, settings: Settings) -> None:
+        self._twin = without_hooks(model)
+        self._twin.__dict__["training"] = True
+        self.replan(settings)
+        super().__init__(model)
+
+    @property
+    def plan(self) -> Plan | None:  # type: ignore[override]
+        return self.step.plan
+
+    def replan(self, settings: Settings) -> None:
+        self.step = RematModule(self._twin, Rewriting(settings))
+
+    def train(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        imitate(self._twin, self.model)
+        return self.step.forward(*args, **kwargs)
+
+
+class _BlockRun(NamedTuple):
+    """What a block runs when it is called in the way of `key`; None: its own forward."""
+
+    key: Any
+    captured: Captured | None
+    run: fx.GraphModule | None
+
+
+class _Variant(NamedTuple):
+    """One kind of call of the model; of each block its calls, in order."""
+
+    key: Any
+    adds: bool
+    plan: Plan
+    runs: Mapping[str, list[_BlockRun]]
+
+
+class EnabledBlocks(Enabled):
+    """The model's own forward, in which each block runs its rewritten graph. `blocks` are named by their paths."""
+
+    def __init__(self, model: nn.Module, settings: Settings, blocks: Mapping[str, nn.Module]) -> None:
+        check_blockwise(settings)
+        super().__init__(model)
+        self.blocks = blocks
+        self._forwards = {path: _Block(self, path, block) for path, block in blocks.items()}
+        for path, forward in self._forwards.items():
+            blocks[path].forward = forward
+        self.replan(settings)
+
+    def replan(self, settings: Settings) -> None:
+        check_blockwise(settings)
+        self._settings = settings
+        self._variants: list[_Variant] = []
+        self.plan = None
+        self.running: _Variant | None = None
+
+    def remove(self) -> None:
+        super().remove()
+        for path, forward in self._forwards.items():
+            _take_back(self.blocks[path], forward)
+
+    def train(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if torch.compiler.is_compiling():
+            raise RematError("blocks that remat has rewritten run eagerly; compile the original model with backend='remat'")
+        flat, spec = flatten_call(args, kwargs)
+        key, adds = self._key(flat, spec)
+        variant = next((v for v in self._variants if v.key == key and v.adds == adds), None)
+        if variant is None:
+            variant = self.capture(args, kwargs)
+        self.running = variant
+        for forward in self._forwards.values():
+            forward.calls = iter(variant.runs.get(forward.path, ()))
+        try:
+            with without_cache(self.model):
+                return type(self.model).forward(self.model, *args, **kwargs)
+        finally:
+            self.running = None
+
+    def capture_together(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """`capture` on every rank of those that share the model's parameters; an error on one is raised on all."""
+        groups = _torch.sharded_groups(self.model)
+        if not groups:
+            self.capture(args, kwargs)
+            return
+        agreed(lambda: self.capture(args, kwargs).plan, groups[0].process_group)
+
+    def capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Variant:
+        """Plan for calls like this one."""
+        key, adds = self._key(*flatten_call(args, kwargs))
+        traced = trace_blocks(self.model, args, kwargs, self.blocks, self._settings)
+        try:
+            plan = traced.plan(self._settings)
+        except BudgetError as error:
+            if adds:
+                error.args = (f"{error} {ADDS}",)
+            raise
+        runs: dict[str, list[_BlockRun]] = {path: [] for path in self.blocks}
+        for call, outer, regions in traced.rewritten(plan):
+            run = None
+            if call.captured is not None and outer is not None:
+                run = runnable(self.blocks[call.path], call.captured, outer, regions)
+            runs[call.path].append(_BlockRun(leaves_key(*flatten_call(call.args, call.kwargs)), call.captured, run))
+        variant = _Variant(key, adds, plan, runs)
+        self._variants.append(variant)
+        self.plan = plan
+        announce(plan)
+        return variant
+
+    def _key(self, flat: list[Any], spec: Any) -> tuple[Any, bool]:
+        groups = _torch.sharded_groups(self.model)
+        parameters = local_parameters(self.model, groups)
+        sharding = tuple((g.ranks, g.reshards, g.input_dtype, g.output_dtype, g.reduce_dtype) for g in groups)
+        trains = tuple(p.requires_grad for p in parameters)
+        return (call_key(self.model, flat, spec), trains, sharding), any(p.grad is not None for p in parameters)
+
+
+class _Block:
+    """The `forward` of one block."""
+
+    def __init__(self, owner: EnabledBlocks, path: str, block: nn.Module) -> None:
+        self.owner, self.path, self.block = owner, path, block
+        self.calls: Any = iter(())
+        self.__signature__ = inspect.signature(type(block).forward.__get__(block))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        owner, block = self.owner, self.block
+        if not owner.is_on or not owner.model.training or not torch.is_grad_enabled():
+            return type(block).forward(block, *args, **kwargs)
+        name = f"{self.path} of {type(owner.model).__name__}"
+        if owner.running is None:
+            raise RematError(f"{name} was called outside of the model's forward, for which it is planned; call the model")
+        flat, spec = flatten_call(args, kwargs)
+        planned = next(self.calls, None)
+        if planned is None or planned.key != leaves_key(flat, spec):
+            raise RematError(
+                f"{name} was called in another way than when this step was planned: {_difference(planned, flat, spec)}"
+            )
+        if planned.run is None or planned.captured is None:
+            return type(block).forward(block, *args, **kwargs)
+        tensors = [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
+        with torch.autocast(device_type(owner.model), enabled=False):
+            return planned.captured.output_of(planned.run(*tensors))
+
+
+def _difference(planned: _BlockRun | None, flat: list[Any], spec: Any) -> str:
+    if planned is None:
+        return "more often"
+    (before, leaves), (now, others) = planned.key, leaves_key(flat, spec)
+    if before != now:
+        return "with other arguments"
+    there, here = next((a, b) for a, b in zip(leaves, others, strict=True) if a != b)
+    return f"with {here} for {there}"
+
+
+def _take_back(module: nn.Module, forward: Any) -> None:
+    if module.__dict__.get("forward") is forward:
+        del module.__dict__["forward"]

@@ -1,0 +1,53 @@
+"""How to plan: the arguments of `optimize` and of its kin, checked when given."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from remat.budget import BudgetLike, memory_of, parse_budget, resolve_host_budget
+from remat.errors import RematError
+from remat.op_times import check_costs
+from remat.pins import Pins, check_pins
+from remat.plan import Plan
+from remat.policies import Policy, check_policy
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `remat.optimize` documents. It travels without its optimizer."""
+
+    budget: BudgetLike
+    policy: Policy = "auto"
+    trainable_only: bool = True
+    host_budget: int | str | None = None
+    plan: Plan | None = None
+    optimizer: torch.optim.Optimizer | None = None
+    pin: Pins = None
+    costs: str = "analytic"
+
+    def __post_init__(self) -> None:
+        parse_budget(self.budget)
+        resolve_host_budget(self.host_budget, memory_of(torch.device("cpu")))
+        check_policy(self.policy)
+        check_pins(self.pin)
+        check_costs(self.costs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "optimizer": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Settings:
+        return self
+
+
+def read_settings(budget: BudgetLike, settings: Mapping[str, Any]) -> Settings:
+    """Raises RematError for a setting that there is not."""
+    names = [field.name for field in dataclasses.fields(Settings) if field.name != "budget"]
+    for name in settings:
+        if name not in names:
+            raise RematError(f"unknown setting {name!r}; there are {', '.join(names)}")
+    return Settings(budget, **settings)

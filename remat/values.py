@@ -1,0 +1,74 @@
+"""What the values of small tensors are while a model runs on fake ones.
+
+Models look at masks and positions to choose their way (`if mask.all()`). Tensors of integers and truth values that are made
+from nothing but such tensors are computed beside their fakes, so that a run on fake tensors goes the way that a real one does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from remat import _torch
+from remat._torch import pytree
+
+
+class KnownValues(_torch.TorchDispatchMode):
+    """Within it, over a fake mode, what is known about fake tensors decides; `know` tells the value of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._values = _torch.WeakTensorKeyDictionary()
+
+    def know(self, fake: torch.Tensor, value: torch.Tensor) -> None:
+        """The value of a fake tensor; the model may write to the fake one."""
+        if not _is_real_valued(value) and not _torch.is_fake(value):
+            with _torch.no_dispatch():
+                self._values[fake] = value.detach().clone()
+
+    def knows(self, tensor: Any) -> bool:
+        """True for a fake tensor whose value is known."""
+        return isinstance(tensor, torch.Tensor) and tensor in self._values
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        known = all(tensor in self._values for tensor in tensors) and torch.Tag.nondeterministic_seeded not in func.tags
+        if known and func is torch.ops.aten._local_scalar_dense.default:
+            with _torch.no_dispatch():
+                return self._values[tensors[0]].item()
+        out = func(*args, **kwargs)
+        made = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        if not known or not made or any(map(_is_real_valued, made)):
+            if func._schema.is_mutable:
+                for tensor in tensors:
+                    self._values.pop(tensor, None)
+            return out
+        args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: self._values[t], (args, kwargs))
+        with _torch.no_dispatch():
+            values = func(*args, **kwargs)
+        for fake, value in zip(made, pytree.tree_leaves(values), strict=True):
+            self._values[fake] = value
+        return out
+
+    @contextlib.contextmanager
+    def told(self) -> Iterator[None]:
+        """Within it, and transformers takes tensors with known values for real ones."""
+        library = sys.modules.get("transformers.utils.import_utils")
+        asked = getattr(library, "is_fake_tensor", None)
+        if asked is not None:
+            library.is_fake_tensor = lambda tensor: asked(tensor) and not self.knows(tensor)  # type: ignore[union-attr]
+        try:
+            with self:
+                yield
+        finally:
+            if asked is not None:
+                library.is_fake_tensor = asked  # type: ignore[union-attr]
+
+
+def _is_real_valued(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()

@@ -1,0 +1,213 @@
+"""A whole model's training step: captured as one graph, recorded, planned and rewritten."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from remat._torch import pytree
+from remat.absent import LIBRARY_BYTES, stand_in
+from remat.budget import parse_budget, resolve_budget
+from remat.capture import Captured, capture
+from remat.devices import DeviceProfile, device_profile, profile_of
+from remat.errors import BudgetError, RematError
+from remat.op_times import OpTimes, op_times
+from remat.passes.aliasing import storage_bytes, storage_roots
+from remat.passes.losses import find_losses, share_losses
+from remat.passes.regions import RegionGraph, form_regions
+from remat.passes.transfers import Transfers
+from remat.plan import Input, Plan
+from remat.record import record
+from remat.resident import resident_memory
+from remat.settings import Settings
+from remat.simulate import Replay, simulate
+from remat.traced import Traced
+from remat.workspace import library_bytes
+
+_MUCH = 0.1  # less of the room above what is resident is not worth a second plan
+
+
+@dataclass(frozen=True)
+class Rewriting:
+    """Captures, plans and rewrites one kind of call at a time, as `settings` say."""
+
+    settings: Settings
+
+    def __call__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], captured: Captured | None = None
+    ) -> tuple[Captured, Plan, fx.Graph, tuple[RegionGraph, ...]]:
+        """`captured`: what such a call was captured as before, if it was."""
+        settings = self.settings
+        step, plan = trace(model, args, kwargs, settings.optimizer, costs=settings.costs, captured=captured).planned(settings)
+        outer, regions = form_regions(step.captured.graph, step.stretches(plan), transfers_of(plan))
+        return step.captured, plan, outer, regions
+
+
+@dataclass(frozen=True)
+class TracedModel(Traced):
+    """A captured model and its step as numbers."""
+
+    captured: Captured
+    again: Callable[[Captured], TracedModel]  # the same for another graph of the same step
+
+    def planned(self, settings: Settings) -> tuple[TracedModel, Plan]:
+        """The faster plan of this step and of the same step with its cross-entropy in shares, and which of them it is for.
+        Raises BudgetError when neither fits."""
+        if settings.plan is not None:
+            return self.of(settings.plan), self.of(settings.plan).plan(settings)
+        everything = simulate(self.program, ())
+        peak = everything.peak_bytes
+        limit = resolve_budget(parse_budget(settings.budget), self.memory, self.program.resident_bytes, peak)
+        other = self.worth_sharing(limit, settings)
+        if other is None:
+            return self, self.plan(settings)
+        settings = dataclasses.replace(settings, budget=limit)
+        found: list[tuple[TracedModel, Plan]] = []
+        errors: list[BudgetError] = []
+        for traced in (self, other):
+            try:
+                found.append((traced, traced.plan(settings)))
+            except BudgetError as error:
+                errors.append(error)
+            if found and not found[0][1].recompute_us + found[0][1].stall_us:
+                break
+        if not found:
+            raise min(errors, key=lambda error: error.minimum_bytes or 0)
+        traced, plan = min(found, key=lambda pair: pair[1].step_us)
+        return traced, with_baseline(plan, everything)
+
+    def of(self, plan: Plan) -> TracedModel:
+        """This step, or the same with its cross-entropy in shares: whichever the plan was made for."""
+        if plan.structure == self.structure or self.sharing is None or plan.structure != self.sharing.structure:
+            return self
+        return self.sharing
+
+    @cached_property
+    def sharing(self) -> TracedModel | None:
+        """The same step with cross-entropy computed a share of the rows at a time (remat/loss.py); None if it has none."""
+        if not find_losses(self.captured.graph):
+            return None
+        return self.again(dataclasses.replace(self.captured, graph=share_losses(self.captured.graph)))
+
+    def worth_sharing(self, peak_bytes: int | None, settings: Settings) -> TracedModel | None:
+        """`sharing` where the planner decides and what autograd keeps of the loss is much of what such a peak has room for."""
+        if peak_bytes is None or settings.policy != "auto" or settings.pin is not None:
+            return None
+        kept = sum(storage_bytes(loss.all_input_nodes[0].meta["val"]) for loss in find_losses(self.captured.graph))
+        return self.sharing if kept > _MUCH * (peak_bytes - self.program.resident_bytes) else None
+
+
+def with_baseline(plan: Plan, everything: Replay) -> Plan:
+    """The plan beside another step with everything saved: the same one before its loss was taken in shares."""
+    return dataclasses.replace(
+        plan,
+        baseline_peak_bytes=everything.peak_bytes,
+        baseline_step_us=everything.program.step_us,
+        baseline_timeline=everything.moments,
+    )
+
+
+def transfers_of(plan: Plan) -> Transfers:
+    """A plan's transfers, by the node at which each happens."""
+    releases: dict[str, tuple[str, ...]] = {}
+    reloads: dict[str, tuple[str, ...]] = {}
+    for transfer in plan.transfers:
+        releases[transfer.release] = (*releases.get(transfer.release, ()), transfer.name)
+        if transfer.reload:
+            reloads[transfer.reload] = (*reloads.get(transfer.reload, ()), transfer.name)
+    return Transfers({transfer.name: transfer.outputs for transfer in plan.transfers}, releases, reloads)
+
+
+def trace(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    optimizer: torch.optim.Optimizer | None = None,
+    device: str | None = None,
+    costs: str = "analytic",
+    captured: Captured | None = None,
+) -> TracedModel:
+    """Capture one call of `model` and record its training step, as on the device it is on or on a well-known one by name.
+    Allocates nothing on the device."""
+    profile = None
+    if device is not None:
+        if costs == "measured":
+            raise RematError(f"costs='measured' needs the device itself; without device={device!r} this machine's is measured")
+        profile = device_profile(device)
+        model, args, kwargs = stand_in(model, args, kwargs)
+    if not model.training:
+        raise RematError("the model is in eval mode, where nothing is saved for backward; call model.train() first")
+    captured = captured or capture(model, args, kwargs)
+    tensors = placeholder_tensors(captured, model, args, kwargs)
+    if not any(t.requires_grad for t in tensors):
+        raise RematError("no parameter or input requires grad, so there is no backward to plan for; unfreeze something first")
+    place = next((t.device for t in tensors if t.requires_grad), torch.device("cpu"))
+    profile = profile or profile_of(place)
+    libraries = library_bytes(place) if profile.is_here else LIBRARY_BYTES if profile.is_gpu else 0
+    resident = {**resident_memory(tensors, list(model.parameters()), list(model.buffers()), optimizer), "libraries": libraries}
+    times = op_times(place) if costs == "measured" else None
+    return _traced(captured, type(model).__name__, inputs_of(args, kwargs), tensors, place, profile, resident, times)
+
+
+def inputs_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Input, ...]:
+    found = ((f"args{pytree.keystr(path)}", leaf) for path, leaf in pytree.tree_leaves_with_path(args))
+    named = ((pytree.keystr(path)[2:].replace("']", "", 1), leaf) for path, leaf in pytree.tree_leaves_with_path(kwargs))
+    tensors = ((name, leaf) for name, leaf in (*found, *named) if isinstance(leaf, torch.Tensor))
+    return tuple(Input(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors)
+
+
+def _traced(
+    captured: Captured,
+    model: str,
+    inputs: tuple[Input, ...],
+    tensors: Sequence[torch.Tensor],
+    place: torch.device,
+    profile: DeviceProfile,
+    resident: Mapping[str, int],
+    times: OpTimes | None,
+) -> TracedModel:
+    program = record(captured, tensors, profile, resident, times)
+    if times is not None:
+        times.save()
+    text = "\n".join(f"{n.name} {n.target} {n.args} {getattr(n.meta.get('val'), 'shape', '')}" for n in captured.graph.nodes)
+    fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
+    again = partial(
+        _traced, model=model, inputs=inputs, tensors=tensors, place=place, profile=profile, resident=resident, times=times
+    )
+    nodes = tuple(node for node in captured.graph.nodes if node.op == "call_function")
+    trains = training(captured, tensors)
+    return TracedModel(program, nodes, place, profile, fingerprint, trains, model, inputs, captured, again)
+
+
+def training(captured: Captured, tensors: Sequence[torch.Tensor]) -> frozenset[int]:
+    """Positions of the forward ops that read a trainable parameter."""
+    roots = storage_roots(captured.graph)
+    placeholders = captured.graph.find_nodes(op="placeholder")
+    pairs = zip(placeholders, captured.sources, tensors, strict=True)
+    ours = {node for node, source, tensor in pairs if source.kind == "parameter" and tensor.requires_grad}
+    nodes = [node for node in captured.graph.nodes if node.op == "call_function"]
+    return frozenset(p for p, node in enumerate(nodes) if any(roots[source] in ours for source in node.all_input_nodes))
+
+
+def placeholder_tensors(
+    captured: Captured, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[torch.Tensor]:
+    """The tensor behind each placeholder of the captured graph."""
+    named = dict(itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)))
+    flat = pytree.tree_leaves((args, dict(sorted(kwargs.items()))))
+    return [
+        flat[source.index]
+        if source.kind == "input"
+        else captured.constants[source.name]
+        if source.kind == "constant"
+        else named[source.name]
+        for source in captured.sources
+    ]
