@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -102,6 +102,7 @@ class _Variant(NamedTuple):
 
     key: Any
     adds: bool
+    first: tuple[str, Any]  # the path of the block that is called first, and how
     plan: Plan
     runs: Mapping[str, list[_BlockRun]]
 
@@ -122,8 +123,9 @@ class EnabledBlocks(Enabled):
         check_blockwise(settings)
         self._settings = settings
         self._variants: list[_Variant] = []
+        self._running: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._runs: Mapping[str, Iterator[_BlockRun]] | None = None
         self.plan = None
-        self.running: _Variant | None = None
 
     def remove(self) -> None:
         super().remove()
@@ -133,19 +135,32 @@ class EnabledBlocks(Enabled):
     def train(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.compiler.is_compiling():
             raise RematError("blocks that remat has rewritten run eagerly; compile the original model with backend='remat'")
-        flat, spec = flatten_call(args, kwargs)
-        key, adds = self._key(flat, spec)
-        variant = next((v for v in self._variants if v.key == key and v.adds == adds), None)
-        if variant is None:
-            variant = self.capture(args, kwargs)
-        self.running = variant
-        for forward in self._forwards.values():
-            forward.calls = iter(variant.runs.get(forward.path, ()))
+        inspect.signature(type(self.model).forward).bind(self.model, *args, **kwargs)
+        self._running, self._runs = (args, kwargs), None
         try:
             with without_cache(self.model):
                 return type(self.model).forward(self.model, *args, **kwargs)
         finally:
-            self.running = None
+            self._running, self._runs = None, None
+
+    def run_of(self, path: str, flat: list[Any], spec: Any) -> _BlockRun:
+        """What the block at `path` has to run, now that it is called. The first call of a step decides which of the plans that
+        serve the model's inputs goes on: their values may have a say in how blocks are called (a mask that is left out)."""
+        name = f"{path} of {type(self.model).__name__}"
+        if self._running is None:
+            raise RematError(f"{name} was called outside of the model's forward, for which it is planned; call the model")
+        called = leaves_key(flat, spec)
+        if self._runs is None:
+            key, adds = self._key(*flatten_call(*self._running))
+            serve = (v for v in self._variants if v.key == key and v.adds == adds and v.first == (path, called))
+            variant = next(serve, None) or self.capture(*self._running)
+            self.plan = variant.plan
+            self._runs = {path: iter(runs) for path, runs in variant.runs.items()}
+        planned = next(self._runs[path], None)
+        if planned is None or planned.key != called:
+            why = "more often" if planned is None else _difference(planned.key, called)
+            raise RematError(f"{name} was called otherwise than when this step was planned: {why}")
+        return planned
 
     def capture_together(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """`capture` on every rank of those that share the model's parameters; an error on one is raised on all."""
@@ -166,12 +181,13 @@ class EnabledBlocks(Enabled):
                 error.args = (f"{error} {ADDS}",)
             raise
         runs: dict[str, list[_BlockRun]] = {path: [] for path in self.blocks}
-        for call, outer, regions in traced.rewritten(plan):
+        ways = [(call.path, leaves_key(*flatten_call(call.args, call.kwargs))) for call in traced.calls]
+        for (path, way), (call, outer, regions) in zip(ways, traced.rewritten(plan), strict=True):
             run = None
             if call.captured is not None and outer is not None:
-                run = runnable(self.blocks[call.path], call.captured, outer, regions)
-            runs[call.path].append(_BlockRun(leaves_key(*flatten_call(call.args, call.kwargs)), call.captured, run))
-        variant = _Variant(key, adds, plan, runs)
+                run = runnable(self.blocks[path], call.captured, outer, regions)
+            runs[path].append(_BlockRun(way, call.captured, run))
+        variant = _Variant(key, adds, ways[0], plan, runs)
         self._variants.append(variant)
         self.plan = plan
         announce(plan)
@@ -190,22 +206,14 @@ class _Block:
 
     def __init__(self, owner: EnabledBlocks, path: str, block: nn.Module) -> None:
         self.owner, self.path, self.block = owner, path, block
-        self.calls: Any = iter(())
         self.__signature__ = inspect.signature(type(block).forward.__get__(block))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         owner, block = self.owner, self.block
         if not owner.is_on or not owner.model.training or not torch.is_grad_enabled():
             return type(block).forward(block, *args, **kwargs)
-        name = f"{self.path} of {type(owner.model).__name__}"
-        if owner.running is None:
-            raise RematError(f"{name} was called outside of the model's forward, for which it is planned; call the model")
         flat, spec = flatten_call(args, kwargs)
-        planned = next(self.calls, None)
-        if planned is None or planned.key != leaves_key(flat, spec):
-            raise RematError(
-                f"{name} was called in another way than when this step was planned: {_difference(planned, flat, spec)}"
-            )
+        planned = owner.run_of(self.path, flat, spec)
         if planned.run is None or planned.captured is None:
             return type(block).forward(block, *args, **kwargs)
         tensors = [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
@@ -213,10 +221,8 @@ class _Block:
             return planned.captured.output_of(planned.run(*tensors))
 
 
-def _difference(planned: _BlockRun | None, flat: list[Any], spec: Any) -> str:
-    if planned is None:
-        return "more often"
-    (before, leaves), (now, others) = planned.key, leaves_key(flat, spec)
+def _difference(planned: Any, called: Any) -> str:
+    (before, leaves), (now, others) = planned, called
     if before != now:
         return "with other arguments"
     there, here = next((a, b) for a, b in zip(leaves, others, strict=True) if a != b)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from remat._torch import memory_events, storage_key
+from remat._torch import local, memory_events, storage_key
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def reachable(fn: Callable[[], object]) -> list[torch.Tensor]:
             continue
         seen.add(id(item))
         if isinstance(item, torch.Tensor):
-            tensors.append(item)
+            tensors.append(local(item))
             if item.is_leaf and item.grad is not None:
                 stack.append(item.grad)
             continue

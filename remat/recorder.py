@@ -188,13 +188,13 @@ class Recorder(_torch.TorchDispatchMode):
         if self.in_forward and not self.in_graph and counts:
             cost = op_cost_us(func, args, kwargs, out, self.device)
             read = self.behind((args, kwargs))
-            self._ran(self._other(func, out), (cost, Call.of(func, args, kwargs)), read, self.behind(out))
+            self._ran(self._other(func), (cost, Call.of(func, args, kwargs)), read, self.behind(out))
         return out
 
-    def _other(self, func: Any, out: Any) -> fx.Node:
+    def _other(self, func: Any) -> fx.Node:
         """Stands for a kernel that ran outside of the graphs."""
         node = self._others.call_function(func)
-        node.meta = {"val": out, "nn_module_stack": {"": (self.module, None)}}
+        node.meta = {"nn_module_stack": {"": (self.module, None)}}
         return node
 
     def _origin(self) -> int:

@@ -9,6 +9,7 @@ is left of them is this rank's share.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch import nn
 from remat._torch import ShardedGroup, pytree
 from remat.recorder import Recorder
 from remat.twin import Twin
+
+_LATE = 2  # buffers of gloo's threads that are not let go of yet; measured at most two, and not always
 
 
 def local_parameters(model: nn.Module, groups: Sequence[ShardedGroup]) -> list[torch.Tensor]:
@@ -40,7 +43,14 @@ class ShardedStep:
         self._gathers = [_Group(self, twin, group) for group in groups]
         self.gathered: torch.Tensor | None = None  # forward's last buffer
         self.reduced: torch.Tensor | None = None  # backward's last buffer
+        self._late: deque[torch.Tensor] = deque(maxlen=_LATE)
         self.order: list[_Group] = []  # of forward
+
+    def collective(self, elements: int, like: torch.Tensor, dtype: torch.dtype, kind: str) -> torch.Tensor:
+        """The buffer of a collective, beside which gloo has one of its own."""
+        if like.device.type == "cpu":
+            self._late.append(self.buffer(elements, like, dtype, "working set"))
+        return self.buffer(elements, like, dtype, kind)
 
     def end_forward(self) -> None:
         """The outermost forward is over."""
@@ -51,6 +61,7 @@ class ShardedStep:
         for group in self._gathers:
             group.reduce()
         self.reduced = None
+        self._late.clear()
 
     def buffer(self, elements: int, like: torch.Tensor, dtype: torch.dtype, kind: str) -> torch.Tensor:
         """Memory that the recorder counts as of this kind."""
@@ -108,7 +119,7 @@ class _Group:
 
     def _gather(self) -> torch.Tensor:
         first = self._parameters[0]
-        return self._step.buffer(sum(p.numel() for p in self._parameters), first, first.dtype, "parameters")
+        return self._step.collective(sum(p.numel() for p in self._parameters), first, first.dtype, "parameters")
 
     def _copy_out(self) -> None:
         self._whole = [self._step.buffer(p.numel(), p, p.dtype, "parameters") for p in self._parameters]
@@ -121,7 +132,7 @@ class _Group:
             return
         elements = sum(p.numel() for p in done)
         dtype = self._group.reduce_dtype or done[0].dtype
-        self._step.reduced = self._step.buffer(elements, done[0], dtype, "gradients")
+        self._step.reduced = self._step.collective(elements, done[0], dtype, "gradients")
         for parameter in done:
             parameter.grad = None
         share = -(-elements // self._group.ranks)
