@@ -182,10 +182,7 @@ def _trains(block: nn.Module, *inputs: Any) -> bool:
 
 def _captured(call: BlockCall, index: int) -> Captured:
     """The block's graph, whose nodes no other call's are named like, and whose modules have their whole paths."""
-    try:
-        captured = capture(call.block, call.args, call.kwargs)
-    except CaptureError as error:
-        raise CaptureError(f"block {call.path}: {error}") from error
+    captured = capture(call.block, call.args, call.kwargs, call.path)
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in captured.graph.nodes:
         if node.op == "output":

@@ -26,6 +26,7 @@ from remat.passes.aliasing import results
 
 log = logging.getLogger("remat")
 
+_BLOCKWISE = "; or block by block: remat.enable(model, budget, whole_model=False)"
 _DOOR_2 = 'torch.compile(model, backend="remat", options={"budget": ...}) handles this'
 _BATCH_NORM = torch.ops.aten._native_batch_norm_legit_functional.default
 _DROPPED = ("_assert_tensor_metadata", "_assert_scalar", "_guards_fn", "sym_constrain_range", "_assert_async")
@@ -63,8 +64,17 @@ class Captured:
         return pytree.tree_unflatten([constant if i < 0 else results[i] for i, constant in self.outputs], self.out_spec)
 
 
-def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
-    """Capture one training forward of `model`. Raises CaptureError with the place and the way out."""
+def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], block: str = "") -> Captured:
+    """Capture one training forward of `model`, or of the block of one that is at the path `block`. Raises CaptureError with the
+    place and the way out."""
+    try:
+        return _captured(model, args, kwargs)
+    except CaptureError as error:
+        error.args = (f"block {block}: {error}" if block else f"{error}{_BLOCKWISE}",)
+        raise
+
+
+def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
     kwargs = dict(sorted(kwargs.items()))
     flat, in_spec = pytree.tree_flatten((args, kwargs))
     devices = {t.device for t in itertools.chain(model.parameters(), model.buffers()) if t.numel()}
@@ -95,7 +105,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         if cause is not None:
             raise CaptureError(_opaque_message(cause.what)) from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CaptureError(f"{reason}\n  at {_user_line(error)}\n  One graph cannot hold this; {_DOOR_2}.") from error
+        raise CaptureError(f"{reason}\n  at {_user_line(error)}\n  One graph cannot hold this; {_DOOR_2}") from error
 
 
 @contextlib.contextmanager

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -27,21 +28,32 @@ log = logging.getLogger("remat")
 
 
 class Enabled:
-    """The `forward` of an enabled model; `plan` is the plan of the latest kind of call."""
+    """The `forward` of an enabled model. `settings` say how to plan; `plan` is the plan of the latest kind of call.
+
+    Copied and pickled with its model it stays the forward of that one, and plans anew.
+    """
 
     plan: Plan | None
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, settings: Settings) -> None:
         self.model = model
-        self.modules = list(model.modules())
         self.is_on = True
         self.__signature__ = inspect.signature(type(model).forward.__get__(model))
-        model.__dict__["_remat"] = self
-        model.forward = self
+        self._modules: list[nn.Module] = []
+        self.replan(settings)
+
+    def install(self) -> None:
+        """Become the model's forward."""
+        self._modules = list(self.model.modules())
+        self.model.__dict__["_remat"] = self
+        self.model.forward = self
 
     def replan(self, settings: Settings) -> None:
         """Plan by these settings from now on."""
-        raise NotImplementedError
+        self.settings = settings
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.model, self.settings)
 
     def train(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward that backward follows."""
@@ -60,7 +72,8 @@ class Enabled:
         if kwargs.get("use_cache"):
             raise RematError("use_cache=True: training keeps no key-value cache, which nothing there reads; leave it out")
         found = list(model.modules())
-        if len(found) != len(self.modules) or any(a is not b for a, b in zip(found, self.modules, strict=True)):
+        self._modules = self._modules or found
+        if len(found) != len(self._modules) or any(a is not b for a, b in zip(found, self._modules, strict=True)):
             raise RematError(
                 f"modules of {type(model).__name__} were added or replaced after remat was enabled for it; "
                 "call remat.disable(model) before, and enable it again after"
@@ -69,24 +82,29 @@ class Enabled:
 
 
 class EnabledWhole(Enabled):
-    """One graph for the whole model. `settings` say how to plan."""
+    """One graph for the whole model."""
 
-    def __init__(self, model: nn.Module, settings: Settings) -> None:
-        self._twin = without_hooks(model)
-        self._twin.__dict__["training"] = True
-        self.replan(settings)
-        super().__init__(model)
+    _step: RematModule | None
 
     @property
     def plan(self) -> Plan | None:  # type: ignore[override]
-        return self.step.plan
+        return None if self._step is None else self._step.plan
 
     def replan(self, settings: Settings) -> None:
-        self.step = RematModule(self._twin, Rewriting(settings))
+        super().replan(settings)
+        self._step = None
 
     def train(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if _torch.sharded_groups(self.model):
+            raise RematError(
+                f"{type(self.model).__name__} is under fully_shard, which needs its blocks to stay modules: use "
+                "remat.optimize_blocks(model, budget=...), or enable it with whole_model=False"
+            )
+        if self._step is None:
+            self._twin = without_hooks(self.model)
+            self._step = RematModule(self._twin, Rewriting(self.settings))
         imitate(self._twin, self.model)
-        return self.step.forward(*args, **kwargs)
+        return self._step.forward(*args, **kwargs)
 
 
 class _BlockRun(NamedTuple):
@@ -108,20 +126,28 @@ class _Variant(NamedTuple):
 
 
 class EnabledBlocks(Enabled):
-    """The model's own forward, in which each block runs its rewritten graph. `blocks` are named by their paths."""
+    """The model's own forward, in which each block, of which `paths` are the paths, runs its rewritten graph."""
 
-    def __init__(self, model: nn.Module, settings: Settings, blocks: Mapping[str, nn.Module]) -> None:
-        check_blockwise(settings)
-        super().__init__(model)
-        self.blocks = blocks
-        self._forwards = {path: _Block(self, path, block) for path, block in blocks.items()}
-        for path, forward in self._forwards.items():
-            blocks[path].forward = forward
-        self.replan(settings)
+    def __init__(self, model: nn.Module, settings: Settings, paths: Sequence[str]) -> None:
+        super().__init__(model, settings)
+        self.forwards = {path: _Block(self, path) for path in paths}
+
+    @cached_property
+    def blocks(self) -> dict[str, nn.Module]:
+        """The blocks by their paths."""
+        return {path: self.model.get_submodule(path) for path in self.forwards}
+
+    def install(self) -> None:
+        super().install()
+        for path, block in self.blocks.items():
+            block.forward = self.forwards[path]
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.model, self.settings, tuple(self.forwards))
 
     def replan(self, settings: Settings) -> None:
         check_blockwise(settings)
-        self._settings = settings
+        super().replan(settings)
         self._variants: list[_Variant] = []
         self._running: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._runs: Mapping[str, Iterator[_BlockRun]] | None = None
@@ -129,7 +155,7 @@ class EnabledBlocks(Enabled):
 
     def remove(self) -> None:
         super().remove()
-        for path, forward in self._forwards.items():
+        for path, forward in self.forwards.items():
             _take_back(self.blocks[path], forward)
 
     def train(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -173,9 +199,9 @@ class EnabledBlocks(Enabled):
     def capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Variant:
         """Plan for calls like this one."""
         key, adds = self._key(*flatten_call(args, kwargs))
-        traced = trace_blocks(self.model, args, kwargs, self.blocks, self._settings)
+        traced = trace_blocks(self.model, args, kwargs, self.blocks, self.settings)
         try:
-            plan = traced.plan(self._settings)
+            plan = traced.plan(self.settings)
         except BudgetError as error:
             if adds:
                 error.args = (f"{error} {ADDS}",)
@@ -204,12 +230,19 @@ class EnabledBlocks(Enabled):
 class _Block:
     """The `forward` of one block."""
 
-    def __init__(self, owner: EnabledBlocks, path: str, block: nn.Module) -> None:
-        self.owner, self.path, self.block = owner, path, block
-        self.__signature__ = inspect.signature(type(block).forward.__get__(block))
+    def __init__(self, owner: EnabledBlocks, path: str) -> None:
+        self.owner, self.path = owner, path
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        block = self.owner.blocks[self.path]
+        return inspect.signature(type(block).forward.__get__(block))
+
+    def __reduce__(self) -> Any:
+        return _forward_of, (self.owner, self.path)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        owner, block = self.owner, self.block
+        owner, block = self.owner, self.owner.blocks[self.path]
         if not owner.is_on or not owner.model.training or not torch.is_grad_enabled():
             return type(block).forward(block, *args, **kwargs)
         flat, spec = flatten_call(args, kwargs)
@@ -219,6 +252,10 @@ class _Block:
         tensors = [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
         with torch.autocast(device_type(owner.model), enabled=False):
             return planned.captured.output_of(planned.run(*tensors))
+
+
+def _forward_of(owner: EnabledBlocks, path: str) -> _Block:
+    return owner.forwards[path]
 
 
 def _difference(planned: Any, called: Any) -> str:

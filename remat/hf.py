@@ -36,8 +36,9 @@ class RematCallback(TrainerCallback):
     Raises RematError when the Trainer is made, where its arguments ask for another mechanism.
     """
 
-    def __init__(self, budget: BudgetLike = "auto", **settings: Any) -> None:
+    def __init__(self, budget: BudgetLike = "auto", *, whole_model: bool = True, **settings: Any) -> None:
         self._settings = read_settings(budget, settings)
+        self._whole = whole_model
         self._model: nn.Module | None = None
         self._forward: Enabled | None = None
 
@@ -48,7 +49,7 @@ class RematCallback(TrainerCallback):
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Before accelerate wraps the model's `forward`."""
         _check_arguments(args)
-        self._forward = enable_by(kwargs["model"], self._settings)
+        self._forward = enable_by(kwargs["model"], self._settings, self._whole)
         self._model = kwargs["model"]
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -63,7 +64,7 @@ class RematCallback(TrainerCallback):
         backbone = getattr(whole, "base_model", whole)
         if not _leads_to(whole.forward, self._forward) and backbone is not whole:
             disable(whole)
-            self._forward = enable_by(backbone, self._settings)
+            self._forward = enable_by(backbone, self._settings, self._whole)
         optimizer = getattr(optimizer, "optimizer", optimizer)  # inside of accelerate's
         if isinstance(optimizer, torch.optim.Optimizer):
             self._forward.replan(dataclasses.replace(self._settings, optimizer=optimizer))

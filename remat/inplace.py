@@ -44,7 +44,11 @@ def enable(model: nn.Module, budget: BudgetLike = "auto", *, whole_model: bool =
 def enable_by(model: nn.Module, settings: Settings, whole_model: bool = True) -> Enabled:
     """`enable` by settings; returns what the model's `forward` is then."""
     part = _checked(model)
-    return EnabledWhole(part, settings) if whole_model else _enable_blocks(part, settings, None)
+    if not whole_model:
+        return _enable_blocks(part, settings, None)
+    forward = EnabledWhole(part, settings)
+    forward.install()
+    return forward
 
 
 def optimize_blocks(
@@ -90,7 +94,9 @@ def _enable_blocks(model: nn.Module, settings: Settings, blocks: Sequence[nn.Mod
     for path, block in found.items():
         if "forward" in block.__dict__:
             raise RematError(f"the forward of {path} was replaced already; enable remat before that")
-    return EnabledBlocks(model, settings, found)
+    forward = EnabledBlocks(model, settings, tuple(found))
+    forward.install()
+    return forward
 
 
 def _named(model: nn.Module, blocks: Sequence[nn.Module]) -> dict[str, nn.Module]:

@@ -27,8 +27,8 @@ class RematCallback(Callback):
     Raises RematError where it is not clear what to plan for, and after the first batch if training_step did not call it.
     """
 
-    def __init__(self, budget: BudgetLike = "auto", *, module: str = "", **settings: Any) -> None:
-        self._settings, self._name = read_settings(budget, settings), module
+    def __init__(self, budget: BudgetLike = "auto", *, module: str = "", whole_model: bool = True, **settings: Any) -> None:
+        self._settings, self._name, self._whole = read_settings(budget, settings), module, whole_model
         self._model: nn.Module | None = None
 
     @property
@@ -40,7 +40,7 @@ class RematCallback(Callback):
         if stage != "fit" or self._model is not None:
             return
         self._model = self._chosen(pl_module)
-        enable_by(self._model, self._settings)
+        enable_by(self._model, self._settings, self._whole)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Counts the optimizer's state, now that there is an optimizer."""

@@ -1,0 +1,282 @@
+"""Models rewritten block by block: in place, planned as one step."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import remat
+from tests import models
+from tests.steps import run_step
+
+_ABOVE = 16_384  # bytes by which a prediction may be too high: what a CPU step of these models needs beside its tensors
+
+
+def _same(ours: Any, plain: Any) -> None:
+    assert torch.equal(ours.loss, plain.loss)
+    assert torch.equal(ours.rng, plain.rng)
+    assert ours.gradients.keys() == plain.gradients.keys()
+    for name, gradient in plain.gradients.items():
+        assert torch.equal(ours.gradients[name], gradient), name
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
+def test_gradients_and_peak(name: str) -> None:
+    """Dropout is on in all but llama, and random numbers are drawn between forward and backward."""
+    model, kwargs = models.build(name)
+    plain = run_step(copy.deepcopy(model), kwargs)
+    budget = 0.7
+    remat.optimize_blocks(model, (), kwargs, budget=budget)
+    plan = remat.plan_of(model)
+    assert plan is not None
+    assert plan.budget_bytes is not None
+    ours = run_step(model, kwargs)
+    _same(ours, plain)
+    assert len(plan.dropped) > 0
+    assert ours.peak_bytes <= plan.peak_bytes <= plan.budget_bytes
+    assert plan.peak_bytes - ours.peak_bytes <= _ABOVE
+    assert ours.peak_bytes < plain.peak_bytes
+
+
+def test_the_unoptimized_step_is_predicted() -> None:
+    model, kwargs = models.llama(layers=3)
+    plain = run_step(copy.deepcopy(model), kwargs)
+    remat.optimize_blocks(model, (), kwargs, budget=None)
+    plan = remat.plan_of(model)
+    assert plan is not None
+    assert not plan.dropped
+    assert 0 <= plan.peak_bytes - plain.peak_bytes <= _ABOVE
+
+
+def test_accumulating_and_other_shapes() -> None:
+    model, kwargs = models.gpt2()
+    plain = copy.deepcopy(model)
+    remat.enable(model, 0.8, whole_model=False)
+    for inputs in (kwargs, kwargs, {name: ids[:2] for name, ids in kwargs.items()}):
+        for each in (model, plain):
+            torch.manual_seed(3)
+            each(**inputs).loss.backward()
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad), name
+
+
+def test_the_same_object_in_eval_and_after() -> None:
+    model, kwargs = models.llama()
+    before = list(model.state_dict())
+    remat.enable(model, 0.7, whole_model=False)
+    model(**kwargs).loss.backward()
+    assert list(model.state_dict()) == before
+    model.eval()
+    assert model.generate(kwargs["input_ids"][:1, :4], max_new_tokens=3).shape == (1, 7)
+    remat.disable(model)
+    assert all("forward" not in module.__dict__ for module in model.modules())
+    model.train()
+    model(**kwargs).loss.backward()
+
+
+class _Doubles(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return gradients[0] * 2
+
+
+class _Odd(nn.Module):
+    """What one graph cannot hold, between blocks: an autograd function, a look at values, an output of a class of its own."""
+
+    class Result:
+        def __init__(self, logits: torch.Tensor) -> None:
+            self.logits = logits
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(
+            nn.Sequential(nn.Linear(32, 96), nn.GELU(), nn.Dropout(0.1), nn.Linear(96, 32)) for _ in range(4)
+        )
+        self.seen = 0
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> Any:
+        self.seen += 1
+        full = bool(mask.all())
+        for i, stage in enumerate(self.stages):
+            x = x + stage(x)
+            if i == 1 and not full:
+                x = _Doubles.apply(x) * mask[:, None]
+        return _Odd.Result(x).logits
+
+
+def test_a_model_that_one_graph_cannot_hold() -> None:
+    torch.manual_seed(0)
+    model, x = _Odd(), torch.randn(64, 32)
+    some = torch.arange(64) % 3 > 0
+    with pytest.raises(remat.CaptureError, match=r"(?s)full = bool\(mask.all\(\)\).*whole_model=False"):
+        remat.optimize(model, (x, some), budget=0.8)
+    plain = copy.deepcopy(model)
+    remat.enable(model, 0.8, whole_model=False)
+    for mask in (some, torch.ones(64, dtype=torch.bool), some):  # the second takes another way
+        for each in (model, plain):
+            torch.manual_seed(1)
+            each(x, mask).square().sum().backward()
+    assert (model.seen, plain.seen) == (3, 3)  # planning does not change the model
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+
+
+class _Gated(nn.Module):
+    """Blocks that are called with other shapes as the values of the inputs say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 16)) for _ in range(2))
+
+    def forward(self, x: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.cat([layer(x[: int(count)]), x[int(count) :]])
+        return x
+
+
+def test_values_choose_among_plans() -> None:
+    torch.manual_seed(0)
+    model, x = _Gated(), torch.randn(8, 16)
+    plain = copy.deepcopy(model)
+    remat.enable(model, None, whole_model=False, policy="blocks")
+    for count in (8, 5, 8, 5):
+        for each in (model, plain):
+            each(x, torch.tensor(count)).square().sum().backward()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+
+
+def test_frozen_blocks_run_as_they_are() -> None:
+    model, x = models.mlp(layers=4)
+    model.layers[:2].requires_grad_(False)
+    plain = copy.deepcopy(model)
+    remat.optimize_blocks(model, (x,), budget=None, policy="blocks")
+    plan = remat.plan_of(model)
+    assert plan is not None
+    assert {name.split("_")[1] for name in plan.dropped} == {"2", "3"}
+    for each in (model, plain):
+        torch.manual_seed(0)
+        each(x).backward()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None)
+        assert ours.grad is None or torch.equal(ours.grad, theirs.grad)
+
+
+def test_under_autocast() -> None:
+    model, kwargs = models.llama()
+    plain = copy.deepcopy(model)
+    remat.enable(model, 0.7, whole_model=False)
+    for each in (model, plain):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = each(**kwargs).loss
+        loss.backward()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+
+
+def test_pins_and_policies() -> None:
+    model, kwargs = models.llama()
+    remat.optimize_blocks(
+        model, (), kwargs, budget=None, policy="selective", pin={"layers.0.mlp::aten.mm.default": "RECOMPUTE"}
+    )
+    plan = remat.plan_of(model)
+    assert plan is not None
+    decided = {a.name: a.decision.name for block in plan.blocks for a in block.activations if a.op == "aten.mm.default"}
+    assert {name for name, decision in decided.items() if decision == "RECOMPUTE"}
+    assert all("layers_0_" in name for name, decision in decided.items() if decision == "RECOMPUTE")
+    twin = copy.deepcopy(model)
+    remat.disable(model)
+    _same(run_step(twin, kwargs), run_step(model, kwargs))
+    assert remat.plan_of(twin) == dataclasses.replace(plan, planning_seconds=remat.plan_of(twin).planning_seconds)  # a copy too
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"policy": "offload"}, "reaches across blocks"),
+        ({"policy": "sqrt"}, "reaches across blocks"),
+        ({"host_budget": "1GiB"}, "nothing moves to the host"),
+        ({"pin": {"aten.mm.default": "OFFLOAD"}}, "matches no activation"),
+        ({"pin": {"::aten.mm.default": "OFFLOAD"}}, "cannot move to the host"),
+        ({"polcy": "blocks"}, "unknown setting 'polcy'"),
+    ],
+)
+def test_settings_without_a_meaning_here(settings: dict[str, Any], text: str) -> None:
+    model, kwargs = models.llama(layers=1)
+    with pytest.raises(remat.RematError, match=text):
+        remat.optimize_blocks(model, (), kwargs, budget=None, **settings)
+    assert all("forward" not in module.__dict__ for module in model.modules())  # left as it was
+
+
+def test_a_budget_too_small_names_the_smallest() -> None:
+    model, kwargs = models.llama()
+    with pytest.raises(remat.BudgetError, match="the smallest needs") as caught:
+        remat.optimize_blocks(model, (), kwargs, budget=1000)
+    assert "host_budget" not in str(caught.value)
+    remat.optimize_blocks(model, (), kwargs, budget=caught.value.minimum_bytes)
+
+
+def test_bad_blocks() -> None:
+    model, x = models.mlp()
+    with pytest.raises(remat.RematError, match="not a module inside"):
+        remat.optimize_blocks(model, (x,), budget=None, blocks=[nn.Linear(2, 2)])
+    nested = nn.Sequential(nn.Sequential(nn.Linear(4, 4)))
+    with pytest.raises(remat.RematError, match=r"0\.0 lies inside of 0"):
+        remat.optimize_blocks(nested, budget=None, blocks=[nested[0], nested[0][0]])
+    with pytest.raises(remat.RematError, match="has no ModuleList"):
+        remat.optimize_blocks(nn.Linear(2, 2), budget=None)
+
+
+def test_a_block_called_alone_or_otherwise() -> None:
+    model, x = models.mlp()
+    remat.optimize_blocks(model, (x,), budget=None, policy="blocks")
+    with pytest.raises(remat.RematError, match="outside of the model's forward"):
+        model.layers[0](x)
+
+
+class _Drops(nn.Module):
+    """Calls a block once more than it did when it was planned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8)])
+        self.times = 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(self.times):
+            x = self.layers[0](x)
+        return x
+
+
+def test_more_calls_than_planned_are_an_error() -> None:
+    model, x = _Drops(), torch.randn(4, 8)
+    remat.optimize_blocks(model, (x,), budget=None)
+    model.times = 2
+    with pytest.raises(remat.RematError, match=r"layers\.0 of _Drops was called otherwise .* more often"):
+        model(x)
+
+
+class _Looks(nn.Module):
+    """Looks at values of activations between blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.layers[0](x)
+        return self.layers[1](x) if x.sum() > 0 else x
+
+
+def test_a_look_at_activations_is_an_error() -> None:
+    with pytest.raises(remat.CaptureError, match="reads the value of a tensor between its blocks"):
+        remat.optimize_blocks(_Looks(), (torch.randn(4, 8),), budget=None)
