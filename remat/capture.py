@@ -9,6 +9,7 @@ custom autograd functions) is refused here.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import logging
 import traceback
@@ -95,8 +96,10 @@ def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
+    given = {**inspect.signature(model.forward).bind(*args, **kwargs).arguments, **kwargs}
+    packed = any(name.endswith("position_ids") and value is not None for name, value in given.items())
     try:
-        with _torch.watch_for_opaque_autograd(), _torch.specializing(), without_cache(model):
+        with _torch.watch_for_opaque_autograd(), _torch.specializing(packed), without_cache(model):
             return torch.export.export(model, args, kwargs, strict=False)
     except _torch.OpaqueAutograd as error:
         raise CaptureError(_opaque_message(error.what)) from error

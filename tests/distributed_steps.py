@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import remat
@@ -49,6 +50,80 @@ def ddp(rank: int) -> dict[str, Any]:
         "losses": _losses(ours, both[rank]),
         "expected": _losses(plain, both[rank]),
     }
+
+
+def fsdp(rank: int) -> dict[str, Any]:
+    """100 steps of FSDP2, each block within one budget for the rank, beside FSDP2 without; gradients beside one process."""
+    torch.manual_seed(0)
+    model, kwargs = llama(layers=3)
+    both = [_rolled(kwargs, r) for r in range(dist.get_world_size())]
+    alone = [gradients_of(model, **each) for each in both]
+    plain, ours = (_sharded(copy.deepcopy(model)) for _ in range(2))
+    remat.optimize_blocks(ours, (), both[rank], budget=0.8)
+    plan = remat.plan_of(ours)
+    assert plan is not None
+    over = [remat.measure(lambda: loss_of(ours(**both[rank]), both[rank]).backward()).peak_bytes - plan.peak_bytes]
+    summed = {name: p.grad.full_tensor() for name, p in ours.named_parameters()}
+    step = remat.measure(lambda: loss_of(ours(**both[rank]), both[rank]).backward())  # adds to gradients
+    adding = remat.plan_of(ours)
+    assert adding is not None
+    return {
+        "apart": max(_distance(summed[name], sum(g[name] for g in alone) / len(alone)) for name in summed),
+        "over": [*over, step.peak_bytes - adding.peak_bytes],
+        "budget": [plan.peak_bytes <= (plan.budget_bytes or 0), adding.peak_bytes <= (adding.budget_bytes or 0)],
+        "dropped": len(plan.dropped),
+        "resident": plan.resident_bytes,
+        "whole": sum(p.nbytes for p in model.parameters()),
+        "losses": _losses(ours, both[rank]),
+        "expected": _losses(plain, both[rank]),
+    }
+
+
+def fsdp_later(rank: int) -> dict[str, Any]:
+    """Sharded, and in bfloat16, after remat was asked for; a mixed batch of shapes."""
+    torch.manual_seed(0)
+    model, kwargs = llama()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    ours, plain = copy.deepcopy(model), _sharded(copy.deepcopy(model), mp_policy=policy)
+    _sharded(remat.optimize_blocks(ours, budget=0.8), mp_policy=policy)
+    found = []
+    for length in (64, 32 + 16 * rank, 64):  # the ranks need not have the same shapes
+        ids = _rolled(kwargs, rank)["input_ids"][:, :length]
+        for each in (ours, plain):
+            each(input_ids=ids, labels=ids).loss.backward()
+        plan = remat.plan_of(ours)
+        found.append(plan.peak_bytes if plan is not None else 0)
+    pairs = zip(ours.parameters(), plain.parameters(), strict=True)
+    return {"same": all(torch.equal(a.grad.full_tensor(), b.grad.full_tensor()) for a, b in pairs), "peaks": found}
+
+
+def fsdp_other_model(rank: int) -> dict[str, Any]:
+    """Ranks whose blocks differ."""
+    model, x = mlp(layers=2)
+    if rank:
+        model.layers[1].append(nn.Tanh())
+    remat.optimize_blocks(_sharded(model, model.layers), (x,), budget=0.9)
+    return {"plan": 0}
+
+
+def fsdp_no_room(rank: int) -> dict[str, Any]:
+    """A budget that one rank cannot meet."""
+    model, x = mlp(layers=2)
+    remat.optimize_blocks(_sharded(model, model.layers), (x,), budget=1000 if rank else None)
+    return {"plan": 0}
+
+
+def fsdp_whole(rank: int) -> dict[str, Any]:
+    """A model that is planned as a whole, and sharded after that."""
+    model, x = mlp(layers=2)
+    _sharded(remat.enable(model, 0.9), model.layers)(x)
+    return {"plan": 0}
+
+
+def _sharded(model: Any, blocks: Any = None, **policy: Any) -> Any:
+    for block in model.model.layers if blocks is None else blocks:
+        fully_shard(block, **policy)
+    return fully_shard(model, **policy)
 
 
 def other_model(rank: int) -> dict[str, Any]:

@@ -18,7 +18,10 @@ from tests.models import mlp
 _ROOT = Path(__file__).parent.parent
 
 
-_CASES = ("ddp", "other_model", "other_shape", "wrong_setting", "fault", "no_room")
+_CASES = (
+    "ddp", "fsdp", "fsdp_later", "other_model", "other_shape", "wrong_setting", "fault", "no_room",
+    "fsdp_other_model", "fsdp_no_room", "fsdp_whole",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +51,23 @@ def test_ddp_with_one_plan(ranks: list[dict[str, Any]]) -> None:
     assert first["losses"] != second["losses"]
 
 
+def test_fsdp_block_by_block(ranks: list[dict[str, Any]]) -> None:
+    for rank in (rank["fsdp"] for rank in ranks):
+        assert rank["apart"] < 1e-6
+        assert rank["dropped"] > 0
+        assert max(rank["over"]) <= 0
+        assert all(rank["budget"])
+        assert rank["resident"] < 0.6 * rank["whole"]
+        assert rank["losses"] == rank["expected"]
+        assert rank["losses"][-1] < 0.9 * rank["losses"][0]
+
+
+def test_fsdp_applied_later(ranks: list[dict[str, Any]]) -> None:
+    for rank in (rank["fsdp_later"] for rank in ranks):
+        assert rank["same"]
+        assert rank["peaks"][1] < rank["peaks"][2]
+
+
 @pytest.mark.parametrize(
     ("case", "error", "texts"),
     [
@@ -56,6 +76,9 @@ def test_ddp_with_one_plan(ranks: list[dict[str, Any]]) -> None:
         ("wrong_setting", "RematError", ("on rank 1: ", "'polcy'")),
         ("fault", "RematError", ("on rank 1: AttributeError",)),
         ("no_room", "BudgetError", ("on rank 1: ", "smallest")),
+        ("fsdp_other_model", "RematError", ("ranks 0 and 1 differ",)),
+        ("fsdp_no_room", "BudgetError", ("on rank 1: ", "smallest")),
+        ("fsdp_whole", "RematError", ("optimize_blocks",)),
     ],
 )
 def test_a_rank_that_differs_stops_both(case: str, error: str, texts: tuple[str, ...], ranks: list[dict[str, Any]]) -> None:
