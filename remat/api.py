@@ -16,7 +16,8 @@ from remat.plan import Plan
 from remat.policies import Policy
 from remat.settings import Settings
 from remat.simulate import simulate
-from remat.whole import Rewriting, trace, with_baseline
+from remat.traced import with_baseline
+from remat.whole import Rewriting, trace
 
 
 def optimize(
@@ -33,6 +34,7 @@ def optimize(
     host_budget: int | str | None = None,
     pin: Pins = None,
     costs: str = "analytic",
+    in_flight: int = 1,
 ) -> RematModule:
     """Rewrite `model` so that a training step fits in `budget`; returns a `torch.fx.GraphModule` to train as before.
 
@@ -58,6 +60,8 @@ def optimize(
         costs: "analytic" times of ops are computed from the device's rates; "measured" ones on the device, once for each op and
             shape, and kept for later processes.
         trainable_only: fixed rules leave blocks alone in which no parameter trains.
+        in_flight: how many forwards run before the first backward, as in a stage of a pipeline (1F1B: its distance from the
+            last stage, plus one); the budget is for all of them, and gradients count as there from the start.
 
     Raises:
         BudgetError: nothing fits, or the budget cannot be read.
@@ -65,7 +69,7 @@ def optimize(
     """
     module = RematModule(
         model,
-        Rewriting(Settings(budget, policy, trainable_only, host_budget, plan, optimizer, pin, costs)),
+        Rewriting(Settings(budget, policy, trainable_only, host_budget, plan, optimizer, pin, costs, in_flight)),
         quiet=dynamic_shapes is not None,
     )
     if args or kwargs:
@@ -88,6 +92,7 @@ def plan(
     pin: Pins = None,
     costs: str = "analytic",
     device: str | None = None,
+    in_flight: int = 1,
 ) -> Plan:
     """Plan one training step without running it. Arguments and errors as in `optimize`.
 
@@ -97,8 +102,8 @@ def plan(
     device: plan for a well-known device, which need not be there ("h100"; remat/devices.py has them), whatever the model and
         its inputs lie on, `meta` included. Nothing is allocated. "auto" and "80%" are of that device's memory.
     """
-    settings = Settings(budget, policy, trainable_only, host_budget, plan, optimizer, pin, costs)
-    _, found = trace(model, args, kwargs or {}, optimizer, device, costs).planned(settings)
+    settings = Settings(budget, policy, trainable_only, host_budget, plan, optimizer, pin, costs, in_flight)
+    _, found = trace(model, args, kwargs or {}, optimizer, device, costs, adds=in_flight > 1).planned(settings)
     if dynamic_shapes is None:
         return found
     return with_formulas(found, model, args, kwargs or {}, dynamic_shapes, optimizer, device, costs)

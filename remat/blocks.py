@@ -122,7 +122,7 @@ def trace_blocks(
             call.captured = _captured(call, index)
     if all(call.captured is None for call in calls):
         raise RematError("nothing in the blocks requires grad, so there is nothing to plan there; unfreeze something first")
-    recording = _Recording(model, blocks, groups, calls)
+    recording = _Recording(model, blocks, groups, calls, settings.in_flight > 1)
     program = recording.program(model, args, kwargs, settings)
     graphs = [call.captured.graph for call in calls if call.captured is not None]
     text = "\n".join(f"{n.name} {n.target} {n.args} {getattr(n.meta.get('val'), 'shape', '')}" for g in graphs for n in g.nodes)
@@ -206,13 +206,14 @@ class _Recording:
         blocks: Mapping[str, nn.Module],
         groups: Sequence[_torch.ShardedGroup],
         calls: Sequence[BlockCall],
+        adds: bool,
     ) -> None:
         self.blocks, self.groups = blocks, groups
         self.parameters = local_parameters(model, groups)
         self.place = next((p.device for p in self.parameters if p.requires_grad), torch.device("cpu"))
         self.profile = profile_of(self.place)
         self.recorder = Recorder(self.profile)
-        self.twin = Twin(model, groups)
+        self.twin = Twin(model, groups, adds)
         self.pins: dict[int, str] = {}
         self.parts: list[tuple[int, int]] = []
         self.trains: set[int] = set()
@@ -242,7 +243,7 @@ class _Recording:
             sharded.end_backward()
         given = [*_tensors(args, kwargs), *self.constants]
         libraries = library_bytes(self.place) if self.profile.is_here else LIBRARY_BYTES if self.profile.is_gpu else 0
-        resident = resident_memory(given, self.parameters, list(model.buffers()), settings.optimizer)
+        resident = resident_memory(given, self.parameters, list(model.buffers()), settings.optimizer, settings.in_flight > 1)
         times = op_times(self.place) if settings.costs == "measured" else None
         found = write_program(recorder, self.pins, {**resident, "libraries": libraries}, times, tuple(self.parts))
         if times is not None:

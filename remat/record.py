@@ -27,8 +27,9 @@ def record(
     device: DeviceProfile,
     resident: Mapping[str, int],
     times: OpTimes | None = None,
+    adds: bool = False,
 ) -> Program:
-    """Record one training step of the captured graph.
+    """Record one training step of the captured graph; one that adds to gradients where there are any, or for all if `adds`.
 
     tensors: one per placeholder; only their metadata is used. times: measured costs; None: those of the device's profile.
     Outputs of the model are counted as held until the step ends. When one output is a scalar that requires grad it is the
@@ -38,9 +39,10 @@ def record(
     fake = _torch.FakeTensorMode()
     with fake:
         inputs = [fake_like(tensor) for tensor in tensors]
-    for tensor, real in zip(inputs, tensors, strict=True):
+    for tensor, real, source in zip(inputs, tensors, captured.sources, strict=True):
         recorder.know(tensor)
-        if real.is_leaf and real.grad is not None:
+        trains = adds and source.kind == "parameter" and real.requires_grad
+        if trains or (real.is_leaf and real.grad is not None):
             with fake:
                 tensor.grad = torch.empty_like(tensor)
             recorder.know(tensor.grad)

@@ -18,16 +18,20 @@ def resident_memory(
     parameters: Sequence[torch.Tensor],
     buffers: Sequence[torch.Tensor],
     optimizer: torch.optim.Optimizer | None,
+    adds: bool = False,
 ) -> dict[str, int]:
     """Bytes resident during every step by kind, each storage once; of a tensor that several ranks share this one's part.
 
-    inputs: the tensors that one call reads. An optimizer without state yet is asked what it will hold.
+    inputs: the tensors that one call reads. adds: gradients that are not there yet count too. An optimizer without state yet is
+    asked what it will hold.
     """
     gradients = [t.grad for t in (*parameters, *inputs) if t.is_leaf and t.grad is not None]
     groups: dict[str, Sequence[torch.Tensor]]
     groups = {"parameters": parameters, "buffers": buffers, "inputs": inputs, "gradients": gradients}
     seen: set[int] = set()
     found = {kind: _bytes(tensors, seen) for kind, tensors in groups.items()}
+    if adds:
+        found["gradients"] += sum(_torch.local(p).nbytes for p in parameters if p.requires_grad and p.grad is None)
     return {**found, "optimizer": 0 if optimizer is None else optimizer_bytes(optimizer)}
 
 

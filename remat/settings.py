@@ -29,6 +29,7 @@ class Settings:
     optimizer: torch.optim.Optimizer | None = None
     pin: Pins = None
     costs: str = "analytic"
+    in_flight: int = 1
 
     def __post_init__(self) -> None:
         parse_budget(self.budget)
@@ -36,6 +37,8 @@ class Settings:
         check_policy(self.policy)
         check_pins(self.pin)
         check_costs(self.costs)
+        if not isinstance(self.in_flight, int) or self.in_flight < 1:
+            raise RematError(f"in_flight={self.in_flight!r} is not a number of forwards")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "optimizer": None}

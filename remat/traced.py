@@ -16,6 +16,7 @@ from remat.budget import Memory, memory_of, parse_budget, resolve_budget, resolv
 from remat.describe import describe
 from remat.devices import DeviceProfile
 from remat.errors import RematError
+from remat.in_flight import solve_in_flight, with_others
 from remat.passes.aliasing import storage_roots
 from remat.passes.regions import Stretch
 from remat.pins import pinned
@@ -24,7 +25,7 @@ from remat.planner import Menus, Solution, frontier_solutions, make_menus, small
 from remat.policies import check_fits, check_host, is_planned, policy_solution
 from remat.program import Move, Program
 from remat.settings import Settings
-from remat.simulate import simulate
+from remat.simulate import Replay, simulate
 
 
 @dataclass(frozen=True)
@@ -46,21 +47,24 @@ class Traced:
         if settings.plan is not None and settings.plan.fingerprint == self.fingerprint:
             return settings.plan
         program = pinned(self.program, self.nodes, settings.pin)
-        baseline = simulate(program, ())
-        limit = resolve_budget(parse_budget(settings.budget), self.memory, program.resident_bytes, baseline.peak_bytes)
+        others = settings.in_flight - 1
+        everything = with_others(program, Solution(frozenset(), (), simulate(program, ())), others).replay
+        limit = resolve_budget(parse_budget(settings.budget), self.memory, program.resident_bytes, everything.peak_bytes)
         host = resolve_host_budget(settings.host_budget, self.memory)
         menus = make_menus(program, host)
         given = self._given(settings.plan) if settings.plan is not None else None
         if given is not None and (limit is None or given.replay.peak_bytes <= limit):
             solution = given
         elif is_planned(settings.policy):
-            solution = solve(program, menus, None if settings.policy == "none" else limit)
+            solution = solve_in_flight(program, menus, None if settings.policy == "none" else limit, others)
         else:
             solution = self._by_rule(settings, program, menus)
+            solution = with_others(program, solution, others)
             check_fits(solution, solution.replay.peak_bytes, limit, settings.policy)
         if settings.host_budget is not None:
             check_host(solution, host, settings.policy)
-        return self.describe(menus, solution, limit, time.perf_counter() - start)
+        found = self.describe(menus, solution, limit, time.perf_counter() - start)
+        return with_baseline(found, everything) if others else found
 
     def _by_rule(self, settings: Settings, program: Program, menus: Menus) -> Solution:
         trains = self.trains if settings.trainable_only else None
@@ -146,6 +150,16 @@ class Traced:
             members = self.nodes[position[first] : position[last] + 1]
             stretches.append(Stretch(tuple(n.name for n in members), with_views(members, dropped)))
         return stretches
+
+
+def with_baseline(plan: Plan, everything: Replay) -> Plan:
+    """The plan beside another step with everything saved: the same one before its loss was taken in shares."""
+    return dataclasses.replace(
+        plan,
+        baseline_peak_bytes=everything.peak_bytes,
+        baseline_step_us=everything.program.step_us,
+        baseline_timeline=everything.moments,
+    )
 
 
 def _shown(tensor: Input) -> str:

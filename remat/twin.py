@@ -24,10 +24,12 @@ _SHARDING = "torch.distributed.fsdp"  # where the hooks of fully_shard are defin
 class Twin:
     """`module` is the twin of `model`, which `of` gives for each of its modules; hooks of the model itself are left out.
 
-    Parameters of `groups`, under `fully_shard`, are whole and in the type that they compute in.
+    Parameters of `groups`, under `fully_shard`, are whole and in the type that they compute in. All that trains has a gradient
+    if the step `adds` to them.
     """
 
-    def __init__(self, model: nn.Module, groups: Sequence[_torch.ShardedGroup] = ()) -> None:
+    def __init__(self, model: nn.Module, groups: Sequence[_torch.ShardedGroup] = (), adds: bool = False) -> None:
+        self._adds = adds
         self.mode = _torch.FakeTensorMode(allow_non_fake_inputs=True)
         self._values = KnownValues()
         self._modules: dict[int, nn.Module] = {}
@@ -105,7 +107,8 @@ class Twin:
         fake = self.like(tensor)
         if isinstance(tensor, nn.Parameter):
             fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
-            fake.grad = None if tensor.grad is None else self.like(tensor.grad)
+            adds = tensor.grad is not None or (self._adds and tensor.requires_grad)
+            fake.grad = self.like(tensor) if adds else None
         self._values.know(fake, tensor)
         self._tensors[id(tensor)] = fake
         return fake

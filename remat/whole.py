@@ -28,8 +28,8 @@ from remat.plan import Input, Plan
 from remat.record import record
 from remat.resident import resident_memory
 from remat.settings import Settings
-from remat.simulate import Replay, simulate
-from remat.traced import Traced
+from remat.simulate import simulate
+from remat.traced import Traced, with_baseline
 from remat.workspace import library_bytes
 
 _MUCH = 0.1  # less of the room above what is resident is not worth a second plan
@@ -46,7 +46,9 @@ class Rewriting:
     ) -> tuple[Captured, Plan, fx.Graph, tuple[RegionGraph, ...]]:
         """`captured`: what such a call was captured as before, if it was."""
         settings = self.settings
-        step, plan = trace(model, args, kwargs, settings.optimizer, costs=settings.costs, captured=captured).planned(settings)
+        adds = settings.in_flight > 1
+        traced = trace(model, args, kwargs, settings.optimizer, costs=settings.costs, captured=captured, adds=adds)
+        step, plan = traced.planned(settings)
         outer, regions = form_regions(step.captured.graph, step.stretches(plan), transfers_of(plan))
         return step.captured, plan, outer, regions
 
@@ -99,20 +101,10 @@ class TracedModel(Traced):
 
     def worth_sharing(self, peak_bytes: int | None, settings: Settings) -> TracedModel | None:
         """`sharing` where the planner decides and what autograd keeps of the loss is much of what such a peak has room for."""
-        if peak_bytes is None or settings.policy != "auto" or settings.pin is not None:
+        if peak_bytes is None or settings.policy != "auto" or settings.pin is not None or settings.in_flight > 1:
             return None
         kept = sum(storage_bytes(loss.all_input_nodes[0].meta["val"]) for loss in find_losses(self.captured.graph))
         return self.sharing if kept > _MUCH * (peak_bytes - self.program.resident_bytes) else None
-
-
-def with_baseline(plan: Plan, everything: Replay) -> Plan:
-    """The plan beside another step with everything saved: the same one before its loss was taken in shares."""
-    return dataclasses.replace(
-        plan,
-        baseline_peak_bytes=everything.peak_bytes,
-        baseline_step_us=everything.program.step_us,
-        baseline_timeline=everything.moments,
-    )
 
 
 def transfers_of(plan: Plan) -> Transfers:
@@ -134,9 +126,10 @@ def trace(
     device: str | None = None,
     costs: str = "analytic",
     captured: Captured | None = None,
+    adds: bool = False,
 ) -> TracedModel:
     """Capture one call of `model` and record its training step, as on the device it is on or on a well-known one by name.
-    Allocates nothing on the device."""
+    Allocates nothing on the device. adds: as a step that adds to gradients, whether there are any yet or not."""
     profile = None
     if device is not None:
         if costs == "measured":
@@ -152,9 +145,10 @@ def trace(
     place = next((t.device for t in tensors if t.requires_grad), torch.device("cpu"))
     profile = profile or profile_of(place)
     libraries = library_bytes(place) if profile.is_here else LIBRARY_BYTES if profile.is_gpu else 0
-    resident = {**resident_memory(tensors, list(model.parameters()), list(model.buffers()), optimizer), "libraries": libraries}
+    resident = resident_memory(tensors, list(model.parameters()), list(model.buffers()), optimizer, adds)
     times = op_times(place) if costs == "measured" else None
-    return _traced(captured, type(model).__name__, inputs_of(args, kwargs), tensors, place, profile, resident, times)
+    resident = {**resident, "libraries": libraries}
+    return _traced(captured, type(model).__name__, inputs_of(args, kwargs), tensors, place, profile, resident, times, adds)
 
 
 def inputs_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Input, ...]:
@@ -173,15 +167,15 @@ def _traced(
     profile: DeviceProfile,
     resident: Mapping[str, int],
     times: OpTimes | None,
+    adds: bool,
 ) -> TracedModel:
-    program = record(captured, tensors, profile, resident, times)
+    program = record(captured, tensors, profile, resident, times, adds)
     if times is not None:
         times.save()
     text = "\n".join(f"{n.name} {n.target} {n.args} {getattr(n.meta.get('val'), 'shape', '')}" for n in captured.graph.nodes)
     fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
-    again = partial(
-        _traced, model=model, inputs=inputs, tensors=tensors, place=place, profile=profile, resident=resident, times=times
-    )
+    about = {"model": model, "inputs": inputs, "tensors": tensors, "place": place, "profile": profile, "resident": resident}
+    again = partial(_traced, **about, times=times, adds=adds)  # type: ignore[arg-type]
     nodes = tuple(node for node in captured.graph.nodes if node.op == "call_function")
     trains = training(captured, tensors)
     return TracedModel(program, nodes, place, profile, fingerprint, trains, model, inputs, captured, again)

@@ -37,6 +37,7 @@ def test_names() -> None:
         "frontier",
         "measure",
         "optimize",
+        "optimize_blocks",
         "plan",
         "plan_of",
         "plans",
@@ -65,8 +66,8 @@ COMMON = (
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("optimize", COMMON),
-        ("plan", COMMON.replace("'analytic')", "'analytic', device=None)")),
+        ("optimize", COMMON.replace("'analytic')", "'analytic', in_flight=1)")),
+        ("plan", COMMON.replace("'analytic')", "'analytic', device=None, in_flight=1)")),
         (
             "frontier",
             COMMON.replace("*, budget,", "*, budget=None,").replace("'analytic')", "'analytic', device=None, points=12)"),
