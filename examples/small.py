@@ -34,7 +34,9 @@ def batches(steps: int, rows: int = 8) -> list[dict[str, torch.Tensor]]:
     return [{name: torch.stack([row[name] for row in group]) for name in group[0]} for group in groups]
 
 
-def report(model: torch.nn.Module, batch: dict[str, torch.Tensor], optimizer: Any, losses: list[float]) -> None:
+def report(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor], optimizer: Any, losses: list[float], quiet: bool = False
+) -> None:
     """One line: what was predicted, what the allocator did in one more step, and what was learned."""
     model.zero_grad()
 
@@ -43,6 +45,8 @@ def report(model: torch.nn.Module, batch: dict[str, torch.Tensor], optimizer: An
         return len(optimizer.state)  # the optimizer's state is there, too
 
     measured = remat.measure(step)
+    if quiet:
+        return
     plan = remat.plan_of(model)
     assert plan is not None, "a step has run"
     sizes = plan.baseline_peak_bytes, plan.peak_bytes, measured.peak_bytes

@@ -357,9 +357,10 @@ def watch_for_opaque_autograd() -> Iterator[None]:
 
 class ShardedParameter(NamedTuple):
     """A parameter under `fully_shard`: `shard` is this rank's part of it, a DTensor; `places` are the modules, and the name in
-    each, that have it. It computes in `dtype`."""
+    each, that have it. It computes in `dtype`, and `is_split` by tensor parallelism even then."""
 
     shard: torch.nn.Parameter
+    is_split: bool
     dtype: torch.dtype
     places: tuple[tuple[torch.nn.Module, str], ...]
 
@@ -410,7 +411,7 @@ def _sharded_parameter(found: Any, dtype: torch.dtype | None) -> ShardedParamete
     at, shard = found._module_info, found.sharded_param
     places = [(at.module, at.param_name), *zip(at.shared_modules, at.shared_param_names, strict=True)]
     computes_in = dtype if dtype is not None and shard.dtype.is_floating_point else shard.dtype
-    return ShardedParameter(shard, computes_in, tuple(places))
+    return ShardedParameter(shard, bool(found.is_dtensor), computes_in, tuple(places))
 
 
 def is_fake(tensor: torch.Tensor) -> bool:

@@ -39,8 +39,10 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of the optimizer's state; predicted by one step on fake tensors where there is none yet."""
     if optimizer.state:
         return _bytes(t for t in pytree.tree_leaves(dict(optimizer.state)) if isinstance(t, torch.Tensor))
+    parts = [[(_torch.local(p), p.requires_grad) for p in group["params"]] for group in optimizer.param_groups]
     with _torch.FakeTensorMode():
-        groups = [{**group, "params": [_fake_trained(p) for p in group["params"]]} for group in optimizer.param_groups]
+        pairs = zip(optimizer.param_groups, parts, strict=True)
+        groups = [{**group, "params": [_fake_trained(*p) for p in part]} for group, part in pairs]
         make: Any = type(optimizer)  # each group carries its hyperparameters
         twin = make(groups)
         with contextlib.suppress(_torch.DataDependentOutputException):  # state is made before any value is read
@@ -48,10 +50,9 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
         return _bytes(t for t in pytree.tree_leaves(dict(twin.state)) if isinstance(t, torch.Tensor))
 
 
-def _fake_trained(parameter: torch.Tensor) -> nn.Parameter:
-    part = _torch.local(parameter)
+def _fake_trained(part: torch.Tensor, trains: bool) -> nn.Parameter:
     fake = nn.Parameter(torch.empty(part.shape, dtype=part.dtype, device=part.device))
-    fake.grad = torch.empty_like(fake) if parameter.requires_grad else None
+    fake.grad = torch.empty_like(fake) if trains else None
     return fake
 
 

@@ -14,11 +14,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import remat
 from remat import distributed
+from remat._torch import local
 from tests.models import llama, mlp
 from tests.steps import gradients_of, loss_of
 
@@ -117,6 +120,37 @@ def fsdp_whole(rank: int) -> dict[str, Any]:
     """A model that is planned as a whole, and sharded after that."""
     model, x = mlp(layers=2)
     _sharded(remat.enable(model, 0.9), model.layers)(x)
+    return {"plan": 0}
+
+
+def tensor_parallel(rank: int) -> dict[str, Any]:
+    """Blocks whose matrices lie on both ranks, compiled within a budget."""
+    torch.manual_seed(0)
+    model, x = mlp(rows=256, dropout=0.0)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.layers:
+        parallelize_module(layer, mesh, {"1": ColwiseParallel(), "3": RowwiseParallel()})
+    ours = copy.deepcopy(model)
+    step = torch.compile(ours, backend="remat", options={"budget": 0.6, "compiler": "eager"})
+    peaks = []
+    for run in (model, step):
+        run(x).backward()
+        peaks.append(remat.measure(lambda run=run: run(x).backward()).peak_bytes)
+    pairs = zip(ours.parameters(), model.parameters(), strict=True)
+    plan = remat.plans(step)[0].plan
+    return {
+        "apart": max(_distance(local(a.grad), local(b.grad)) for a, b in pairs),
+        "peaks": peaks,
+        "budget": plan.budget_bytes,
+        "dropped": len(plan.dropped),
+    }
+
+
+def tensor_parallel_blocks(rank: int) -> dict[str, Any]:
+    """The same block by block, which cannot be."""
+    model, x = mlp()
+    parallelize_module(model.layers[0], init_device_mesh("cpu", (dist.get_world_size(),)), {"1": ColwiseParallel()})
+    remat.optimize_blocks(model, (x,), budget=0.9)
     return {"plan": 0}
 
 

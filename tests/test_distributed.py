@@ -20,7 +20,7 @@ _ROOT = Path(__file__).parent.parent
 
 _CASES = (
     "ddp", "fsdp", "fsdp_later", "other_model", "other_shape", "wrong_setting", "fault", "no_room",
-    "fsdp_other_model", "fsdp_no_room", "fsdp_whole",
+    "fsdp_other_model", "fsdp_no_room", "fsdp_whole", "tensor_parallel", "tensor_parallel_blocks",
 )  # fmt: skip
 
 
@@ -68,6 +68,13 @@ def test_fsdp_applied_later(ranks: list[dict[str, Any]]) -> None:
         assert rank["peaks"][1] < rank["peaks"][2]
 
 
+def test_tensor_parallel_compiled(ranks: list[dict[str, Any]]) -> None:
+    for rank in (rank["tensor_parallel"] for rank in ranks):
+        assert rank["apart"] < 1e-6
+        assert rank["dropped"] > 0
+        assert rank["peaks"][1] <= rank["budget"] < rank["peaks"][0]
+
+
 @pytest.mark.parametrize(
     ("case", "error", "texts"),
     [
@@ -79,6 +86,7 @@ def test_fsdp_applied_later(ranks: list[dict[str, Any]]) -> None:
         ("fsdp_other_model", "RematError", ("ranks 0 and 1 differ",)),
         ("fsdp_no_room", "BudgetError", ("on rank 1: ", "smallest")),
         ("fsdp_whole", "RematError", ("optimize_blocks",)),
+        ("tensor_parallel_blocks", "CaptureError", ("layers.0.1.weight is a DTensor", 'backend="remat"')),
     ],
 )
 def test_a_rank_that_differs_stops_both(case: str, error: str, texts: tuple[str, ...], ranks: list[dict[str, Any]]) -> None:

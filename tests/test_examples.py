@@ -13,6 +13,7 @@ import pytest
 
 _EXAMPLES = Path(__file__).parent.parent / "examples"
 _STEPS = "6"
+_TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
 _LINE = re.compile(
     r"([\d.]+) MiB with everything saved, ([\d.]+) MiB as planned, ([\d.]+) MiB measured; loss ([\d.]+) to ([\d.]+)"
 )
@@ -38,7 +39,7 @@ def test_an_example(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 @pytest.mark.parametrize(
     ("name", "launcher"),
-    [("accelerate_loop", ()), ("ddp", ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"))],
+    [("accelerate_loop", ()), ("ddp", _TORCHRUN), ("fsdp", _TORCHRUN)],
 )
 def test_an_example_that_needs_processes_of_its_own(name: str, launcher: tuple[str, ...]) -> None:
     path = os.pathsep.join([str(_EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])
@@ -51,4 +52,5 @@ def test_an_example_that_needs_processes_of_its_own(name: str, launcher: tuple[s
 
 def test_all_are_here() -> None:
     names = {path.stem for path in _EXAMPLES.glob("*.py")}
-    assert names == {"demo", "quickstart", "small", "plain_loop", "trainer", "lora", "accelerate_loop", "lightning_fit", "ddp"}
+    loops = {"plain_loop", "trainer", "lora", "accelerate_loop", "lightning_fit", "ddp", "fsdp"}
+    assert names == {"demo", "quickstart", "small", *loops}
