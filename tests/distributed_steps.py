@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -152,6 +153,29 @@ def tensor_parallel_blocks(rank: int) -> dict[str, Any]:
     parallelize_module(model.layers[0], init_device_mesh("cpu", (dist.get_world_size(),)), {"1": ColwiseParallel()})
     remat.optimize_blocks(model, (x,), budget=0.9)
     return {"plan": 0}
+
+
+def pipeline(rank: int) -> dict[str, Any]:
+    """A stage on each rank, with a budget of its own, under PyTorch's 1F1B schedule."""
+    torch.manual_seed(0)
+    wide = [nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32)) for _ in range(6)]
+    x, y = torch.randn(512, 32), torch.randn(512, 32)
+    plain = nn.Sequential(*copy.deepcopy(wide))
+    for part, target in zip(x.chunk(4), y.chunk(4), strict=True):
+        (nn.functional.mse_loss(plain(part), target) / 4).backward()
+    expected = [p.grad for p in plain[3 * rank : 3 * rank + 3].parameters()]
+    stage = nn.Sequential(*wide[3 * rank : 3 * rank + 3])
+    remat.enable(stage, (0.6, 0.8)[rank], in_flight=2 - rank)
+    schedule = Schedule1F1B(PipelineStage(stage, rank, 2, torch.device("cpu")), 4, loss_fn=nn.functional.mse_loss)
+
+    def step() -> None:
+        schedule.step(*(() if rank else (x,)), **({"target": y} if rank else {}))
+
+    step()
+    apart = max(_distance(p.grad, g) for p, g in zip(stage.parameters(), expected, strict=True) if p.grad is not None)
+    plan = remat.plan_of(stage)
+    assert plan is not None
+    return {"apart": apart, "dropped": len(plan.dropped), "over": plan.peak_bytes - (plan.budget_bytes or 0)}
 
 
 def _sharded(model: Any, blocks: Any = None, **policy: Any) -> Any:

@@ -21,6 +21,7 @@ _ROOT = Path(__file__).parent.parent
 _CASES = (
     "ddp", "fsdp", "fsdp_later", "other_model", "other_shape", "wrong_setting", "fault", "no_room",
     "fsdp_other_model", "fsdp_no_room", "fsdp_whole", "tensor_parallel", "tensor_parallel_blocks",
+    "pipeline",
 )  # fmt: skip
 
 
@@ -66,6 +67,13 @@ def test_fsdp_applied_later(ranks: list[dict[str, Any]]) -> None:
     for rank in (rank["fsdp_later"] for rank in ranks):
         assert rank["same"]
         assert rank["peaks"][1] < rank["peaks"][2]
+
+
+def test_pipeline_stages_with_budgets_of_their_own(ranks: list[dict[str, Any]]) -> None:
+    for rank in (rank["pipeline"] for rank in ranks):
+        assert rank["apart"] < 1e-6
+        assert rank["dropped"] > 0
+        assert rank["over"] <= 0
 
 
 def test_tensor_parallel_compiled(ranks: list[dict[str, Any]]) -> None:
