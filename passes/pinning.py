@@ -7,6 +7,8 @@ write twice.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -29,6 +31,11 @@ _ROUTING = {
 _BATCH_NORM = {aten._native_batch_norm_legit_functional.default}  # recomputed without its running statistics
 
 
+def is_collective(op: Any) -> bool:
+    """True for ops that other ranks have to run too, and as often."""
+    return isinstance(op, torch._ops.OpOverload) and op.namespace in ("_c10d_functional", "c10d_functional", "_dtensor", "c10d")
+
+
 def why_pinned(node: fx.Node, mutated: frozenset[fx.Node]) -> str:
     """Why the node may not be recomputed; "" if it may. `mutated` are the inputs that the step writes to."""
     target = node.target
@@ -40,7 +47,7 @@ def why_pinned(node: fx.Node, mutated: frozenset[fx.Node]) -> str:
         return "routing: a tie could fall the other way"
     if torch.Tag.dynamic_output_shape in target.tags or torch.Tag.data_dependent_output in target.tags:
         return "shape depends on data"
-    if target.namespace in ("_c10d_functional", "c10d_functional", "_dtensor"):
+    if is_collective(target):
         return "collective"
     if target._schema.is_mutable:
         return "writes to an input"

@@ -21,6 +21,7 @@ import torch
 from remat import _torch
 from remat._torch import pytree
 from remat.measure import measure_accelerator, measure_cpu
+from remat.passes.pinning import is_collective
 
 log = logging.getLogger("remat")
 aten = torch.ops.aten
@@ -75,8 +76,8 @@ class Call:
 
     @classmethod
     def of(cls, op: Any, args: Any, kwargs: Any) -> Call | None:
-        """None for what is no op of torch's."""
-        if not isinstance(op, torch._ops.OpOverload):
+        """None for what cannot be run by itself: what is no op of torch's, and collectives, which wait for other ranks."""
+        if not isinstance(op, torch._ops.OpOverload) or is_collective(op):
             return None
         leaves, spec = pytree.tree_flatten((args, kwargs))
         return cls(op, tuple(TensorLike.of(x) if isinstance(x, torch.Tensor) else x for x in leaves), spec)
