@@ -1,15 +1,15 @@
 """A model's step block by block: each block is captured on its own, and what runs between them stays the user's code.
 
 For models that one graph cannot hold, and for `fully_shard`, which needs each block to stay a module. The whole forward runs
-once on fake tensors to see how blocks are called, and once more with the captured blocks in their places, watched by the
-recorder. So one plan covers the step, and memory between blocks is in it; decisions are made inside of blocks only.
+once on fake tensors, watched by the recorder; each block is captured when it is called, and its graph runs in its place. So
+one plan covers the step, and memory between blocks is in it; decisions are made inside of blocks only.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from remat.absent import LIBRARY_BYTES
 from remat.capture import Captured, capture, without_cache
 from remat.devices import profile_of
 from remat.errors import CaptureError, RematError
+from remat.module import flatten_call, leaves_key
 from remat.op_times import op_times
 from remat.passes.pinning import why_pinned
 from remat.passes.regions import RegionGraph, form_regions
@@ -41,16 +42,14 @@ from remat.workspace import library_bytes
 _CROSSES = "goes in or out of a block"
 
 
-@dataclass
+@dataclass(frozen=True)
 class BlockCall:
-    """One call of a block in a forward of the model: `args` and `kwargs` are fake. `captured` is None where nothing in it
+    """One call of a block in a forward of the model, with arguments as `way` says. `captured` is None where nothing in it
     requires grad, so that the block runs as it is."""
 
     path: str
-    block: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    captured: Captured | None = None
+    way: Any
+    captured: Captured | None
 
 
 @dataclass(frozen=True)
@@ -123,99 +122,46 @@ def trace_blocks(
                 f"a module inside of the block {inside[id(group.module)]} is sharded on its own; shard the block, or make that "
                 "module one with blocks=[...]"
             )
-    calls = _observed(model, args, kwargs, blocks, groups)
-    for index, call in enumerate(calls):
-        if _trains(call.block, call.args, call.kwargs):
-            call.captured = _captured(call, index)
-    if all(call.captured is None for call in calls):
+    recording = _Recording(model, blocks, groups, settings.in_flight > 1)
+    program = recording.program(args, kwargs, settings)
+    graphs = [call.captured.graph for call in recording.calls if call.captured is not None]
+    if not graphs:
         raise RematError("nothing in the blocks requires grad, so there is nothing to plan there; unfreeze something first")
-    recording = _Recording(model, blocks, groups, calls, settings.in_flight > 1)
-    program = recording.program(model, args, kwargs, settings)
-    graphs = [call.captured.graph for call in calls if call.captured is not None]
     text = "\n".join(f"{n.name} {n.target} {n.args} {getattr(n.meta.get('val'), 'shape', '')}" for g in graphs for n in g.nodes)
     fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
     nodes = tuple(ran.node for ran in recording.recorder.ran)
-    about = type(model).__name__, inputs_of(args, kwargs), tuple(calls)
+    about = type(model).__name__, inputs_of(args, kwargs), tuple(recording.calls)
     return TracedBlocks(program, nodes, recording.place, recording.profile, fingerprint, frozenset(recording.trains), *about)
 
 
-def _observed(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    blocks: Mapping[str, nn.Module],
-    groups: Sequence[_torch.ShardedGroup],
-) -> list[BlockCall]:
-    """How a forward of the model calls its blocks, in order."""
-    twin = Twin(model, groups)
-    calls: list[BlockCall] = []
-
-    def observe(path: str, *args: Any, **kwargs: Any) -> Any:
-        block = twin.of(blocks[path])
-        seen = pytree.tree_map_only(torch.Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), (args, kwargs))
-        calls.append(BlockCall(path, without_hooks(block), *seen))
-        return type(block).forward(block, *args, **kwargs)
-
-    ShardedStep(twin, groups)
-    with twin.running():
-        _run(model, twin, *twin.inputs(args, kwargs), blocks, observe)
-    return calls
-
-
-def _run(
-    model: nn.Module,
-    twin: Twin,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    blocks: Mapping[str, nn.Module],
-    forward: Callable[..., Any],
-) -> Any:
-    """One forward of the twin, whose blocks call `forward(path, ...)`."""
-    for path, block in blocks.items():
-        twin.of(block).__dict__["forward"] = partial(forward, path)
-    try:
-        with without_cache(model):
-            return twin.module(*args, **kwargs)
-    except _torch.DataDependentOutputException as error:
-        raise CaptureError(
-            f"{type(model).__name__} reads the value of a tensor between its blocks ({error.func}); planning runs it without "
-            "values"
-        ) from error
-
-
-def _trains(block: nn.Module, *inputs: Any) -> bool:
-    return any(t.requires_grad for t in (*block.parameters(), *_tensors(inputs)))
-
-
-def _captured(call: BlockCall, index: int) -> Captured:
-    """The block's graph, whose nodes no other call's are named like, and whose modules have their whole paths."""
-    captured = capture(call.block, call.args, call.kwargs, call.path)
+def _named(captured: Captured, path: str, index: int) -> Captured:
+    """A block's graph, with names that no other call's nodes have, and whole paths of modules."""
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in captured.graph.nodes:
         if node.op == "output":
             graph.output(fx.node.map_arg(node.args[0], copies.__getitem__))
             continue
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), copies.__getitem__)
-        name = f"{call.path.replace('.', '_')}_{index}_{node.name}"
+        name = f"{path.replace('.', '_')}_{index}_{node.name}"
         copies[node] = graph.create_node(node.op, node.target, args, kwargs, name=name)
         stack = node.meta.get("nn_module_stack") or {}
-        paths = {key: (f"{call.path}.{path}" if path else call.path, kind) for key, (path, kind) in stack.items()}
-        copies[node].meta = {**node.meta, "nn_module_stack": paths or {"": (call.path, None)}}
+        paths = {key: (f"{path}.{inner}" if inner else path, kind) for key, (inner, kind) in stack.items()}
+        copies[node].meta = {**node.meta, "nn_module_stack": paths or {"": (path, None)}}
     return dataclasses.replace(captured, graph=graph)
 
 
 class _Recording:
-    """One step of the model's twin, with the captured blocks in their places."""
+    """One step of the model's twin, in which each block is captured when it is called, and its graph run in its place."""
 
     def __init__(
         self,
         model: nn.Module,
         blocks: Mapping[str, nn.Module],
         groups: Sequence[_torch.ShardedGroup],
-        calls: Sequence[BlockCall],
         adds: bool,
     ) -> None:
-        self.blocks, self.groups = blocks, groups
+        self.model, self.groups = model, groups
+        self.calls: list[BlockCall] = []
         self.parameters = local_parameters(model, groups)
         self.place = next((p.device for p in self.parameters if p.requires_grad), torch.device("cpu"))
         self.profile = profile_of(self.place)
@@ -224,16 +170,16 @@ class _Recording:
         self.pins: dict[int, str] = {}
         self.parts: list[tuple[int, int]] = []
         self.trains: set[int] = set()
-        self.constants = [t for call in calls if call.captured is not None for t in call.captured.constants.values()]
-        self._coming = iter(calls)
         for tensor in self.twin.tensors():
             self.recorder.know(tensor)
         inside = {id(module) for block in blocks.values() for module in block.modules()}
         for path, module in model.named_modules():
             if id(module) not in inside:
                 self._name(self.twin.of(module), path)
+        for path, block in blocks.items():
+            self.twin.of(block).__dict__["forward"] = partial(self._run_block, path, self.twin.of(block))
 
-    def program(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], settings: Settings) -> Program:
+    def program(self, args: tuple[Any, ...], kwargs: dict[str, Any], settings: Settings) -> Program:
         """The step as numbers, under the hooks of `fully_shard` where there are any."""
         recorder, twin = self.recorder, self.twin
         sharded = ShardedStep(twin, self.groups, recorder)
@@ -241,21 +187,32 @@ class _Recording:
         for tensor in _tensors(args_, kwargs_):
             recorder.know(tensor)
         with twin.running(), recorder.forward():
-            output = _run(model, twin, args_, kwargs_, self.blocks, self._run_block)
+            output = self._run(args_, kwargs_)
         sharded.end_forward()
         leaves = _tensors(output)
         self.pins.update(dict.fromkeys((id(s) for s in recorder.behind(leaves) if id(s) in self.pins), HELD))
         with twin.mode, recorder.backward():
             backward_from(leaves)
             sharded.end_backward()
-        given = [*_tensors(args, kwargs), *self.constants]
+        constants = [t for call in self.calls if call.captured is not None for t in call.captured.constants.values()]
+        given, buffers = [*_tensors(args, kwargs), *constants], list(self.model.buffers())
         libraries = library_bytes(self.place) if self.profile.is_here else LIBRARY_BYTES if self.profile.is_gpu else 0
-        resident = resident_memory(given, self.parameters, list(model.buffers()), settings.optimizer, settings.in_flight > 1)
+        resident = resident_memory(given, self.parameters, buffers, settings.optimizer, settings.in_flight > 1)
         times = op_times(self.place) if settings.costs == "measured" else None
         found = write_program(recorder, self.pins, {**resident, "libraries": libraries}, times, tuple(self.parts))
         if times is not None:
             times.save()
         return found
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            with without_cache(self.model):
+                return self.twin.module(*args, **kwargs)
+        except _torch.DataDependentOutputException as error:
+            raise CaptureError(
+                f"{type(self.model).__name__} reads the value of a tensor between its blocks ({error.func}); planning runs it "
+                "without values"
+            ) from error
 
     def _name(self, module: nn.Module, path: str) -> None:
         """Let the recorder know in which module it is."""
@@ -271,8 +228,18 @@ class _Recording:
         module.register_forward_pre_hook(enter)
         module.register_forward_hook(leave)
 
-    def _run_block(self, path: str, *args: Any, **kwargs: Any) -> Any:
-        block, captured = self.twin.of(self.blocks[path]), next(self._coming).captured
+    def _captured(self, path: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured | None:
+        if not any(t.requires_grad for t in (*block.parameters(), *_tensors(args, kwargs))):
+            return None
+        with _torch.no_dispatch_modes(), self.recorder.paused():
+            like = partial(pytree.tree_map_only, torch.Tensor, lambda t: self.twin.like(t).requires_grad_(t.requires_grad))
+            args, kwargs = like((args, kwargs))
+            captured = capture(without_hooks(block), args, kwargs, path)
+        return _named(captured, path, len(self.calls))
+
+    def _run_block(self, path: str, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        captured = self._captured(path, block, args, kwargs)
+        self.calls.append(BlockCall(path, leaves_key(*flatten_call(args, kwargs)), captured))
         if captured is None:
             return type(block).forward(block, *args, **kwargs)
         recorder, start = self.recorder, len(self.recorder.ran)

@@ -207,13 +207,13 @@ class EnabledBlocks(Enabled):
                 error.args = (f"{error} {ADDS}",)
             raise
         runs: dict[str, list[_BlockRun]] = {path: [] for path in self.blocks}
-        ways = [(call.path, leaves_key(*flatten_call(call.args, call.kwargs))) for call in traced.calls]
-        for (path, way), (call, outer, regions) in zip(ways, traced.rewritten(plan), strict=True):
+        for call, outer, regions in traced.rewritten(plan):
             run = None
             if call.captured is not None and outer is not None:
-                run = runnable(self.blocks[path], call.captured, outer, regions)
-            runs[path].append(_BlockRun(way, call.captured, run))
-        variant = _Variant(key, adds, ways[0], plan, runs)
+                run = runnable(self.blocks[call.path], call.captured, outer, regions)
+            runs[call.path].append(_BlockRun(call.way, call.captured, run))
+        first = traced.calls[0]
+        variant = _Variant(key, adds, (first.path, first.way), plan, runs)
         self._variants.append(variant)
         self.plan = plan
         announce(plan)

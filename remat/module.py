@@ -155,7 +155,7 @@ class Build(Protocol):
 
 
 class RematModule(fx.GraphModule):
-    """See the module's docstring. `plan` is the plan of the latest capture, None before the first."""
+    """See the module's docstring. `plan` is the plan of the latest kind of call, None before the first."""
 
     def __init__(self, original: nn.Module, build: Build, quiet: bool = False) -> None:
         super().__init__(nn.Module(), fx.Graph(), f"Remat{type(original).__name__}")
@@ -189,6 +189,8 @@ class RematModule(fx.GraphModule):
         variant = self._find(flat, spec)
         if variant is None:
             variant = self.capture(args, kwargs)
+        elif variant.plan is not self.plan and not torch.compiler.is_compiling():
+            self._show(variant)
         tensors = [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
         moves = len(variant.plan.transfers) > 0
         if moves and torch.compiler.is_compiling():
@@ -216,6 +218,7 @@ class RematModule(fx.GraphModule):
         variant = Variant(key, self._adds(), captured, plan, outer, regions, run)
         self._variants.append(variant)
         self._show(variant)
+        announce(variant.plan)
         return variant
 
     def _show(self, variant: Variant) -> None:
@@ -225,7 +228,6 @@ class RematModule(fx.GraphModule):
             if isinstance(child, Region):
                 self._modules[name] = child
         self.plan = variant.plan
-        announce(variant.plan)
         self.graph = variant.run.graph
 
     def _find(self, flat: list[Any], spec: Any) -> Variant | None:

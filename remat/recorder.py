@@ -98,6 +98,7 @@ class Recorder(_torch.TorchDispatchMode):
         self._known: set[int] = set()
         self._sequence: list[int] = []  # autograd's count after each forward op
         self._others = fx.Graph()
+        self._pauses = False
 
     def know(self, tensor: torch.Tensor) -> None:
         """Parameters and inputs are resident: never counted."""
@@ -108,6 +109,15 @@ class Recorder(_torch.TorchDispatchMode):
         """Forward runs within."""
         with self, torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
             yield
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What autograd saves within is not part of the step. To be used without dispatch modes."""
+        self._pauses = True
+        try:
+            yield
+        finally:
+            self._pauses = False
 
     @contextlib.contextmanager
     def backward(self) -> Iterator[None]:
@@ -229,6 +239,8 @@ class Recorder(_torch.TorchDispatchMode):
             out.register_hook(lambda _: self.gradient_ready.setdefault(position, self.position) and None)
 
     def _pack(self, tensor: torch.Tensor) -> Any:
+        if self._pauses:
+            return tensor
         self.note(tensor)  # an output that is saved before its op returns
         storage = self._storages.get(_torch.storage_key(tensor))
         token = _Token(tensor, storage)
@@ -237,7 +249,9 @@ class Recorder(_torch.TorchDispatchMode):
             weakref.finalize(token, self._released, storage)
         return token
 
-    def _unpack(self, token: _Token) -> torch.Tensor:
+    def _unpack(self, token: Any) -> torch.Tensor:
+        if isinstance(token, torch.Tensor):
+            return token
         if token.storage is not None:
             token.storage.reads.append(self.position)
         return token.tensor
