@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -23,8 +22,6 @@ from remat.sharding import local_parameters
 from remat.table import announce
 from remat.twin import imitate, without_hooks
 from remat.whole import Rewriting
-
-log = logging.getLogger("remat")
 
 
 class Enabled:
@@ -161,7 +158,6 @@ class EnabledBlocks(Enabled):
     def train(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.compiler.is_compiling():
             raise RematError("blocks that remat has rewritten run eagerly; compile the original model with backend='remat'")
-        inspect.signature(type(self.model).forward).bind(self.model, *args, **kwargs)
         self._running, self._runs = (args, kwargs), None
         try:
             with without_cache(self.model):
