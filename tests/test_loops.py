@@ -9,6 +9,7 @@ from typing import TypeAlias
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -50,6 +51,7 @@ def _loop(model: nn.Module) -> tuple[list[float], nn.Module]:
 def _accelerated(model: nn.Module) -> tuple[list[float], nn.Module]:
     """The same in accelerate, bfloat16, two batches to a step."""
     torch.manual_seed(1)
+    AcceleratorState._reset_state(reset_partial_state=True)  # other tests have made one, of other settings
     accelerator = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=2)
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
     losses = []

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import remat
-from remat import traced
+from remat import whole
 from tests.steps import assert_same, run_step
 
 
@@ -39,7 +39,7 @@ def test_gradients_are_the_same_and_the_peak_is_lower_than_without(dtype: torch.
     assert error.value.minimum_bytes is not None
     budget = error.value.minimum_bytes * 21 // 20
     with monkeypatch.context() as patch:
-        patch.setattr(traced, "_MUCH", 10.0)  # as if it were not worth it
+        patch.setattr(whole, "_MUCH", 10.0)  # as if it were not worth it
         with pytest.raises(remat.BudgetError):
             remat.plan(model, (), kwargs, budget=budget)
     module = remat.optimize(model, (), kwargs, budget=budget)
