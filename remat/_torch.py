@@ -304,20 +304,21 @@ class OpaqueAutograd(Exception):
 
 
 @contextlib.contextmanager
-def specializing(packed: bool) -> Iterator[None]:
+def specializing(single: Sequence[bool]) -> Iterator[None]:
     """Let a model take its eager paths while it is exported.
 
     Libraries ask `torch.compiler.is_exporting()` to choose slower code that serves any input (transformers: explicit causal
     masks, repeated key and value heads). A captured graph here serves one kind of call and is never deployed.
 
-    packed: positions are among the inputs, and may say that a row holds several sequences. Otherwise the model counts them
-    itself, and a look at them, for which transformers needs values, would find one sequence in each row.
+    single: for each look that transformers takes at positions, whether it would find one sequence in each row whatever the
+    inputs are. It needs values for that, and takes rows for packed without.
     """
     masks = sys.modules.get("transformers.masking_utils")
     asked, looked = torch.compiler.is_exporting, getattr(masks, "find_packed_sequence_indices", None)
     torch.compiler.is_exporting = lambda: False
-    if looked is not None and not packed:
-        masks.find_packed_sequence_indices = lambda position_ids: None  # type: ignore[union-attr]
+    coming = iter(single)
+    if looked is not None:
+        masks.find_packed_sequence_indices = lambda ids: None if next(coming, False) else looked(ids)  # type: ignore[union-attr]
     try:
         yield
     finally:

@@ -8,7 +8,6 @@ one plan covers the step, and memory between blocks is in it; decisions are made
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +33,7 @@ from remat.recorder import Recorder, fake_like
 from remat.resident import resident_memory
 from remat.settings import Settings
 from remat.sharding import ShardedStep, local_parameters
-from remat.traced import Traced
+from remat.traced import Traced, fingerprint_of
 from remat.twin import Twin, without_hooks
 from remat.whole import inputs_of, placeholder_tensors, training
 from remat.workspace import library_bytes
@@ -106,7 +105,8 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
 def trace_blocks(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], blocks: Mapping[str, nn.Module], settings: Settings
 ) -> TracedBlocks:
-    """Capture each block of one call of `model`, and record the whole step. Allocates nothing on the device."""
+    """Capture each block of one call of `model`, and record the whole step. Allocates nothing on the device but masks and
+    positions, at whose values the code between blocks may look."""
     groups = _torch.sharded_groups(model)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         whole = any(tensor is p.shard and not p.is_split for g in groups for p in g.parameters)
@@ -127,8 +127,7 @@ def trace_blocks(
     graphs = [call.captured.graph for call in recording.calls if call.captured is not None]
     if not graphs:
         raise RematError("nothing in the blocks requires grad, so there is nothing to plan there; unfreeze something first")
-    text = "\n".join(f"{n.name} {n.target} {n.args} {getattr(n.meta.get('val'), 'shape', '')}" for g in graphs for n in g.nodes)
-    fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
+    fingerprint = fingerprint_of(graphs)
     nodes = tuple(ran.node for ran in recording.recorder.ran)
     about = type(model).__name__, inputs_of(args, kwargs), tuple(recording.calls)
     return TracedBlocks(program, nodes, recording.place, recording.profile, fingerprint, frozenset(recording.trains), *about)

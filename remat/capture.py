@@ -9,9 +9,9 @@ custom autograd functions) is refused here.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import itertools
 import logging
+import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from remat import _torch
 from remat._torch import pytree
 from remat.errors import CaptureError
 from remat.passes.aliasing import results
+from remat.twin import Twin
 
 log = logging.getLogger("remat")
 
@@ -96,10 +97,9 @@ def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
-    given = {**inspect.signature(model.forward).bind(*args, **kwargs).arguments, **kwargs}
-    packed = any(name.endswith("position_ids") and value is not None for name, value in given.items())
+    single = _single_sequences(model, args, kwargs)
     try:
-        with _torch.watch_for_opaque_autograd(), _torch.specializing(packed), without_cache(model):
+        with _torch.watch_for_opaque_autograd(), _torch.specializing(single), without_cache(model):
             return torch.export.export(model, args, kwargs, strict=False)
     except _torch.OpaqueAutograd as error:
         raise CaptureError(_opaque_message(error.what)) from error
@@ -109,6 +109,33 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             raise CaptureError(_opaque_message(cause.what)) from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CaptureError(f"{reason}\n  at {_user_line(error)}\n  One graph cannot hold this; {_DOOR_2}") from error
+
+
+def _single_sequences(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[bool]:
+    """For each time that transformers looks whether a row's positions are of several sequences, True where they follow from no
+    input, and are of one. Found in a run on fake tensors; what that does not reach counts as False."""
+    masks: Any = sys.modules.get("transformers.masking_utils")
+    looked = getattr(masks, "find_packed_sequence_indices", None)
+    found: list[bool] = []
+    if looked is None or not any(type(module).__module__.startswith("transformers.") for module in model.modules()):
+        return found
+
+    def look(position_ids: torch.Tensor) -> torch.Tensor | None:
+        packed: torch.Tensor | None = looked(position_ids)
+        found.append(packed is None)
+        return packed
+
+    twin = Twin(model)
+    args, kwargs = pytree.tree_map_only(torch.Tensor, twin.like, (args, kwargs))
+    masks.find_packed_sequence_indices = look
+    try:
+        with torch.no_grad(), twin.running(), without_cache(model):
+            twin.module(*args, **kwargs)
+    except Exception as error:  # of any kind: a model may do what fake tensors cannot
+        log.debug("%s: looks at positions are known up to an error: %s", type(model).__name__, error)
+    finally:
+        masks.find_packed_sequence_indices = looked
+    return found
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from remat.settings import Settings
 from remat.sharding import local_parameters
 from remat.table import announce
 from remat.twin import imitate, without_hooks
-from remat.whole import Rewriting
+from remat.whole import Rewriting, check_training
 
 
 class Enabled:
@@ -194,6 +194,7 @@ class EnabledBlocks(Enabled):
 
     def capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Variant:
         """Plan for calls like this one."""
+        check_training(self.model)
         key, adds = self._key(*flatten_call(args, kwargs))
         traced = trace_blocks(self.model, args, kwargs, self.blocks, self.settings)
         try:

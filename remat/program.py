@@ -125,7 +125,8 @@ class Program:
     `moments` are the backward positions before which a copy back can be started, with the names of what tells that they have
     come. Where `regions_hold`, the inputs of a stretch that runs as one stay to its end. `resident` says what `resident_bytes`
     are for, by kind. `modules` are the paths of the modules that the forward ops come from. `parts` are the stretches [start,
-    stop) of forward that can be rewritten, none across their ends; none are given where that is all of it.
+    stop) of forward that can be rewritten, none across their ends; none are given where that is all of it. Without a `link`
+    nothing moves to the host.
     """
 
     forward: tuple[Op, ...]

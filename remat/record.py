@@ -110,7 +110,7 @@ def write_program(
         tuple(fixed),
         sum(resident.values()),
         tuple(sorted((at, recorder.ran[position].node.name) for position, at in ready)),
-        device.link,
+        None if parts else device.link,
         resident=tuple(resident.items()),
         modules=tuple(module_path(ran.node) for ran in recorder.ran),
         parts=parts,

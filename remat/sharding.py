@@ -38,7 +38,7 @@ def local_parameters(model: nn.Module, groups: Sequence[ShardedGroup]) -> list[t
 class ShardedStep:
     """One step of a twin under `fully_shard`; a recorder is told what the buffers are for."""
 
-    def __init__(self, twin: Twin, groups: Sequence[ShardedGroup], recorder: Recorder | None = None) -> None:
+    def __init__(self, twin: Twin, groups: Sequence[ShardedGroup], recorder: Recorder) -> None:
         self._recorder = recorder
         self._gathers = [_Group(self, twin, group) for group in groups]
         self.gathered: torch.Tensor | None = None  # forward's last buffer
@@ -66,7 +66,7 @@ class ShardedStep:
     def buffer(self, elements: int, like: torch.Tensor, dtype: torch.dtype, kind: str) -> torch.Tensor:
         """Memory that the recorder counts as of this kind."""
         made = torch.empty(elements, dtype=dtype, device=like.device)
-        for storage in self._recorder.behind(made) if self._recorder is not None else ():
+        for storage in self._recorder.behind(made):
             storage.kind = kind
         return made
 

@@ -162,6 +162,13 @@ def with_baseline(plan: Plan, everything: Replay) -> Plan:
     )
 
 
+def fingerprint_of(graphs: Sequence[fx.Graph]) -> str:
+    """Equal for graphs of the same ops, arguments and shapes."""
+    nodes = (node for graph in graphs for node in graph.nodes)
+    text = "\n".join(f"{n.name} {n.target} {n.args} {getattr(n.meta.get('val'), 'shape', '')}" for n in nodes)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def _shown(tensor: Input) -> str:
     return f"{tensor.name} {'x'.join(map(str, tensor.shape))} {tensor.dtype}"
 

@@ -45,8 +45,7 @@ class KnownValues(_torch.TorchDispatchMode):
         made = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, torch.Tensor)]
         if not known or not made or any(map(_is_real_valued, made)):
             if func._schema.is_mutable:
-                for tensor in tensors:
-                    self._values.pop(tensor, None)
+                self._forget([self._values[tensor] for tensor in tensors if tensor in self._values])
             return out
         args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: self._values[t], (args, kwargs))
         with _torch.no_dispatch():
@@ -54,6 +53,12 @@ class KnownValues(_torch.TorchDispatchMode):
         for fake, value in zip(made, pytree.tree_leaves(values), strict=True):
             self._values[fake] = value
         return out
+
+    def _forget(self, values: list[torch.Tensor]) -> None:
+        """Something unknown was written to one of these, or to what shares its storage."""
+        gone = {_torch.storage_key(value) for value in values}
+        for fake in [fake for fake, value in self._values.items() if _torch.storage_key(value) in gone]:
+            del self._values[fake]
 
     @contextlib.contextmanager
     def told(self) -> Iterator[None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from remat.record import record
 from remat.resident import resident_memory
 from remat.settings import Settings
 from remat.simulate import simulate
-from remat.traced import Traced, with_baseline
+from remat.traced import Traced, fingerprint_of, with_baseline
 from remat.workspace import library_bytes
 
 _MUCH = 0.1  # less of the room above what is resident is not worth a second plan
@@ -136,8 +135,7 @@ def trace(
             raise RematError(f"costs='measured' needs the device itself; without device={device!r} this machine's is measured")
         profile = device_profile(device)
         model, args, kwargs = stand_in(model, args, kwargs)
-    if not model.training:
-        raise RematError("the model is in eval mode, where nothing is saved for backward; call model.train() first")
+    check_training(model)
     captured = captured or capture(model, args, kwargs)
     tensors = placeholder_tensors(captured, model, args, kwargs)
     if not any(t.requires_grad for t in tensors):
@@ -149,6 +147,12 @@ def trace(
     times = op_times(place) if costs == "measured" else None
     resident = {**resident, "libraries": libraries}
     return _traced(captured, type(model).__name__, inputs_of(args, kwargs), tensors, place, profile, resident, times, adds)
+
+
+def check_training(model: nn.Module) -> None:
+    """Raises RematError in eval mode."""
+    if not model.training:
+        raise RematError("the model is in eval mode, where nothing is saved for backward; call model.train() first")
 
 
 def inputs_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Input, ...]:
@@ -172,8 +176,7 @@ def _traced(
     program = record(captured, tensors, profile, resident, times, adds)
     if times is not None:
         times.save()
-    text = "\n".join(f"{n.name} {n.target} {n.args} {getattr(n.meta.get('val'), 'shape', '')}" for n in captured.graph.nodes)
-    fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
+    fingerprint = fingerprint_of([captured.graph])
     about = {"model": model, "inputs": inputs, "tensors": tensors, "place": place, "profile": profile, "resident": resident}
     again = partial(_traced, **about, times=times, adds=adds)  # type: ignore[arg-type]
     nodes = tuple(node for node in captured.graph.nodes if node.op == "call_function")

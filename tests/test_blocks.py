@@ -280,3 +280,21 @@ class _Looks(nn.Module):
 def test_a_look_at_activations_is_an_error() -> None:
     with pytest.raises(remat.CaptureError, match="reads the value of a tensor between its blocks"):
         remat.optimize_blocks(_Looks(), (torch.randn(4, 8),), budget=None)
+
+
+def test_nothing_moves_where_the_host_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the host has room by default."""
+    monkeypatch.setattr("remat.traced.resolve_host_budget", lambda *_: 2**40)
+    model, kwargs = models.llama()
+    assert remat.plan(model, (), kwargs, budget=0.55).transfers  # as a whole it does move
+    remat.optimize_blocks(model, (), kwargs, budget=0.55)
+    plan = remat.plan_of(model)
+    assert plan is not None
+    assert not plan.transfers
+    assert run_step(model, kwargs).peak_bytes <= plan.peak_bytes
+
+
+def test_in_eval_mode_there_is_nothing_to_plan() -> None:
+    model, kwargs = models.llama(layers=1)
+    with pytest.raises(remat.RematError, match="eval mode"):
+        remat.optimize_blocks(model.eval(), (), kwargs, budget=None)
