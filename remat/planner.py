@@ -160,9 +160,7 @@ def solve(program: Program, menus: Menus, budget_bytes: int | None) -> Solution:
             return _searched(program, smallest, budget_bytes, tuple(itertools.pairwise(menus.cuts)))
         _check_host(program, menus, budget_bytes)
         where = smallest.replay.peak_at
-        more = (
-            ", or allow offload with host_budget=" if menus.link is not None and not (menus.host_bytes or program.parts) else ""
-        )
+        more = ", or allow offload with host_budget=" if menus.link is not None and not menus.host_bytes else ""
         raise BudgetError(
             f"no plan fits in {format_bytes(budget_bytes)}; the smallest needs {format_bytes(smallest.replay.peak_bytes)} "
             f"({smallest.replay.peak_bytes} bytes), at {where}. Raise budget=, use a smaller batch{more}.",
