@@ -85,9 +85,9 @@ class Twin:
         twin: nn.Module = object.__new__(_torch.plain_type(module))
         self._modules[id(module)] = twin
         twin.__dict__.update(module.__dict__)
-        for name in [name for name in twin.__dict__ if "_hooks" in name]:
-            hooks = twin.__dict__[name]
-            twin.__dict__[name] = type(hooks)((k, h) for k, h in hooks.items() if not _shards(h))
+        for name, hooks in module.__dict__.items():
+            if _is_hooks(name, hooks):
+                twin.__dict__[name] = type(hooks)((k, h) for k, h in hooks.items() if not _shards(h))
         forward = twin.__dict__.pop("forward", None)
         if isinstance(forward, types.MethodType) and forward.__self__ is module:
             twin.__dict__["forward"] = types.MethodType(forward.__func__, twin)
@@ -114,6 +114,10 @@ class Twin:
         return fake
 
 
+def _is_hooks(name: str, value: Any) -> bool:
+    return name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and isinstance(value, dict)
+
+
 def _shards(hook: Any) -> bool:
     return getattr(hook, "__module__", "").startswith(_SHARDING)
 
@@ -123,8 +127,7 @@ def imitate(twin: nn.Module, model: nn.Module) -> None:
     the model itself runs."""
     for name, value in model.__dict__.items():
         if name not in ("forward", "_remat", "training"):
-            is_hooks = name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and isinstance(value, dict)
-            twin.__dict__[name] = type(value)() if is_hooks else value
+            twin.__dict__[name] = type(value)() if _is_hooks(name, value) else value
 
 
 def without_hooks(module: nn.Module) -> nn.Module:
