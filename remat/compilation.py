@@ -26,7 +26,7 @@ from remat.op_times import op_times
 from remat.passes.aliasing import results, storage_roots
 from remat.passes.joint_program import JointHalves, joint_program, largest_value, split_joint
 from remat.passes.partition import partition
-from remat.pins import pinned
+from remat.pins import pinned, with_must
 from remat.planner import Menus, Solution, fastest_solution, make_menus, smallest_solution, solve
 from remat.policies import check_fits, check_host, is_planned, policy_solution
 from remat.program import Program
@@ -150,7 +150,7 @@ class Compilation:
         program = joint_program(joint.graph, halves, profile, self._resident(joint, device), self._fuses, times)
         if times is not None:
             times.save()
-        program = pinned(program, halves.forward, self.options.pin)
+        program = pinned(with_must(program, halves.forward), halves.forward, self.options.pin)
         menus = make_menus(program, resolve_host_budget(self.options.host_budget, memory_of(device)))
         everything = fastest_solution(program, menus)
         limit, target = self._limits(program, menus, device, everything.replay.peak_bytes)

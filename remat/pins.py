@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from remat.errors import RematError
 from remat.passes.provenance import module_path
@@ -60,6 +61,22 @@ def pinned(program: Program, nodes: Sequence[fx.Node], pins: Pins) -> Program:
         for p in matches:
             _check(program, p, decision)
             forward[p] = forward[p]._replace(pin=decision)
+    return dataclasses.replace(program, forward=tuple(forward))
+
+
+def with_must(program: Program, nodes: Sequence[fx.Node]) -> Program:
+    """The program with what the model's own selective checkpointing says *must* be saved or recomputed. What it prefers, and
+    plain `torch.utils.checkpoint`, is left to the budget."""
+    forward = list(program.forward)
+    for p, (op, node) in enumerate(zip(program.forward, nodes, strict=True)):
+        outputs = [program.values[v] for v in op.outputs]
+        policy = node.meta.get("recompute")
+        if not any(value.reads for value in outputs):
+            continue
+        if policy is CheckpointPolicy.MUST_SAVE:
+            forward[p] = op._replace(pin=Decision.SAVE)
+        elif policy is CheckpointPolicy.MUST_RECOMPUTE and not any(value.pinned for value in outputs):
+            forward[p] = op._replace(pin=Decision.RECOMPUTE)
     return dataclasses.replace(program, forward=tuple(forward))
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import pytest
 import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import remat
 from remat import Activation, Decision, devices
@@ -125,3 +127,39 @@ def test_door_2_takes_pins() -> None:
     assert_same(outcome, run_step(torch.compile(model, backend="remat", options={"compiler": "eager"}), kwargs))
     with pytest.raises(remat.RematError, match="matches no activation"):
         torch.compile(model, backend="remat", options={"compiler": "eager", "pin": {"nowhere": "SAVE"}})(**kwargs)
+
+
+def _policy(must: CheckpointPolicy, _: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+    return must if op is torch.ops.aten.mm.default else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@pytest.mark.usefixtures("_dynamo")
+@pytest.mark.parametrize(("must", "products"), [(CheckpointPolicy.MUST_SAVE, 4), (CheckpointPolicy.MUST_RECOMPUTE, 6)])
+@pytest.mark.parametrize("at_least", [False, True])
+def test_door_2_does_what_selective_checkpointing_says_must_be(must: CheckpointPolicy, products: int, at_least: bool) -> None:
+    contexts = functools.partial(create_selective_checkpoint_contexts, functools.partial(_policy, must))
+
+    def body(x: torch.Tensor) -> torch.Tensor:
+        return (x @ x @ x).sin().cos()
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(body, x, use_reentrant=False, context_fn=contexts)
+
+    def run(budget: int | None) -> tuple[Any, torch.Tensor]:
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="remat", options={"compiler": "eager", "budget": budget})
+        x = torch.arange(4096.0).reshape(64, 64).div(4096).requires_grad_()
+        compiled(x).sum().backward()
+        return compiled, x
+
+    budget = None
+    if at_least:
+        with pytest.raises(remat.BudgetError) as error:
+            run(1)
+        budget = error.value.minimum_bytes
+    compiled, x = run(budget)
+    (backward,) = [found.backward for found in remat.plans(compiled)]
+    assert len(backward.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)) == products
+    plain = x.detach().requires_grad_()
+    model(plain).sum().backward()
+    assert torch.equal(x.grad, plain.grad)

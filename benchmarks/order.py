@@ -1,0 +1,80 @@
+"""Do predicted step times put plans in the right order? Plans of one model and door, from fastest to smallest, all in turn.
+
+Each plan is a process of its own, as in `frontier.py`; in a round each takes one step. Spearman's rank correlation is between
+predicted times and medians of CPU seconds; plans that are predicted to be equal count once.
+
+    python benchmarks/order.py [MODEL ...] [--door remat|remat-compiled] [--plans 8] [--rounds 9]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from frontier import Point, Worker
+from peers import MODELS
+from rich.console import Console
+from scipy.stats import spearmanr
+
+RESULTS = Path(__file__).parent / "results" / "order.json"
+PLAIN = {"remat": "eager", "remat-compiled": "compile"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", help=f"of {', '.join(MODELS)}; all by default")
+    parser.add_argument("--door", choices=PLAIN, default="remat")
+    parser.add_argument("--plans", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=9)
+    options = parser.parse_args()
+    console = Console()
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for model in options.models or MODELS:
+        points = measured(model, options.door, options.plans, options.rounds)
+        rank = spearmanr([p.predicted_us for p in points], [statistics.median(p.times) for p in points]).statistic
+        console.print(f"{model}, {options.door}: {len(points)} plans, Spearman {rank:.3f}")
+        found[f"{model}/{options.door}"] = {"spearman": round(float(rank), 3), "plans": [_row(point) for point in points]}
+        RESULTS.write_text(json.dumps(dict(sorted(found.items())), indent=1) + "\n")
+
+
+def measured(model: str, door: str, plans: int, rounds: int) -> list[Point]:
+    """Distinct plans at budgets from the smallest peak to the plain step's, with their times."""
+    with contextlib.ExitStack() as stack:
+
+        def started(name: str) -> Worker:
+            worker = Worker(model, name)
+            stack.callback(worker.close)
+            worker.ready()
+            if worker.point is None:
+                raise SystemExit(f"{model}, {name}: {worker.error}")
+            return worker
+
+        ends = [started(f"{door}/smallest"), started(PLAIN[door])]
+        low, high = (worker.point.peak_bytes for worker in ends if worker.point is not None)
+        within = [started(f"{door}/{int(budget)}") for budget in np.linspace(low, high, plans)[1:]]
+        kept = {worker.point.predicted_us: worker for worker in [ends[0], *within] if worker.point is not None}
+        for _ in range(rounds):
+            for worker in kept.values():
+                assert worker.point is not None
+                worker.point.times.append(worker.step())
+        return [worker.point for worker in kept.values() if worker.point is not None]
+
+
+def _row(point: Point) -> dict[str, Any]:
+    times = sorted(point.times)
+    return {
+        "peak_bytes": point.peak_bytes,
+        "predicted_us": point.predicted_us,
+        "median_s": statistics.median(times),
+        "least_s": times[0],
+        "most_s": times[-1],
+    }
+
+
+if __name__ == "__main__":
+    main()
