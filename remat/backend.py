@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from remat import _torch
 from remat.compilation import Compilation
-from remat.errors import RematError
+from remat.errors import CaptureError, RematError
 from remat.session import CompiledPlan, Options, Session
 
 _sessions: dict[int, Session] = {}
@@ -41,6 +42,11 @@ def remat_backend(
 
 def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Mapping[str, Any] | None) -> Callable[..., Any]:
     read = Options.read(options)
+    if gm.graph.find_nodes(op="call_function", target=torch.autograd.grad):
+        raise CaptureError(
+            "backward is traced into the forward graph (torch._dynamo.config.trace_autograd_ops), where remat cannot split the "
+            "two; turn that off, or compile the model without the call of backward()"
+        )
     key = options if options is not None else _torch.compile_call()
     session = _sessions.setdefault(id(key), Session(key))
     return Compilation(read, session, example_inputs, _torch.has_graph_break(gm)).run(gm)

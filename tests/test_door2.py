@@ -110,6 +110,19 @@ def test_a_mode_is_refused() -> None:
     assert "options" in str(refused(torch.compile(model, backend="remat", mode="max-autotune"), x))
 
 
+def test_backward_within_the_compiled_function_is_refused_where_it_is_traced() -> None:
+    model, x = mlp()
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        (gradient,) = torch.autograd.grad(model(x).sum(), [next(model.parameters())])
+        return gradient
+
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        error = refused(compiled(step), x)  # type: ignore[arg-type]
+    assert isinstance(error, remat.CaptureError)
+    assert "trace_autograd_ops" in str(error)
+
+
 def test_a_budget_nobody_can_meet_says_so() -> None:
     model, x = mlp()
     error = refused(compiled(model, budget=1000), x)
