@@ -28,7 +28,8 @@ from rich.progress import track
 from rich.table import Table
 from torch import nn
 
-from remat.planner import fastest_solution, make_menus, smallest_solution, solve
+from remat.menus import make_menus
+from remat.planner import fastest_solution, smallest_solution, solve
 from remat.program import Program
 from remat.whole import trace
 

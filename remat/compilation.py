@@ -22,12 +22,13 @@ from remat.errors import RematError
 from remat.generated import as_generated
 from remat.inductor import Watch, compile_graph
 from remat.ladder import Ladder
+from remat.menus import Menus, make_menus
 from remat.op_times import op_times
 from remat.passes.aliasing import results, storage_roots
 from remat.passes.joint_program import JointHalves, joint_program, largest_value, split_joint
 from remat.passes.partition import partition
 from remat.pins import pinned, with_must
-from remat.planner import Menus, Solution, fastest_solution, make_menus, smallest_solution, solve
+from remat.planner import Solution, fastest_solution, smallest_solution, solve
 from remat.policies import check_fits, check_host, is_planned, policy_solution
 from remat.program import Program
 from remat.session import CompiledPlan, Options, Session

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import fx
 
+from remat.menus import Menus, without_gc
 from remat.passes.provenance import common_module, module_path, source_line
 from remat.plan import FITS, PINNED, SOURCE, Activation, Block, Plan, PlannedCopy, Storage, Transfer
-from remat.planner import Menus, Solution, fastest_solution, without_gc
+from remat.planner import Solution, fastest_solution
 from remat.program import Decision, Program
 from remat.simulate import Replay
 

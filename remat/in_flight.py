@@ -10,7 +10,8 @@ import dataclasses
 
 from remat.budget import format_bytes
 from remat.errors import BudgetError
-from remat.planner import Menus, Solution, smallest_solution, solve
+from remat.menus import Menus
+from remat.planner import Solution, smallest_solution, solve
 from remat.program import Fixed, Program
 from remat.simulate import Replay, simulate
 

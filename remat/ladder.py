@@ -14,7 +14,8 @@ from typing import TypeAlias
 
 from remat.budget import format_bytes
 from remat.errors import BudgetError
-from remat.planner import Menus, Solution, smallest_solution, solve
+from remat.menus import Menus
+from remat.planner import Solution, smallest_solution, solve
 from remat.program import Move, Program
 
 _RUNGS = 240

@@ -2,43 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import gc
 import itertools
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import numpy as np
 
 from remat.budget import format_bytes
 from remat.errors import BudgetError
-from remat.program import Decision, Link, Move, Op, Program
+from remat.menus import HOST_PRICE, Menus, without_gc
+from remat.program import Decision, Move, Program
 from remat.simulate import Replay, simulate
 from remat.solvers.improve import improve, prune
-from remat.solvers.menu import Option, block_keys, make_menu, outside_bytes, slice_program
+from remat.solvers.menu import Option
 from remat.solvers.search import search, shrunk
-from remat.solvers.segment import backward_cuts, find_cuts
 from remat.solvers.select import Choice, select
 from remat.solvers.timetable import timetable
 
-_MERGES = (1, 2, 4, 8)  # how many neighbouring blocks may run as one
-_HOST_PRICE = 0.01  # of a copy's time, even where it hides: nothing moves for nothing
 _PRICES = 10  # higher ones, tried by bisection where the host has less than what would move
-
-
-@contextlib.contextmanager
-def without_gc() -> Iterator[None]:
-    """No garbage collection meanwhile: it would walk the whole model, and planning leaves no cycles behind."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @dataclass(frozen=True)
@@ -49,102 +32,6 @@ class Solution:
     regions: tuple[tuple[int, int], ...]
     replay: Replay
     moves: Mapping[int, Move] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Menus:
-    """All ways to run each stretch of neighbouring blocks; equal stretches share one menu object.
-
-    Values may move to the host where `host_bytes`, what the host has for them, is not 0.
-    """
-
-    cuts: tuple[int, ...]
-    outside: dict[tuple[int, int], tuple[int, int]]  # bytes live all through its forward and backward, besides it
-    options: dict[tuple[int, int], tuple[Option, ...]]
-    compute_us: dict[tuple[int, int], tuple[float, float]]  # of its forward and its backward
-    link: Link | None = None
-    host_bytes: int = 0
-
-    @cached_property
-    def choices(self) -> dict[tuple[int, int], list[Choice]]:
-        return self.priced(_HOST_PRICE / self.link.in_bytes_per_us if self.link is not None else 0.0)
-
-    def priced(self, us_per_host_byte: float) -> dict[tuple[int, int], list[Choice]]:
-        """What the selection chooses from, with a price on bytes that lie on the host."""
-        return {
-            key: [
-                Choice(
-                    o.saved_bytes,
-                    o.forward_bytes + self.outside[key][0],
-                    o.backward_bytes + self.outside[key][1],
-                    o.recompute_us + self._stall_us(key, o) + us_per_host_byte * o.host_bytes,
-                    i,
-                )
-                for i, o in enumerate(options)
-            ]
-            for key, options in self.options.items()
-        }
-
-    @cached_property
-    def staying(self) -> dict[tuple[int, int], list[Choice]]:
-        """The choices that move nothing but what a person has decided to move."""
-        options = self.options
-        least = {key: min(option.host_bytes for option in found) for key, found in options.items()}
-        return {
-            key: [choice for choice in choices if options[key][choice.index].host_bytes == least[key]]
-            for key, choices in self.choices.items()
-        }
-
-    def _stall_us(self, key: tuple[int, int], option: Option) -> float:
-        """Time that the stretch's copies take beyond its own compute, under which they hide where the link overlaps."""
-        if self.link is None or not option.n_moved:
-            return 0.0
-        starts = (option.n_moved - 1) * self.link.start_us
-        out, back = self.link.out_us(option.host_bytes) + starts, self.link.in_us(option.host_bytes) + starts
-        if not self.link.overlaps:
-            return out + back
-        forward, backward = self.compute_us[key]
-        return max(0.0, out - forward) + max(0.0, back - backward - option.recompute_us)
-
-
-@without_gc()
-def make_menus(program: Program, host_bytes: int = 0) -> Menus:
-    """Segment the forward pass and solve each distinct stretch of blocks once. `host_bytes` is what the host has for values;
-    those that a person has decided to move come first, and are moved even if it has less."""
-    cuts = find_cuts(program)
-    back = backward_cuts(program, cuts)
-    n_blocks = len(cuts) - 1
-    keys = block_keys(program, cuts, back, reach=max(_MERGES))
-    decided = sum(program.values[v].bytes for p in program.pinned(Decision.OFFLOAD) for v in program.forward[p].outputs)
-    least = _least_moved(program.link) if program.link is not None and host_bytes > decided else None
-    forward_us = _prefix_sums(program.forward)
-    backward_us = _prefix_sums(program.backward)
-    outside, options, compute_us = {}, {}, {}
-    solved: dict[Hashable, tuple[Option, ...]] = {}
-    for i in range(n_blocks):
-        for width in _MERGES:
-            j = i + width
-            if j > n_blocks or not program.in_one_part(cuts[i], cuts[j]):
-                break
-            bounds = cuts[i], cuts[j], back[j], back[i]
-            outside[i, j] = outside_bytes(program, *bounds)
-            there, again = (bound - len(program.forward) for bound in bounds[2:])
-            compute_us[i, j] = forward_us[cuts[j]] - forward_us[cuts[i]], backward_us[again] - backward_us[there]
-            key = tuple(keys[i:j])
-            if key not in solved:
-                part = slice_program(program, *bounds)
-                solved[key] = solved[part] = solved[part] if part in solved else make_menu(part, least)
-            options[i, j] = solved[key]
-    return Menus(cuts, outside, options, compute_us, program.link, max(host_bytes, decided))
-
-
-def _least_moved(link: Link) -> int:
-    """Bytes below which starting a copy takes longer than the copy."""
-    return int(link.start_us * min(link.out_bytes_per_us, link.in_bytes_per_us))
-
-
-def _prefix_sums(ops: Sequence[Op]) -> list[float]:
-    return list(itertools.accumulate((op.cost_us for op in ops), initial=0.0))
 
 
 @without_gc()
@@ -240,7 +127,7 @@ def smallest_solution(program: Program, menus: Menus) -> Solution:
 def _rising_prices(program: Program, menus: Menus) -> Iterator[float]:
     """Prices on a byte of host memory, in microseconds, to the one at which nothing moves that need not."""
     if menus.link is not None:
-        yield from np.geomspace(10 * _HOST_PRICE / menus.link.in_bytes_per_us, program.step_us, 5).tolist()
+        yield from np.geomspace(10 * HOST_PRICE / menus.link.in_bytes_per_us, program.step_us, 5).tolist()
 
 
 def _smallest_among(program: Program, menus: Menus, choices: dict[tuple[int, int], list[Choice]]) -> Solution:
@@ -286,7 +173,7 @@ def _attempt(program: Program, menus: Menus, budget_bytes: int) -> Solution | No
     if solution is None or solution.replay.host_bytes <= menus.host_bytes:
         return solution
     assert menus.link is not None
-    low, price = _HOST_PRICE / menus.link.in_bytes_per_us, program.step_us  # for one byte: then nothing moves that need not
+    low, price = HOST_PRICE / menus.link.in_bytes_per_us, program.step_us  # for one byte: then nothing moves that need not
     best, high = _attempt_with(program, menus, menus.staying, budget_bytes), price
     for _ in range(_PRICES):
         solution = _attempt_with(program, menus, menus.priced(price), budget_bytes)

@@ -17,11 +17,12 @@ from remat.describe import describe
 from remat.devices import DeviceProfile
 from remat.errors import RematError
 from remat.in_flight import solve_in_flight, with_others
+from remat.menus import Menus, make_menus
 from remat.passes.aliasing import storage_roots
 from remat.passes.regions import Stretch
 from remat.pins import pinned
 from remat.plan import Input, Plan
-from remat.planner import Menus, Solution, frontier_solutions, make_menus, smallest_solution, solve
+from remat.planner import Solution, frontier_solutions, smallest_solution, solve
 from remat.policies import check_fits, check_host, is_planned, policy_solution
 from remat.program import Move, Program
 from remat.settings import Settings

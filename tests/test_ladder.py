@@ -10,7 +10,8 @@ import pytest
 
 import remat
 from remat.ladder import Ladder
-from remat.planner import Menus, Solution, fastest_solution, make_menus
+from remat.menus import Menus, make_menus
+from remat.planner import Solution, fastest_solution
 from remat.program import Program
 from tests.programs import stack
 

@@ -13,7 +13,8 @@ import torch
 
 import remat
 from remat import devices
-from remat.planner import make_menus, smallest_solution, solve
+from remat.menus import make_menus
+from remat.planner import smallest_solution, solve
 from remat.program import Link, Op, Program
 from remat.transfer import _HostLane, host_tier
 from tests.models import build
