@@ -3,6 +3,7 @@ fresh Dynamo for door 2."""
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from collections.abc import Iterator
@@ -26,6 +27,10 @@ _NOT_OURS = (
 def pytest_configure(config: pytest.Config) -> None:
     for line in _NOT_OURS:
         config.addinivalue_line("filterwarnings", line)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # modules stay: garbage collections that walk them are an eighth of the tests' time
 
 
 @pytest.fixture(autouse=True)

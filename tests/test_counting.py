@@ -78,7 +78,7 @@ def test_with_nothing_to_recompute_the_ops_are_those_of_the_original() -> None:
 def test_matrix_products_of_a_transformer_in_backward() -> None:
     model, kwargs = build("llama")
     plain = remat.optimize(model, (), kwargs, budget=None)
-    module = remat.optimize(model, (), kwargs, budget=remat.frontier(model, (), kwargs)[-1].peak_bytes)
+    module = remat.optimize(model, (), kwargs, budget=remat.frontier(model, (), kwargs, points=2)[-1].peak_bytes)
     _, reference = counted(plain, **kwargs)
     _, backward = counted(module, **kwargs)
     assert module.plan is not None

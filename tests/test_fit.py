@@ -7,7 +7,7 @@ import torch
 
 import remat
 from remat.shapes import named_axes, resized
-from tests.models import Mlp, build, mlp
+from tests.models import Mlp, build, llama, mlp
 from tests.steps import run_step
 
 
@@ -30,13 +30,13 @@ def test_the_batch_runs_in_the_budget_and_the_next_one_up_does_not(name: str) ->
 
 
 def test_the_longest_sequence_in_steps_and_for_a_device_that_is_not_there() -> None:
-    model, kwargs = build("llama")
-    found = remat.fit(model, (), kwargs, budget="100MiB", dim="seq", multiple_of=64, device="h100")
+    model, kwargs = llama(layers=1)
+    found = remat.fit(model.train(), (), kwargs, budget="80MiB", dim="seq", multiple_of=64, device="h100")
     assert found.size % 64 == 0
     assert found.next_size == found.size + 64
     assert found.plan.device == "h100"
     assert found.next_bytes is not None
-    assert found.plan.peak_bytes <= 100 * 2**20 < found.next_bytes
+    assert found.plan.peak_bytes <= 80 * 2**20 < found.next_bytes
 
 
 def test_a_named_axis() -> None:

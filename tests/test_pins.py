@@ -13,6 +13,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import remat
 from remat import Activation, Decision, devices
 from remat.program import Link
+from remat.settings import Settings
+from remat.whole import trace
 from tests.models import build
 from tests.steps import Outcome, assert_same, run_step
 
@@ -64,9 +66,10 @@ def test_the_planner_plans_around_a_pin(decision: Decision, monkeypatch: pytest.
 
 def test_what_can_be_pinned() -> None:
     model, kwargs = build("llama")
+    traced = trace(model, (), kwargs)
 
     def decisions(pin: dict[str, str]) -> dict[str, Decision]:
-        return dict(remat.plan(model, (), kwargs, budget=None, pin=pin).decisions)
+        return dict(traced.plan(Settings(budget=None, pin=pin)).decisions)
 
     everything = decisions({})
     assert set(everything.values()) == {Decision.SAVE}
