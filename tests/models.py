@@ -77,8 +77,8 @@ def qwen3() -> Built:
 
 def t5() -> Built:
     """Encoder and decoder, dropout 0.1."""
-    shape = {"vocab_size": VOCABULARY, "d_model": WIDTH, "d_kv": 16, "d_ff": 2 * WIDTH, "num_layers": 2, "num_heads": 4}
-    config = transformers.T5Config(**shape, use_cache=False, decoder_start_token_id=0)
+    shape = {"vocab_size": VOCABULARY, "d_model": WIDTH, "d_kv": 16, "d_ff": 2 * WIDTH, "num_heads": 4}
+    config = transformers.T5Config(**shape, num_layers=2, num_decoder_layers=1, use_cache=False, decoder_start_token_id=0)
     return transformers.T5ForConditionalGeneration(config), {"input_ids": _ids(), "labels": _ids(48)}
 
 
