@@ -19,7 +19,7 @@ from torch import fx, nn
 from remat import _torch
 from remat._torch import pytree
 from remat.absent import LIBRARY_BYTES
-from remat.capture import Captured, capture, without_cache
+from remat.capture import Captured, capture, without_cache, without_outer_hooks
 from remat.devices import profile_of
 from remat.errors import CaptureError, RematError
 from remat.module import flatten_call, leaves_key
@@ -102,6 +102,7 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+@without_outer_hooks()
 def trace_blocks(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], blocks: Mapping[str, nn.Module], settings: Settings
 ) -> TracedBlocks:

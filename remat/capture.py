@@ -139,6 +139,18 @@ def _single_sequences(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
 
 
 @contextlib.contextmanager
+def without_outer_hooks() -> Iterator[None]:
+    """Keep what tracing saves from saved-tensor hooks around the call: from `torch.utils.checkpoint`, which counts it, and from
+    `save_on_cpu`."""
+    with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+        yield
+
+
+def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+@contextlib.contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
     """Leave a generation cache (transformers: `config.use_cache`) out of the training step: nothing there reads it."""
     found: list[Any] = [getattr(module, "config", None) for module in model.modules()]

@@ -15,7 +15,7 @@ from torch import fx, nn
 from remat._torch import pytree
 from remat.absent import LIBRARY_BYTES, stand_in
 from remat.budget import parse_budget, resolve_budget
-from remat.capture import Captured, capture
+from remat.capture import Captured, capture, without_outer_hooks
 from remat.devices import DeviceProfile, device_profile, profile_of
 from remat.errors import BudgetError, RematError
 from remat.op_times import OpTimes, op_times
@@ -117,6 +117,7 @@ def transfers_of(plan: Plan) -> Transfers:
     return Transfers({transfer.name: transfer.outputs for transfer in plan.transfers}, releases, reloads)
 
 
+@without_outer_hooks()
 def trace(
     model: nn.Module,
     args: tuple[Any, ...],

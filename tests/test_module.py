@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import remat
 from remat.program import KINDS
@@ -113,6 +114,24 @@ def test_freezing_a_parameter_is_seen() -> None:
     found = gradients_of(module, x)
     assert "layers.0.1.weight" not in found
     assert_close_gradients(found, gradients_of(model, x), 1e-6)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = checkpoint(self.inner, x, use_reentrant=False)
+        return found
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_checkpoint_around_a_call_that_is_captured(whole: bool) -> None:
+    inner, x = mlp(dropout=0.0)
+    expected = gradients_of(Checkpointed(inner), x)
+    remat.enable(inner, None, whole_model=whole)
+    assert_same_gradients(gradients_of(Checkpointed(inner), x), expected)
 
 
 def test_autocast_is_kept_in_the_recomputed_ops() -> None:
