@@ -86,6 +86,7 @@
   previous.addEventListener("click", () => { start -= page; draw(); });
   next.addEventListener("click", () => { start += page; draw(); });
   select();
+  window.addEventListener("beforeprint", () => document.querySelectorAll("details").forEach(part => { part.open = true; }));
 
   const charts = Object.entries(data.charts).map(([id, spec]) =>
     window.vegaEmbed(document.getElementById(id), spec, { renderer: "svg", actions: false, config }));

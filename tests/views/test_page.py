@@ -127,6 +127,10 @@ def test_it_prints_in_black_on_white(browser: Browser, file: Path) -> None:
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert page.evaluate("getComputedStyle(document.body).color") == "rgb(0, 0, 0)"
     assert not page.get_by_role("button", name="Dark").is_visible()
+    assert page.get_by_role("columnheader", name="bytes").inner_text() == "bytes"
+    assert page.evaluate("document.querySelector('#values').scrollWidth <= document.body.clientWidth")
+    page.pdf()
+    assert page.locator("details:not([open])").count() == 0
     page.close()
 
 
