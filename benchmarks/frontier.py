@@ -118,13 +118,13 @@ def main() -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     for model in options.models or MODELS:
         with Progress() as progress:
-            found = race(model, options, progress)
-        data = {"torch": torch.__version__, "model": model, "rounds": options.rounds, **asdict(found)}
-        (RESULTS / f"{model}.json").write_text(json.dumps(data, indent=1) + "\n")
+            for found in race(model, options, progress):
+                data = {"torch": torch.__version__, "model": model, "rounds": options.rounds, **asdict(found)}
+                (RESULTS / f"{model}.json").write_text(json.dumps(data, indent=1) + "\n")
 
 
-def race(model: str, options: argparse.Namespace, progress: Progress) -> Race:
-    """All of a model's duels, and the smallest step of either door."""
+def race(model: str, options: argparse.Namespace, progress: Progress) -> Iterator[Race]:
+    """All of a model's duels, and the smallest step of either door: after each what there is so far, since it takes hours."""
     everyone = [*eager_peers("cpu"), *compiled_peers(options.solvers)]
     names = [name for name in everyone if not options.peers or any(word in name for word in options.peers)]
     left_out: dict[str, str] = {}
@@ -151,17 +151,18 @@ def race(model: str, options: argparse.Namespace, progress: Progress) -> Race:
         if point.name not in ("eager", "compile", *left_out)
         for factor in ((1.0, 1.5) if point.name.endswith("checkpoint/1") else (1.0,))
     ]
-    duels = []
+    found = Race([point for point in peers if point.name in ("eager", "compile")], [], [], left_out)
     for peer, ours in progress.track(pairs, description=f"{model}: in turn"):
         duel = _duel(model, peer, ours, options.rounds)
         if isinstance(duel, str):
             left_out[f"{ours} against {peer}"] = duel
         else:
-            duels.append(duel)
+            found.duels.append(duel)
+        yield found
     doors = dict.fromkeys(ours.split("/")[0] for _, ours in pairs)
-    smallest = [*_tried(model, [f"{door}/smallest" for door in doors], progress, left_out)]
-    plain = [point for point in peers if point.name in ("eager", "compile")]
-    return Race(plain, duels, [point for point in smallest if point is not None], left_out)
+    smallest = _tried(model, [f"{door}/smallest" for door in doors], progress, left_out)
+    found.smallest.extend(point for point in smallest if point is not None)
+    yield found
 
 
 def _tried(model: str, names: Sequence[str], progress: Progress, failures: dict[str, str]) -> Iterator[Point | None]:
