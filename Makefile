@@ -55,6 +55,7 @@ bench: setup
 	$(BIN)/python benchmarks/optimality.py
 	$(BIN)/python benchmarks/frontier.py
 	$(BIN)/python benchmarks/frontier_report.py
+	$(BIN)/python benchmarks/order.py
 
 gpu:
 	PYTHONPATH=. $(PYTHON) -m unittest -v $(wildcard tests/gpu/test_*.py)
