@@ -45,24 +45,25 @@ def main() -> None:
 def measured(model: str, door: str, plans: int, rounds: int) -> list[Point]:
     """Distinct plans at budgets from the smallest peak to the plain step's, with their times."""
     with contextlib.ExitStack() as stack:
-
-        def started(name: str) -> Worker:
-            worker = Worker(model, name)
-            stack.callback(worker.close)
-            worker.ready()
-            if worker.point is None:
-                raise SystemExit(f"{model}, {name}: {worker.error}")
-            return worker
-
-        ends = [started(f"{door}/smallest"), started(PLAIN[door])]
-        low, high = (worker.point.peak_bytes for worker in ends if worker.point is not None)
-        within = [started(f"{door}/{int(budget)}") for budget in np.linspace(low, high, plans)[1:]]
-        kept = {worker.point.predicted_us: worker for worker in [ends[0], *within] if worker.point is not None}
+        smallest, smallest_point = _started(model, f"{door}/smallest", stack)
+        _, plain = _started(model, PLAIN[door], stack)
+        kept = {smallest_point.predicted_us: (smallest, smallest_point)}
+        for budget in np.linspace(smallest_point.peak_bytes, plain.peak_bytes, plans)[1:]:
+            worker, point = _started(model, f"{door}/{int(budget)}", stack)
+            kept[point.predicted_us] = worker, point
         for _ in range(rounds):
-            for worker in kept.values():
-                assert worker.point is not None
-                worker.point.times.append(worker.step())
-        return [worker.point for worker in kept.values() if worker.point is not None]
+            for worker, point in kept.values():
+                point.times.append(worker.step())
+        return [point for _, point in kept.values()]
+
+
+def _started(model: str, name: str, stack: contextlib.ExitStack) -> tuple[Worker, Point]:
+    worker = Worker(model, name)
+    stack.callback(worker.close)
+    point = worker.ready().point
+    if point is None:
+        raise SystemExit(f"{model}, {name}: {worker.error}")
+    return worker, point
 
 
 def _row(point: Point) -> dict[str, Any]:

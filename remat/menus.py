@@ -48,7 +48,7 @@ class Menus:
     @cached_property
     def bounds(self) -> dict[tuple[int, int], tuple[int, int, int, int]]:
         """Each stretch of neighbouring blocks that may run as one: where its forward and its backward start and stop."""
-        cuts, back = self.cuts, backward_cuts(self.program, self.cuts)
+        cuts, back = self.cuts, self._back
         last = len(cuts) - 1
         pairs = ((i, i + width) for i in range(last) for width in _MERGES if i + width <= last)
         return {(i, j): (cuts[i], cuts[j], back[j], back[i]) for i, j in pairs if self.program.in_one_part(cuts[i], cuts[j])}
@@ -58,7 +58,7 @@ class Menus:
         """The menu of each stretch. Equal stretches are solved once, and share one object."""
         with without_gc():
             program = self.program
-            keys = block_keys(program, self.cuts, backward_cuts(program, self.cuts), reach=max(_MERGES))
+            keys = block_keys(program, self.cuts, self._back, reach=max(_MERGES))
             may_move = program.link is not None and self.host_bytes > decided_bytes(program)
             least = _least_moved(program.link) if program.link is not None and may_move else None
             solved: dict[Hashable, tuple[Option, ...]] = {}
@@ -100,6 +100,11 @@ class Menus:
             key: [choice for choice in choices if options[key][choice.index].host_bytes == least[key]]
             for key, choices in self.choices.items()
         }
+
+    @cached_property
+    def _back(self) -> tuple[int, ...]:
+        """Where in backward the cuts lie."""
+        return backward_cuts(self.program, self.cuts)
 
     @cached_property
     def _outside(self) -> dict[tuple[int, int], tuple[int, int]]:

@@ -196,8 +196,8 @@ def overlapping(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_dynamo")
-@pytest.mark.parametrize(("name", "policies"), [("lora", ("blocks", "offload-all")), ("convnext", ("selective", "offload"))])
-def test_door_2_takes_the_same_rules(name: str, policies: tuple[str, str]) -> None:
+@pytest.mark.parametrize("name", ["lora", "convnext"])
+def test_door_2_takes_the_same_rules(name: str) -> None:
     def through(policy: str) -> tuple[Outcome, remat.Plan]:
         torch._dynamo.reset()
         model, kwargs = build(name)
@@ -205,7 +205,7 @@ def test_door_2_takes_the_same_rules(name: str, policies: tuple[str, str]) -> No
         return run_step(step, kwargs), remat.plans(step)[0].plan
 
     expected, everything = through("none")
-    for policy in policies:
+    for policy in ("blocks", "selective", "offload", "offload-all"):
         outcome, plan = through(policy)
         assert_same(outcome, expected)
         assert outcome.peak_bytes <= plan.peak_bytes < everything.peak_bytes
