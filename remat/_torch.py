@@ -36,7 +36,12 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.graph import SubgraphLowering
 from torch._inductor.virtualized import V
 from torch._logging._internal import trace_structured
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.utils import _pytree as pytree
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._ordered_set import OrderedSet
@@ -57,6 +62,7 @@ __all__ = [
     "BufferAOTInput",
     "CustomPartitionerFn",
     "DataDependentOutputException",
+    "DynamicOutputShapeException",
     "FakeTensorMode",
     "GradAOTOutput",
     "InductorChoices",

@@ -208,7 +208,7 @@ class _Recording:
         try:
             with without_cache(self.model):
                 return self.twin.module(*args, **kwargs)
-        except _torch.DataDependentOutputException as error:
+        except (_torch.DataDependentOutputException, _torch.DynamicOutputShapeException) as error:
             raise CaptureError(
                 f"{type(self.model).__name__} reads the value of a tensor between its blocks ({error.func}); planning runs it "
                 "without values"

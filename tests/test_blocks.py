@@ -277,9 +277,16 @@ class _Looks(nn.Module):
         return self.layers[1](x) if x.sum() > 0 else x
 
 
-def test_a_look_at_activations_is_an_error() -> None:
+class _Picks(_Looks):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.layers[0](x)
+        return self.layers[1](x[x.sum(-1) > 0])
+
+
+@pytest.mark.parametrize("kind", [_Looks, _Picks])
+def test_a_look_at_activations_is_an_error(kind: type[_Looks]) -> None:
     with pytest.raises(remat.CaptureError, match="reads the value of a tensor between its blocks"):
-        remat.optimize_blocks(_Looks(), (torch.randn(4, 8),), budget=None)
+        remat.optimize_blocks(kind(), (torch.randn(4, 8),), budget=None)
 
 
 def test_nothing_moves_where_the_host_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
