@@ -176,16 +176,24 @@ def extract_forward_backward(
 
 
 @contextlib.contextmanager
-def reading_wrapper_code(read: Callable[[Sequence[Any]], list[str]]) -> Iterator[None]:
+def reading_wrapper_code(
+    estimate: Callable[[Sequence[Any]], Any], read: Callable[[Sequence[Any]], list[str]]
+) -> Iterator[None]:
     """Inductor hands the lines of its wrapper code to `read` once it has planned their allocations, and puts the comments that
-    come back into the code."""
+    come back into the code. It reuses buffers by what `estimate` makes of the lines without reuse, which stands in for its own
+    `EfficientPeakEstimate`."""
     plan = PythonWrapperCodegen.memory_plan_reuse
 
     def plan_and_read(self: PythonWrapperCodegen) -> None:
+        if isinstance(V.graph, SubgraphLowering):
+            plan(self)
+            return
+        with inductor_config.patch(allow_buffer_reuse=False):
+            plan(self)
+        self.estimate_peak = estimate(self.lines)  # type: ignore[has-type]
         plan(self)
-        if not isinstance(V.graph, SubgraphLowering):
-            for comment in read(self.lines):
-                self.header.writeline(f"{self.comment} {comment}")
+        for comment in read(self.lines):
+            self.header.writeline(f"{self.comment} {comment}")
 
     PythonWrapperCodegen.memory_plan_reuse = plan_and_read  # type: ignore[method-assign]
     try:

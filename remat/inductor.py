@@ -21,7 +21,7 @@ from remat.errors import RematError
 from remat.generated import GeneratedStep
 from remat.ops import OFFLOAD, RELOAD
 from remat.passes.aliasing import results
-from remat.wrapper import Memory, memory_of_inputs, run_allocations
+from remat.wrapper import Headroom, Memory, Surroundings, memory_of_inputs, run_allocations
 
 _FUSION_REACH = 10  # kernels
 
@@ -49,8 +49,7 @@ class LocalFusion(_torch.InductorChoices):
         return node2.min_order - node1.max_order <= _FUSION_REACH
 
 
-# Without reuse a buffer is freed at once, not held for a later one of its size; the allocator keeps such blocks as cheaply.
-_CONFIG: dict[str, Any] = {"inductor_choices_class": LocalFusion, "allow_buffer_reuse": False}
+_CONFIG: dict[str, Any] = {"inductor_choices_class": LocalFusion}
 
 
 class _Partitioner(_torch.CustomPartitionerFn):
@@ -63,7 +62,7 @@ class _Partitioner(_torch.CustomPartitionerFn):
         return self.split(gm, joint_inputs, **kwargs)
 
     def uuid(self) -> str:
-        return "remat.2"  # the partition shows in the halves, which are what is cached; the number goes up with `Memory`
+        return "remat.3"  # the partition shows in the halves, which are what is cached; the number goes up with `Memory`
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Partitioner:
         return self  # Inductor copies its whole configuration now and then
@@ -127,7 +126,7 @@ def _compile_half(module: fx.GraphModule, inputs: Sequence[Any], watch: Watch, *
     order = {"reorder_for_peak_memory": False} if hosts else {}
     for config in (order, {**order, "fx_graph_cache": False}):
         _torch.forget_output_strides()
-        with _torch.inductor_config.patch(config), _torch.reading_wrapper_code(reading.read):
+        with _torch.inductor_config.patch(config), _torch.reading_wrapper_code(reading.estimate, reading.read):
             code = _torch.compile_fx_inner(module, inputs, **kwargs)
         if not reading.is_done:
             reading.recall(getattr(code, "source_code", ""))
@@ -152,13 +151,16 @@ class _Reading:
             kept |= {name for name in tangents if name.startswith("tangents")}
         if is_backward and watch.forward is not None:
             copied = frozenset(watch.forward.copied)
-        self._about = kept, copied, hosted, names
+        self._around = Surroundings(kept, copied, hosted, names)
         self._is_backward, self._watch = is_backward, watch
         self.is_done = False
 
+    def estimate(self, lines: Sequence[Any]) -> Headroom:
+        return Headroom(lines, self._around)
+
     def read(self, lines: Sequence[Any]) -> list[str]:
         """The comment to put into the code."""
-        memory = run_allocations(lines, *self._about)
+        memory = run_allocations(lines, self._around)
         self._found(memory)
         return [_NOTE + json.dumps({"about": self._digest(), **dataclasses.asdict(memory)})]
 
@@ -176,7 +178,7 @@ class _Reading:
         self._watch.found(memory, self._is_backward)
 
     def _digest(self) -> str:
-        kept, copied, hosted, names = self._about
+        kept, copied, hosted, names = self._around
         return hashlib.sha256(repr((sorted(kept), sorted(copied), sorted(hosted), names)).encode()).hexdigest()
 
 

@@ -6,6 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from torch import fx
@@ -86,6 +87,16 @@ class _Heap:
             self.moments.append(node)
         self._made.append(Allocation(node or name, size, len(self.moments) - 1, -1))
 
+    def replace(self, old: str, name: str, size: int, node: str) -> None:
+        """Allocate the memory of `old`, which has been held until now, as a buffer of another name."""
+        storage = self._storage.get(old)
+        if storage is None or self._names[storage] > 1:
+            self.alias(name, old)
+            self.free(old)
+            return
+        self.free(old)
+        self.allocate(name, size, node)
+
     def alias(self, name: str, of: str) -> None:
         if of in self._storage:
             self._storage[name] = self._storage[of]
@@ -120,30 +131,72 @@ class _Heap:
         return Memory(tuple(self.moments), tuple(a for a in made if a.bytes), tuple(fresh))
 
 
-def run_allocations(
-    lines: Sequence[Any], kept: frozenset[str], copied: frozenset[str], hosted: frozenset[str], names: Sequence[str]
-) -> Memory:
-    """Run the allocations of a graph's wrapper code. `names` are those of its results, `hosted` inputs on the host."""
-    heap = _Heap()
+class Surroundings(NamedTuple):
+    """Of a graph: inputs that somebody else holds, parameters and inputs in a layout of their own, inputs on the host, and the
+    names of its results."""
+
+    kept: frozenset[str]
+    copied: frozenset[str]
+    hosted: frozenset[str]
+    names: Sequence[str]
+
+
+def run_allocations(lines: Sequence[Any], around: Surroundings) -> Memory:
+    """Run the allocations of a graph's wrapper code."""
+    heap, _ = _run(lines, around)
+    return heap.memory(around.names, V.graph.get_output_names())
+
+
+class Headroom:
+    """How far memory stays below its peak while a graph's wrapper code runs: a freed buffer may wait there for a later one of
+    its size. In the form of Inductor's `EfficientPeakEstimate`, which does not know what else holds memory."""
+
+    def __init__(self, lines: Sequence[Any], around: Surroundings) -> None:
+        heap, self._moments = _run(lines, around)
+        memory = heap.memory(around.names, V.graph.get_output_names())
+        changes = [0] * (len(memory.moments) + 1)
+        for made in memory.allocations:
+            changes[made.born] += made.bytes
+            changes[made.dies + 1] -= made.bytes
+        self._bytes = [*accumulate(changes)]
+        self.overall_peak_memory = max(self._bytes)
+
+    def peak_between(self, freed: Any, allocated: Any) -> int:
+        return max((self._bytes[moment] for moment in self._between(freed, allocated)), default=0)
+
+    def update_peak_between(self, freed: Any, allocated: Any) -> None:
+        size = _allocated_bytes(allocated.node)
+        for moment in self._between(freed, allocated):
+            self._bytes[moment] += size
+
+    def _between(self, freed: Any, allocated: Any) -> range:
+        return range(self._moments[id(freed)] + 1, self._moments[id(allocated)])
+
+
+def _run(lines: Sequence[Any], around: Surroundings) -> tuple[_Heap, dict[int, int]]:
+    """All lines run, and by their identity the moment after each."""
+    heap, moments = _Heap(), {}
     items: dict[str, list[Any]] = {}  # of the kernels with several results
     for line in lines:
         if isinstance(line, wrapper_code.MultiOutputLine):
             items.setdefault(line.arg_name, []).append(V.graph.get_buffer(line.result_name))
-    coming = {n: _allocated_bytes(v) for n, v in V.graph.graph_inputs.items() if n in copied or not _is_resident(n)}
-    coming = {name: size for name, size in coming.items() if name not in hosted}
+    coming = {n: _allocated_bytes(v) for n, v in V.graph.graph_inputs.items() if n in around.copied or not _is_resident(n)}
+    coming = {name: size for name, size in coming.items() if name not in around.hosted}
     for name, size in coming.items():
         heap.allocate(name, size, "")
     for line in lines:
         if isinstance(line, wrapper_code.AllocateLine):
             heap.allocate(line.node.get_name(), _allocated_bytes(line.node), _node_name(line.node))
         elif isinstance(line, wrapper_code.ReuseLine):
-            heap.alias(line.reused_as.get_name(), line.node.get_name())
             if line.delete_old:
-                heap.free(line.node.get_name())
+                size, node = _allocated_bytes(line.reused_as), _node_name(line.reused_as)
+                heap.replace(line.node.get_name(), line.reused_as.get_name(), size, node)
+            else:
+                heap.alias(line.reused_as.get_name(), line.node.get_name())
         elif isinstance(line, wrapper_code.ReinterpretLine):
             heap.alias(line.reused_as.get_name(), line.node.get_name())
         elif isinstance(line, wrapper_code.FreeIfNotReusedLine | wrapper_code.FreeLine):
-            if not getattr(line, "is_reused", False) and line.node.get_name() not in kept:
+            if not getattr(line, "is_reused", False) and line.node.get_name() not in around.kept:
                 heap.free(line.node.get_name())
         elif isinstance(line, wrapper_code.ExternKernelOutLine):
             heap.scratch(_node_name(line.node), _scratch_bytes(line.node))
@@ -159,7 +212,8 @@ def run_allocations(
                 else:
                     heap.allocate(buffer.get_name(), 0 if op is OFFLOAD else _allocated_bytes(buffer), _node_name(buffer))
             heap.scratch(_node_name(line.node), _scratch_bytes(line.node))
-    return heap.memory(names, V.graph.get_output_names())
+        moments[id(line)] = len(heap.moments) - 1
+    return heap, moments
 
 
 def _node_name(buffer: Any) -> str:
