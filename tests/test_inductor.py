@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import remat
+from remat._torch import wrapper_code
 from remat.inductor import LocalFusion, _Reading
+from remat.wrapper import Headroom
 from tests.models import llama, mlp
 from tests.steps import Outcome, assert_close_gradients, run_step
 
@@ -152,6 +155,29 @@ def test_code_from_inductors_cache_has_its_peak() -> None:
     assert counters["inductor"]["fxgraph_cache_miss"] == 0
     assert second.plan.peak_bytes == first.plan.peak_bytes >= outcome.peak_bytes
     assert second.plan.storages == first.plan.storages
+
+
+def test_freed_buffers_wait_for_later_ones_below_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    class Spy(_Reading):
+        def estimate(self, lines: Sequence[Any]) -> Headroom:
+            room = super().estimate(lines)
+            seen.append((room.overall_peak_memory, sum(isinstance(line, wrapper_code.ReuseLine) for line in lines)))
+            return room
+
+        def read(self, lines: Sequence[Any]) -> list[str]:
+            self.estimate(lines)
+            return super().read(lines)
+
+    monkeypatch.setattr("remat.inductor._Reading", Spy)
+    model, x = mlp(layers=4, rows=512)
+    outcome = run_step(module := compiled(model, None), {"x": x})
+    (graph,) = remat.plans(module)
+    (peak, in_place), (peak_with_reuse, reused) = seen[2:]  # of backward
+    assert peak_with_reuse <= peak
+    assert reused > in_place
+    assert outcome.peak_bytes <= graph.plan.peak_bytes
 
 
 def test_cached_code_that_tells_of_another_graph_is_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
