@@ -33,7 +33,7 @@ from torch._inductor.codegen import wrapper as wrapper_code
 from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
-from torch._inductor.graph import SubgraphLowering
+from torch._inductor.graph import GraphLowering, SubgraphLowering
 from torch._inductor.virtualized import V
 from torch._logging._internal import trace_structured
 from torch._subclasses.fake_tensor import (
@@ -65,6 +65,7 @@ __all__ = [
     "DynamicOutputShapeException",
     "FakeTensorMode",
     "GradAOTOutput",
+    "GraphLowering",
     "InductorChoices",
     "InputMutationAOTOutput",
     "ParamAOTInput",

@@ -75,12 +75,13 @@ class _Partitioner(_torch.CustomPartitionerFn):
 class Watch:
     """What is learned of a training step while it is compiled: the memory of either half.
 
-    `kept` names inputs of backward that somebody else holds. As soon as backward is known, `check` is called, which may end
-    the compilation with an error.
+    `kept` names inputs of backward that somebody else holds; `is_channels_last` says how forward runs its convolutions. As soon
+    as backward is known, `check` is called, which may end the compilation with an error.
     """
 
     check: Callable[[], None]
     kept: frozenset[str] = frozenset()
+    is_channels_last: bool = False
     forward: Memory | None = None
     backward: Memory | None = None
 
@@ -117,10 +118,15 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], split: Callable[...
 
 def _compile_half(module: fx.GraphModule, inputs: Sequence[Any], watch: Watch, **kwargs: Any) -> Any:
     """Inductor's compilation of one graph. Where values leave, its order stays: Inductor's own search for the order with the
-    smallest peak takes their copies on the host for device memory, and puts the copying off."""
+    smallest peak takes their copies on the host for device memory, and puts the copying off. Backward has the layout of
+    forward: Inductor decides it by the convolutions that a graph runs, of which backward has those that it recomputes."""
     if kwargs.get("is_inference"):
         return _torch.compile_fx_inner(module, inputs, **kwargs)
     is_backward = bool(kwargs.get("is_backward"))
+    if not is_backward:
+        watch.is_channels_last = _torch.GraphLowering.decide_layout_opt(module, is_inference=False)
+    elif watch.is_channels_last:
+        kwargs["layout_opt"] = True
     reading = _Reading(module, is_backward, watch)
     hosts = any(module.graph.find_nodes(op="call_function", target=op) for op in (OFFLOAD, RELOAD))
     order = {"reorder_for_peak_memory": False} if hosts else {}

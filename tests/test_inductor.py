@@ -13,6 +13,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import remat
+from remat import _torch
 from remat._torch import wrapper_code
 from remat.inductor import LocalFusion, _Reading
 from remat.wrapper import Headroom
@@ -63,13 +64,23 @@ def test_dropout_is_replayed() -> None:
     assert outcome.peak_bytes <= graph.plan.budget_bytes
 
 
-def test_inputs_that_inductor_copies_for_a_convolution_count() -> None:
+def test_convolutions_have_one_layout_and_copies_of_their_inputs_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backward runs them in forward's layout, though it recomputes none."""
+    layouts = []
+    compile_fx_inner = _torch.compile_fx_inner
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        layouts.append(kwargs.get("layout_opt"))
+        return compile_fx_inner(*args, **kwargs)
+
+    monkeypatch.setattr(_torch, "compile_fx_inner", spy)
     torch.manual_seed(0)
     stem = nn.Sequential(nn.Conv2d(16, 8, 4, 4), nn.GELU(), nn.Conv2d(8, 16, 1), nn.GELU())
     model = nn.Sequential(stem, nn.Upsample(scale_factor=4.0))
     images = torch.randn(8, 16, 32, 32)
     outcome = run_step(module := compiled(model, None), {"input": images})
     (graph,) = remat.plans(module)
+    assert layouts == [None, True]
     assert abs(graph.plan.peak_bytes / outcome.peak_bytes - 1) <= 0.05
 
 
