@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from remat import _torch
@@ -28,7 +29,7 @@ def partition(
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """The forward and backward modules in AOTAutograd's calling convention. `dropped` names forward nodes to recompute,
     `moved` those whose results wait on the host (see `move`)."""
-    saved = _saved_values(joint.graph, halves, dropped)
+    saved = [node if node.name in moved else _as_matrix(node) for node in _saved_values(joint.graph, halves, dropped)]
     for node in halves.forward:
         node.meta["recompute"] = decision_policy(node.name in dropped)
     forward, backward = _torch.extract_forward_backward(joint, saved, num_fwd_outputs, static_lifetime_input_indices)
@@ -114,6 +115,17 @@ def _saved_values(graph: fx.Graph, halves: JointHalves, dropped: frozenset[str])
                 saved[node] = None
     order = {node: i for i, node in enumerate(graph.nodes)}
     return sorted(saved, key=order.__getitem__)
+
+
+def _as_matrix(node: fx.Node) -> fx.Node:
+    """The one view of other dimensions that a value of four is read by, else the value: in nets with convolutions Inductor
+    takes all that leaves forward with four dimensions for images, and stores them with channels last."""
+    reader, *others = node.users
+    if others or node.op == "placeholder" or not is_view(reader):
+        return node
+    value, view = node.meta["val"], reader.meta["val"]
+    is_matrix = isinstance(value, torch.Tensor) and value.dim() == 4 != view.dim() and value.numel() == view.numel()
+    return reader if is_matrix else node
 
 
 def just_in_time(module: fx.GraphModule) -> None:

@@ -184,6 +184,19 @@ def test_plans_show_what_was_decided_and_the_graphs_that_run() -> None:
         assert "def forward" in half.print_readable(print_output=False)
 
 
+def test_what_is_read_as_a_matrix_is_saved_as_one() -> None:
+    """The dropout's result is; its mask and what tanh returns are read as images by their gradients."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Tanh(), nn.Linear(8, 16), nn.Dropout(0.1), nn.Linear(16, 8))
+    images = torch.randn(4, 3, 8, 8)
+    module = compiled(model)
+    module(images).sum().backward()
+    (graph,) = remat.plans(module)
+    saved = [
+        node for node in graph.backward.graph.find_nodes(op="placeholder") if not node.name.startswith(("primals", "tangents"))
+    ]
+    assert [tuple(node.meta["val"].shape) for node in saved] == [(4, 8, 8, 8), (256, 16), (4, 8, 8, 16)]
+
+
 def test_plans_of_something_else() -> None:
     model, _x = mlp()
     for other in (model, torch.compile(model, backend="eager"), torch.compile(model, backend="aot_eager")):
