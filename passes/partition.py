@@ -16,6 +16,7 @@ from remat import _torch
 from remat.ops import OFFLOAD, RELEASE, RELOAD, WAIT
 from remat.passes.aliasing import is_view, results, storage_roots
 from remat.passes.joint_program import JointHalves
+from remat.passes.ordering import just_in_time
 from remat.passes.regions import decision_policy
 
 
@@ -126,53 +127,3 @@ def _as_matrix(node: fx.Node) -> fx.Node:
     value, view = node.meta["val"], reader.meta["val"]
     is_matrix = isinstance(value, torch.Tensor) and value.dim() == 4 != view.dim() and value.numel() == view.numel()
     return reader if is_matrix else node
-
-
-def just_in_time(module: fx.GraphModule) -> None:
-    """Reorder a backward graph in place: what needs no tangent runs just before the first node that reads it."""
-    graph = module.graph
-    late = _reached_by_tangents(graph)
-    order: list[fx.Node] = []
-    placed: set[fx.Node] = set()
-
-    def emit(root: fx.Node) -> None:
-        stack = [root]
-        while stack:
-            node = stack[-1]
-            missing = [s for s in node.all_input_nodes if s not in placed]
-            if missing and node not in placed:
-                stack.extend(reversed(missing))
-                continue
-            stack.pop()
-            if node not in placed:
-                placed.add(node)
-                order.append(node)
-
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            placed.add(node)
-            order.append(node)
-    for node in graph.nodes:
-        if node in late:
-            emit(node)
-    output = graph.output_node()
-    emit(output)
-    fresh = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in order:
-        copies[node] = fresh.node_copy(node, lambda n: copies[n])
-    copies[output].meta.update(output.meta)
-    fresh._codegen = graph._codegen
-    module.graph = fresh
-    module.recompile()
-
-
-def _reached_by_tangents(graph: fx.Graph) -> set[fx.Node]:
-    reached: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            if "tangent" in node.name:
-                reached.add(node)
-        elif node.op == "call_function" and any(source in reached for source in node.all_input_nodes):
-            reached.add(node)
-    return reached

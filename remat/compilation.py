@@ -21,11 +21,12 @@ from remat.devices import profile_of
 from remat.errors import RematError
 from remat.generated import as_generated
 from remat.inductor import Watch, compile_graph
-from remat.ladder import Ladder
+from remat.ladder import Attempt, Ladder
 from remat.menus import Menus, make_menus
 from remat.op_times import op_times
 from remat.passes.aliasing import results, storage_roots
 from remat.passes.joint_program import JointHalves, joint_program, largest_value, split_joint
+from remat.passes.ordering import parameters_first
 from remat.passes.partition import partition
 from remat.pins import pinned, with_must
 from remat.planner import Solution, fastest_solution, smallest_solution, solve
@@ -63,8 +64,8 @@ class Compilation:
         self._fuses = options.compiler == "inductor"
         self._watch = Watch(self._check)
         self._task: _Task | None = None  # None where there is nothing to train
-        self._solutions: Generator[Solution, int, None]
-        self._solution: Solution
+        self._attempts: Generator[Attempt, int, None]
+        self._attempt: Attempt
         self._halves: tuple[fx.GraphModule, fx.GraphModule]
         self._planning_s = 0.0
 
@@ -74,11 +75,11 @@ class Compilation:
         while self._task is not None:
             start = time.perf_counter()
             try:
-                self._solution = self._solutions.send(self._peak_bytes(self._task))
+                self._attempt = self._attempts.send(self._peak_bytes(self._task))
             except StopIteration:
                 break
             self._planning_s += time.perf_counter() - start
-            code = self._compiled(gm)
+            code = self._compiled(gm, self._attempt.is_sparing)
         if code is None:
             raise RematError("Inductor generated other code for the same plan, which needs more than the budget")
         if self._task is not None:
@@ -86,12 +87,12 @@ class Compilation:
         self.inputs = ()  # compiled code may hold this object, which should not hold a batch
         return code
 
-    def _compiled(self, gm: fx.GraphModule) -> Callable[..., Any] | None:
-        """The code for one solution; None where that was given up, since it needs more than the budget."""
+    def _compiled(self, gm: fx.GraphModule, is_sparing: bool = False) -> Callable[..., Any] | None:
+        """The code for one plan; None where that was given up, since it needs more than the budget."""
         if not self._fuses:
             return _torch.aot_eager(gm, self.inputs, _run_as_is, self.split)
         try:
-            return compile_graph(gm, self.inputs, self.split, self._watch)
+            return compile_graph(gm, self.inputs, self.split, self._watch, is_sparing)
         except Exception:  # ours, wrapped by whatever Inductor wraps it in, or another
             if self._task is None or not self._exceeds(self._task):
                 raise
@@ -108,7 +109,7 @@ class Compilation:
 
     def _peak_bytes(self, task: _Task) -> int:
         if not self._fuses:
-            return self._solution.replay.peak_bytes
+            return self._attempt.solution.replay.peak_bytes
         return task.program.resident_bytes + task.slack + self._watch.step.peak_bytes
 
     def split(
@@ -121,15 +122,16 @@ class Compilation:
         **_: Any,
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         """AOTAutograd's partition function, called for each compilation."""
+        parameters_first(joint.graph, num_fwd_outputs)
         halves = split_joint(joint.graph, num_fwd_outputs, self._fuses)
         task = self._task
         if task is None or _names(task.halves) != _names(halves):
             start = time.perf_counter()
             task = self._task = self._planned(joint, halves)
-            self._solutions = self._chosen(task, joint, num_fwd_outputs)
-            self._solution = next(self._solutions)
+            self._attempts = self._chosen(task, joint, num_fwd_outputs)
+            self._attempt = next(self._attempts)
             self._planning_s += time.perf_counter() - start
-        solution, program = self._solution, task.program
+        solution, program = self._attempt.solution, task.program
         if self.options.host_budget:
             check_host(solution, task.menus.host_bytes, self.options.policy)
         dropped = frozenset(halves.forward[p].name for p in solution.dropped)
@@ -160,23 +162,23 @@ class Compilation:
         slack = profile.slack_bytes(largest_value(program.values))
         return _Task(halves, fingerprint, device, program, menus, everything, limit, target, slack)
 
-    def _chosen(self, task: _Task, joint: fx.GraphModule, num_fwd_outputs: int) -> Generator[Solution, int, None]:
-        """Solutions to compile, each answered with its peak in bytes; the last one is the one to take."""
+    def _chosen(self, task: _Task, joint: fx.GraphModule, num_fwd_outputs: int) -> Generator[Attempt, int, None]:
+        """Plans to compile, each answered with its peak in bytes; the last one is the one to take."""
         policy, everything = self.options.policy, task.everything
         if not is_planned(policy):
             solution = self._policy_solution(joint, task, num_fwd_outputs)
-            peak = yield solution
+            peak = yield Attempt(solution)
             check_fits(solution, peak, task.limit, policy)
         elif task.target is None:
-            yield everything
+            yield Attempt(everything)
         elif self._fuses:
             yield from Ladder(task.program, task.menus, everything).within(task.target)
         else:
             fits = everything.replay.peak_bytes <= task.target
-            yield everything if fits else solve(task.program, task.menus, task.target)
+            yield Attempt(everything if fits else solve(task.program, task.menus, task.target))
 
     def _keep_plan(self, task: _Task) -> None:
-        solution, peak = self._solution, self._peak_bytes(task)
+        solution, peak = self._attempt.solution, self._peak_bytes(task)
         about = task.limit, self._planning_s, str(task.device), "compiled", task.fingerprint
         plan = describe(task.halves.forward, task.program, task.menus, solution, *about)
         if self._fuses:

@@ -49,7 +49,16 @@ class LocalFusion(_torch.InductorChoices):
         return node2.min_order - node1.max_order <= _FUSION_REACH
 
 
-_CONFIG: dict[str, Any] = {"inductor_choices_class": LocalFusion}
+class SparingFusion(LocalFusion):
+    """And without horizontal fusion, which keeps the results of either kernel, and what they read, until the other can run: a
+    recomputed activation, say, until the gradient that shares its inputs is there."""
+
+    def uuid(self) -> str:
+        return f"{super().uuid()}.sparing"
+
+    @staticmethod
+    def can_fuse_horizontal(*_: Any) -> bool:
+        return False
 
 
 class _Partitioner(_torch.CustomPartitionerFn):
@@ -102,17 +111,20 @@ class Watch:
         return GeneratedStep(self.forward or nothing, self.backward or nothing, self.kept)
 
 
-def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], split: Callable[..., Any], watch: Watch) -> Callable[..., Any]:
+def compile_graph(
+    gm: fx.GraphModule, inputs: Sequence[Any], split: Callable[..., Any], watch: Watch, is_sparing: bool
+) -> Callable[..., Any]:
     """Inductor with our partition, both halves at once. AOTAutograd's own cache is off: it would skip the partition, and with
     it the plan."""
+    fusion = SparingFusion if is_sparing else LocalFusion
 
     def compile_half(module: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
         return _compile_half(module, inputs, watch, **kwargs)
 
     watch.clear()
     both = _torch.functorch_config.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True)
-    with both, V.set_choices_handler(LocalFusion()):  # the configured class is made only once in a process
-        patches = {**_CONFIG, "custom_partitioner_fn": _Partitioner(split)}
+    with both, V.set_choices_handler(fusion()):  # the configured class is made only once in a process
+        patches = {"inductor_choices_class": fusion, "custom_partitioner_fn": _Partitioner(split)}
         return _torch.compile_fx(gm, inputs, compile_half, config_patches=patches)  # type: ignore[return-value]
 
 

@@ -8,9 +8,9 @@ same plan.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Hashable
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import NamedTuple
 
 from remat.budget import format_bytes
 from remat.errors import BudgetError
@@ -23,9 +23,18 @@ _MARGIN = 0.01  # of the budget: what the first plan leaves
 _SLACK = 0.03  # of the budget: what may stay unused without a look at a higher rung
 _LOOKS = 3  # plans to compile at most once one fits
 _TRIES = 6  # plans to compile at most where none fits, before the last ones
-_LAST = (24, 12, 6, 0)  # rungs to try where the planner was too far off
+_LAST = ((24, False), (12, False), (6, False), (0, False), (12, True), (0, True))  # where the planner was too far off
 
-Decisions: TypeAlias = tuple[frozenset[int], frozenset[tuple[int, Move]]]
+
+class Attempt(NamedTuple):
+    """A plan to compile; where `is_sparing`, without fusion that costs memory."""
+
+    solution: Solution
+    is_sparing: bool = False
+
+    @property
+    def decisions(self) -> tuple[frozenset[int], frozenset[tuple[int, Move]], bool]:
+        return self.solution.dropped, frozenset(self.solution.moves.items()), self.is_sparing
 
 
 @dataclass
@@ -36,18 +45,18 @@ class Ladder:
     menus: Menus
     everything: Solution
     _rungs: dict[int, Solution] = field(default_factory=dict)
-    _peaks: dict[Decisions, int] = field(default_factory=dict)
+    _peaks: dict[Hashable, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._rungs[0] = smallest_solution(self.program, self.menus)
         self._rungs[_RUNGS] = self.everything
 
-    def within(self, limit: int) -> Generator[Solution, int, None]:
-        """Solutions to compile, each answered with the peak in bytes of its generated code; the last one is the one to take.
+    def within(self, limit: int) -> Generator[Attempt, int, None]:
+        """Plans to compile, each answered with the peak in bytes of its generated code; the last one is the one to take.
 
         Raises BudgetError when none stays within `limit` bytes; the minimum it names can be met.
         """
-        fits, above, looks = -1, _RUNGS + 1, 0  # the highest rung that fits, the lowest that does not
+        fits, above, looks, is_sparing = -1, _RUNGS + 1, 0, False  # the highest rung that fits, the lowest that does not
         error = 0 if self.everything.replay.peak_bytes <= limit else int(_MARGIN * limit)  # how far off the last plan was
         while looks < (_TRIES if fits < 0 else _LOOKS):
             rung = next((r for r in range(above - 1, fits, -1) if self._target(r) + error <= limit), None)
@@ -63,8 +72,8 @@ class Ladder:
                 if peak >= limit * (1 - _SLACK):
                     break
         peaks: list[int] = []
-        for rung in _LAST if fits < 0 else ():
-            peaks.append((yield from self._compiled(rung)))
+        for rung, is_sparing in _LAST if fits < 0 else ():
+            peaks.append((yield from self._compiled(rung, is_sparing)))
             if peaks[-1] <= limit:
                 fits = rung
                 break
@@ -76,15 +85,15 @@ class Ladder:
                 minimum_bytes=min(peaks),
                 where="the generated code",
             )
-        if _decisions(self._solution(fits)) != next(reversed(self._peaks)):
-            yield self._solution(fits)  # once more: its code is in Inductor's cache
+        attempt = Attempt(self._solution(fits), is_sparing)
+        if attempt.decisions != next(reversed(self._peaks)):
+            yield attempt  # once more: its code is in Inductor's cache
 
-    def _compiled(self, rung: int) -> Generator[Solution, int, int]:
-        solution = self._solution(rung)
-        key = _decisions(solution)
-        if key not in self._peaks:
-            self._peaks[key] = yield solution
-        return self._peaks[key]
+    def _compiled(self, rung: int, is_sparing: bool = False) -> Generator[Attempt, int, int]:
+        attempt = Attempt(self._solution(rung), is_sparing)
+        if attempt.decisions not in self._peaks:
+            self._peaks[attempt.decisions] = yield attempt
+        return self._peaks[attempt.decisions]
 
     def _target(self, rung: int) -> int:
         low, high = self._rungs[0].replay.peak_bytes, self.everything.replay.peak_bytes
@@ -94,7 +103,3 @@ class Ladder:
         if rung not in self._rungs:
             self._rungs[rung] = solve(self.program, self.menus, self._target(rung))
         return self._rungs[rung]
-
-
-def _decisions(solution: Solution) -> Decisions:
-    return solution.dropped, frozenset(solution.moves.items())

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -92,3 +93,17 @@ def gradients_of(model: nn.Module, *args: Any, seed: int = 1, **kwargs: Any) -> 
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return found
+
+
+def cause(error: BaseException | None) -> remat.RematError:
+    """The error of remat behind what Dynamo made of it."""
+    while error is not None and not isinstance(error, remat.RematError):
+        error = error.__cause__ or getattr(error, "inner_exception", None)
+    assert error is not None, "no RematError behind it"
+    return error
+
+
+def refused(model: Any, *args: Any, **kwargs: Any) -> remat.RematError:
+    with pytest.raises(Exception) as caught:  # noqa: PT011  Dynamo wraps what a backend raises
+        model(*args, **kwargs)
+    return cause(caught.value)

@@ -15,27 +15,21 @@ from torch import nn
 
 import remat
 from tests.models import MODELS, Mlp, build, mlp
-from tests.steps import Outcome, assert_close_gradients, assert_same, assert_same_gradients, gradients_of, run_step
+from tests.steps import (
+    Outcome,
+    assert_close_gradients,
+    assert_same,
+    assert_same_gradients,
+    gradients_of,
+    refused,
+    run_step,
+)
 
 pytestmark = pytest.mark.usefixtures("_dynamo")
 
 
 def compiled(model: nn.Module, budget: Any = None, **options: Any) -> Any:
     return torch.compile(model, backend="remat", options={"budget": budget, "compiler": "eager", **options})
-
-
-def cause(error: BaseException | None) -> remat.RematError:
-    """The error of remat behind what Dynamo made of it."""
-    while error is not None and not isinstance(error, remat.RematError):
-        error = error.__cause__ or getattr(error, "inner_exception", None)
-    assert error is not None, "no RematError behind it"
-    return error
-
-
-def refused(model: Any, *args: Any, **kwargs: Any) -> remat.RematError:
-    with pytest.raises(Exception) as caught:  # noqa: PT011  Dynamo wraps what a backend raises
-        model(*args, **kwargs)
-    return cause(caught.value)
 
 
 # ---- every model ----

@@ -18,7 +18,7 @@ from remat._torch import wrapper_code
 from remat.inductor import LocalFusion, _Reading
 from remat.wrapper import Headroom
 from tests.models import llama, mlp
-from tests.steps import Outcome, assert_close_gradients, run_step
+from tests.steps import Outcome, assert_close_gradients, refused, run_step
 
 pytestmark = pytest.mark.usefixtures("_dynamo", "_own_cache")
 
@@ -189,6 +189,24 @@ def test_freed_buffers_wait_for_later_ones_below_the_peak(monkeypatch: pytest.Mo
     assert peak_with_reuse <= peak
     assert reused > in_place
     assert outcome.peak_bytes <= graph.plan.peak_bytes
+
+
+def test_fusion_gives_way_where_nothing_else_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("remat.ladder._TRIES", 0)
+    model, x = mlp(layers=2, dropout=0.0, rows=512)
+    expected = run_step(model, {"x": x})
+    least: list[int] = []
+    for last in ([(0, False)], [(0, False), (0, True)]):
+        monkeypatch.setattr("remat.ladder._LAST", last)
+        error = refused(compiled(model, 1), x)
+        assert isinstance(error, remat.BudgetError)
+        assert error.minimum_bytes is not None
+        least.append(error.minimum_bytes)
+        torch._dynamo.reset()
+    assert least[1] < 0.95 * least[0]
+    outcome = run_step(compiled(model, least[1]), {"x": x})
+    assert outcome.peak_bytes <= least[1]
+    assert_close_gradients(outcome.gradients, expected.gradients, 1e-4)
 
 
 def test_cached_code_that_tells_of_another_graph_is_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,14 +9,14 @@ from collections.abc import Callable
 import pytest
 
 import remat
-from remat.ladder import Ladder
+from remat.ladder import Attempt, Ladder
 from remat.menus import Menus, make_menus
-from remat.planner import Solution, fastest_solution
+from remat.planner import fastest_solution
 from remat.program import Program
 from tests.programs import stack
 
 
-def within(program: Program, menus: Menus, code_bytes: Callable[[Solution], int], limit: int) -> int:
+def within(program: Program, menus: Menus, code_bytes: Callable[[Attempt], int], limit: int) -> int:
     """The peak of what a new process would choose, and that it is what it compiled last."""
     search = Ladder(program, menus, fastest_solution(program, menus)).within(limit)
     peak = code_bytes(next(search))
@@ -26,11 +26,12 @@ def within(program: Program, menus: Menus, code_bytes: Callable[[Solution], int]
     return peak
 
 
-def noisy(seed: int, least: float, most: float) -> Callable[[Solution], int]:
+def noisy(seed: int, least: float, most: float) -> Callable[[Attempt], int]:
     """Code that needs between `least` and `most` times the plan's peak, the same for the same plan."""
 
-    def code_bytes(solution: Solution) -> int:
-        noise = random.Random(repr((seed, sorted(solution.dropped))))
+    def code_bytes(attempt: Attempt) -> int:
+        solution = attempt.solution
+        noise = random.Random(repr((seed, sorted(solution.dropped), attempt.is_sparing)))
         return int(solution.replay.peak_bytes * (noise.uniform(least, most) if solution.dropped else 1.0))
 
     return code_bytes
@@ -68,11 +69,11 @@ def test_a_budget_that_is_said_to_work_does(seed: int) -> None:
 def test_where_the_planner_is_right_few_plans_are_compiled_and_little_room_is_left() -> None:
     program = stack(blocks=24)
     menus = make_menus(program)
-    asked: list[Solution] = []
+    asked: list[Attempt] = []
 
-    def code_bytes(solution: Solution) -> int:
-        asked.append(solution)
-        return solution.replay.peak_bytes
+    def code_bytes(attempt: Attempt) -> int:
+        asked.append(attempt)
+        return attempt.solution.replay.peak_bytes
 
     most = fastest_solution(program, menus).replay.peak_bytes
     budget = int(0.7 * most)
@@ -84,12 +85,27 @@ def test_where_the_planner_is_right_few_plans_are_compiled_and_little_room_is_le
 def test_a_planner_that_is_off_by_a_tenth_needs_few_more(factor: float) -> None:
     program = stack(blocks=24)
     menus = make_menus(program)
-    asked: list[Solution] = []
+    asked: list[Attempt] = []
 
-    def code_bytes(solution: Solution) -> int:
-        asked.append(solution)
-        return int(factor * solution.replay.peak_bytes)
+    def code_bytes(attempt: Attempt) -> int:
+        asked.append(attempt)
+        return int(factor * attempt.solution.replay.peak_bytes)
 
     budget = int(0.6 * fastest_solution(program, menus).replay.peak_bytes)
     assert 0.96 * budget <= within(program, menus, code_bytes, budget) <= budget
     assert len(asked) <= 3
+
+
+def test_fusion_that_costs_memory_goes_last() -> None:
+    program = stack(blocks=8)
+    menus = make_menus(program)
+    asked: list[bool] = []
+
+    def code_bytes(attempt: Attempt) -> int:
+        asked.append(attempt.is_sparing)
+        return attempt.solution.replay.peak_bytes + (0 if attempt.is_sparing else most)
+
+    most = fastest_solution(program, menus).replay.peak_bytes
+    assert within(program, menus, code_bytes, most - 1) < most
+    assert asked == sorted(asked)
+    assert sum(asked) == 1

@@ -1,0 +1,100 @@
+"""The order of joint and backward graphs, for a small peak."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from remat.passes.aliasing import is_view, results
+
+_CASTS = (torch.ops.aten._to_copy.default, torch.ops.prims.convert_element_type.default)
+
+
+def parameters_first(graph: fx.Graph, num_fwd_outputs: int) -> None:
+    """Compute backward's results once the gradients that they are computed from are there, in place.
+
+    AOTAutograd has the gradient of a matrix product's input come before that of its weight. The other way round, the
+    activation that the weight's gradient reads is gone when the input's is allocated. Collectives stay where they are.
+    """
+    late, ends = _reached_by_tangents(graph), _ends(graph, num_fwd_outputs)
+    placed = set(graph.find_nodes(op="placeholder"))
+    for node in list(graph.nodes):
+        if node in placed:
+            continue
+        placed.add(node)
+        last, fresh = node, [node] if node in late else []
+        while fresh:
+            for user in fresh.pop().users:
+                if user in placed or user not in ends or any(s in late and s not in placed for s in user.all_input_nodes):
+                    continue
+                for needed in _missing(user, placed):
+                    last.append(needed)
+                    last = needed
+                fresh.append(user)
+
+
+def _ends(graph: fx.Graph, num_fwd_outputs: int) -> set[fx.Node]:
+    """The ops that backward's results come from, views and casts between them, and the views that only they read."""
+    forward = set(results(graph)[:num_fwd_outputs])
+    after, ops, before = {graph.output_node()}, set[fx.Node](), set[fx.Node]()
+    for node in reversed(graph.nodes):
+        if getattr(node.target, "namespace", "") not in ("aten", "prims") or node in forward:
+            continue
+        if after.issuperset(node.users):
+            (after if is_view(node) or node.target in _CASTS else ops).add(node)
+        elif is_view(node) and all(user in ops or user in before for user in node.users):
+            before.add(node)
+    return (after | ops | before) - {graph.output_node()}
+
+
+def just_in_time(module: fx.GraphModule) -> None:
+    """Reorder a backward graph in place: what needs no tangent runs just before the first node that reads it."""
+    graph = module.graph
+    late = _reached_by_tangents(graph)
+    order: list[fx.Node] = []
+    placed: set[fx.Node] = set()
+
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            placed.add(node)
+            order.append(node)
+    output = graph.output_node()
+    for node in graph.nodes:
+        if node in late or node is output:
+            order += _missing(node, placed)
+    fresh = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in order:
+        copies[node] = fresh.node_copy(node, lambda n: copies[n])
+    copies[output].meta.update(output.meta)
+    fresh._codegen = graph._codegen
+    module.graph = fresh
+    module.recompile()
+
+
+def _missing(root: fx.Node, placed: set[fx.Node]) -> list[fx.Node]:
+    """What has to be placed with a node, in order, itself last; it is placed then."""
+    order = []
+    stack = [root]
+    while stack:
+        node = stack[-1]
+        missing = [s for s in node.all_input_nodes if s not in placed]
+        if missing and node not in placed:
+            stack.extend(reversed(missing))
+            continue
+        stack.pop()
+        if node not in placed:
+            placed.add(node)
+            order.append(node)
+    return order
+
+
+def _reached_by_tangents(graph: fx.Graph) -> set[fx.Node]:
+    reached: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            if "tangent" in node.name:
+                reached.add(node)
+        elif node.op == "call_function" and any(source in reached for source in node.all_input_nodes):
+            reached.add(node)
+    return reached
