@@ -38,7 +38,7 @@ def _ends(graph: fx.Graph, num_fwd_outputs: int) -> set[fx.Node]:
     forward = set(results(graph)[:num_fwd_outputs])
     after, ops, before = {graph.output_node()}, set[fx.Node](), set[fx.Node]()
     for node in reversed(graph.nodes):
-        if getattr(node.target, "namespace", "") not in ("aten", "prims") or node in forward:
+        if getattr(node.target, "namespace", "") not in ("aten", "prims") or node in forward or not node.users:
             continue
         if after.issuperset(node.users):
             (after if is_view(node) or node.target in _CASTS else ops).add(node)

@@ -19,6 +19,8 @@ from remat.passes.joint_program import JointHalves
 from remat.passes.ordering import just_in_time
 from remat.passes.regions import decision_policy
 
+_RESHAPES = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+
 
 def partition(
     joint: fx.GraphModule,
@@ -122,8 +124,6 @@ def _as_matrix(node: fx.Node) -> fx.Node:
     """The one view of other dimensions that a value of four is read by, else the value: in nets with convolutions Inductor
     takes all that leaves forward with four dimensions for images, and stores them with channels last."""
     reader, *others = node.users
-    if others or node.op == "placeholder" or not is_view(reader):
+    if others or node.op == "placeholder" or reader.target not in _RESHAPES or reader.args[0] is not node:
         return node
-    value, view = node.meta["val"], reader.meta["val"]
-    is_matrix = isinstance(value, torch.Tensor) and value.dim() == 4 != view.dim() and value.numel() == view.numel()
-    return reader if is_matrix else node
+    return reader if node.meta["val"].dim() == 4 != reader.meta["val"].dim() else node

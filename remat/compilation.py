@@ -143,7 +143,8 @@ class Compilation:
         forward = self._halves[0]
         roots = storage_roots(forward.graph)
         outputs = [n for n in results(forward.graph)[:num_fwd_outputs] if isinstance(n, fx.Node) and n.op == "call_function"]
-        self._watch.kept = frozenset(roots[n].name for n in outputs)
+        held = {roots[n] for n in outputs}
+        self._watch.kept = frozenset(node.name for node, root in roots.items() if root in held)
         return self._halves
 
     def _planned(self, joint: fx.GraphModule, halves: JointHalves) -> _Task:

@@ -253,11 +253,20 @@ class _Shows(nn.Module):
         return self.second(hidden).exp().sum(), hidden.detach() if self.shows else None
 
 
-def test_cached_code_knows_what_the_caller_holds() -> None:
+class _ShowsMatrix(_Shows):
+    """Of images, and saved as the matrix that is read."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        hidden = nn.functional.silu(self.first(x.view(2, 16, 16, 64))).view(512, 256)
+        return self.second(hidden).exp().sum(), hidden.detach() if self.shows else None
+
+
+@pytest.mark.parametrize("kind", [_Shows, _ShowsMatrix])
+def test_cached_code_knows_what_the_caller_holds(kind: type[_Shows]) -> None:
     x, peaks = torch.randn(512, 64), []
     for shows in (False, True):
         torch._dynamo.reset()
-        module = compiled(model := _Shows(shows), None)
+        module = compiled(model := kind(shows), None)
         for _ in range(2):
             model.zero_grad()
             loss, hidden = module(x)
