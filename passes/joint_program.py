@@ -26,6 +26,7 @@ from remat.passes.fusion import find_inlined, is_mask, is_pointwise, is_reductio
 from remat.passes.pinning import why_pinned
 from remat.passes.provenance import module_path
 from remat.passes.randomness import is_random
+from remat.passes.subgraphs import subgraph_bytes
 from remat.program import HELD, Decision, Fixed, Op, Program, Value
 from remat.workspace import Call, workspace_bytes
 
@@ -231,8 +232,10 @@ def _op(
     inlined: bool,
     times: OpTimes | None,
 ) -> Op:
-    if is_view(node) or node.target is operator.getitem or not isinstance(node.target, torch._ops.OpOverload):
+    if is_view(node) or node.target is operator.getitem:
         return Op(node.name, 0.0, 0)
+    if not isinstance(node.target, torch._ops.OpOverload):  # a higher-order op, never recomputed
+        return Op(node.name, 0.0, subgraph_bytes(node, device.allocated_bytes), tuple(sorted(reads)), own)
     args, kwargs = pytree.tree_map_only(fx.Node, lambda n: n.meta.get("val"), (node.args, dict(node.kwargs)))
     result: Any = node.meta.get("val")
     call = Call.of(node.target, args, kwargs)

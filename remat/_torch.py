@@ -26,6 +26,7 @@ from torch._functorch._aot_autograd.descriptors import (
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors, aot_module_simplified
 from torch._functorch.partitioners import _extract_fwd_bwd_modules
 from torch._guards import CompileContext, TracingContext
+from torch._higher_order_ops import invoke_subgraph
 from torch._inductor import config as inductor_config
 from torch._inductor import ir as inductor_ir
 from torch._inductor.choices import InductorChoices
@@ -92,6 +93,7 @@ __all__ = [
     "in_functorch",
     "inductor_config",
     "inductor_ir",
+    "invoke_subgraph",
     "is_traceable_wrapper_subclass",
     "joint_graph",
     "memory_events",
@@ -178,16 +180,19 @@ def extract_forward_backward(
 
 @contextlib.contextmanager
 def reading_wrapper_code(
-    estimate: Callable[[Sequence[Any]], Any], read: Callable[[Sequence[Any]], list[str]]
+    estimate: Callable[[Sequence[Any]], Any],
+    read: Callable[[Sequence[Any]], list[str]],
+    read_subgraph: Callable[[Sequence[Any]], None],
 ) -> Iterator[None]:
     """Inductor hands the lines of its wrapper code to `read` once it has planned their allocations, and puts the comments that
     come back into the code. It reuses buffers by what `estimate` makes of the lines without reuse, which stands in for its own
-    `EfficientPeakEstimate`."""
+    `EfficientPeakEstimate`. `read_subgraph` gets the lines of graphs within the graph, before its own are planned."""
     plan = PythonWrapperCodegen.memory_plan_reuse
 
     def plan_and_read(self: PythonWrapperCodegen) -> None:
         if isinstance(V.graph, SubgraphLowering):
             plan(self)
+            read_subgraph(self.lines)
             return
         with inductor_config.patch(allow_buffer_reuse=False):
             plan(self)
@@ -205,7 +210,7 @@ def reading_wrapper_code(
 
 def buffer_bytes(buffer: Any) -> int:
     """What Inductor allocates for a buffer of its wrapper code; 0 for what is no tensor."""
-    if not isinstance(buffer, inductor_ir.Buffer | inductor_ir.TensorBox):
+    if not isinstance(buffer, inductor_ir.Buffer | inductor_ir.TensorBox) or not buffer.has_tensor_output():
         return 0
     storage = V.graph.get_allocation_storage_size(buffer)  # type: ignore[arg-type]
     return int(V.graph.sizevars.optimization_hint(storage, fallback=0)) * buffer.get_dtype().itemsize

@@ -17,6 +17,7 @@ from torch import fx
 from remat import _torch
 from remat.compilation import Compilation
 from remat.errors import CaptureError, RematError
+from remat.passes.subgraphs import inline_regions
 from remat.session import CompiledPlan, Options, Session
 
 _sessions: dict[int, Session] = {}
@@ -47,6 +48,7 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Mapping
             "backward is traced into the forward graph (torch._dynamo.config.trace_autograd_ops), where remat cannot split the "
             "two; turn that off, or compile the model without the call of backward()"
         )
+    inline_regions(gm)
     key = options if options is not None else _torch.compile_call()
     session = _sessions.setdefault(id(key), Session(key))
     return Compilation(read, session, example_inputs, _torch.has_graph_break(gm)).run(gm)

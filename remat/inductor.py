@@ -21,7 +21,7 @@ from remat.errors import RematError
 from remat.generated import GeneratedStep
 from remat.ops import OFFLOAD, RELOAD
 from remat.passes.aliasing import results
-from remat.wrapper import Headroom, Memory, Surroundings, memory_of_inputs, run_allocations
+from remat.wrapper import Headroom, Memory, Surroundings, memory_of_inputs, run_allocations, subgraph_peak_bytes
 
 _FUSION_REACH = 10  # kernels
 
@@ -71,7 +71,7 @@ class _Partitioner(_torch.CustomPartitionerFn):
         return self.split(gm, joint_inputs, **kwargs)
 
     def uuid(self) -> str:
-        return "remat.3"  # the partition shows in the halves, which are what is cached; the number goes up with `Memory`
+        return "remat.4"  # the partition shows in the halves, which are what is cached; the number goes up with `Memory`
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Partitioner:
         return self  # Inductor copies its whole configuration now and then
@@ -144,7 +144,10 @@ def _compile_half(module: fx.GraphModule, inputs: Sequence[Any], watch: Watch, *
     order = {"reorder_for_peak_memory": False} if hosts else {}
     for config in (order, {**order, "fx_graph_cache": False}):
         _torch.forget_output_strides()
-        with _torch.inductor_config.patch(config), _torch.reading_wrapper_code(reading.estimate, reading.read):
+        with (
+            _torch.inductor_config.patch(config),
+            _torch.reading_wrapper_code(reading.estimate, reading.read, reading.read_subgraph),
+        ):
             code = _torch.compile_fx_inner(module, inputs, **kwargs)
         if not reading.is_done:
             reading.recall(getattr(code, "source_code", ""))
@@ -169,7 +172,7 @@ class _Reading:
             kept |= {name for name in tangents if name.startswith("tangents")}
         if is_backward and watch.forward is not None:
             copied = frozenset(watch.forward.copied)
-        self._around = Surroundings(kept, copied, hosted, names)
+        self._around = Surroundings(kept, copied, hosted, names, {})
         self._is_backward, self._watch = is_backward, watch
         self.is_done = False
 
@@ -181,6 +184,9 @@ class _Reading:
         memory = run_allocations(lines, self._around)
         self._found(memory)
         return [_NOTE + json.dumps({"about": self._digest(), **dataclasses.asdict(memory)})]
+
+    def read_subgraph(self, lines: Sequence[Any]) -> None:
+        self._around.inside[V.graph.name] = subgraph_peak_bytes(lines, self._around.inside)
 
     def recall(self, source: str) -> None:
         """What the comment in code from Inductor's cache says, if that was compiled with the same inputs held elsewhere."""
@@ -196,7 +202,7 @@ class _Reading:
         self._watch.found(memory, self._is_backward)
 
     def _digest(self) -> str:
-        kept, copied, hosted, names = self._around
+        kept, copied, hosted, names, _ = self._around
         return hashlib.sha256(repr((sorted(kept), sorted(copied), sorted(hosted), names)).encode()).hexdigest()
 
 

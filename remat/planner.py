@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -108,7 +109,7 @@ def fastest_solution(program: Program, menus: Menus) -> Solution:
     if all(value.passing for value in program.values):
         dropped, moved = program.pinned(Decision.RECOMPUTE), program.pinned(Decision.OFFLOAD)
         return solution_of(program, dropped, moved, tuple(itertools.pairwise(menus.cuts)) if dropped or moved else ())
-    path = select(menus.choices, len(menus.cuts) - 1, sum(value.bytes for value in program.values) * 10)
+    path = select(menus.choices, len(menus.cuts) - 1, sys.maxsize)
     assert path is not None
     dropped = prune(program, _positions(menus, path, lambda option: option.dropped))
     return solution_of(program, dropped, frozenset(), _spans(menus, path))

@@ -42,6 +42,15 @@ class Memory:
     allocations: tuple[Allocation, ...]
     copied: tuple[str, ...] = ()  # parameters and inputs that forward returns in another layout, as memory of its own
 
+    @property
+    def live_bytes(self) -> list[int]:
+        """What is allocated at each moment."""
+        changes = [0] * (len(self.moments) + 1)
+        for made in self.allocations:
+            changes[made.born] += made.bytes
+            changes[made.dies + 1] -= made.bytes
+        return [*accumulate(changes[:-1])]
+
     @classmethod
     def read(cls, data: Mapping[str, Any]) -> Memory:
         """From what `dataclasses.asdict` made, written as JSON and read back."""
@@ -132,13 +141,14 @@ class _Heap:
 
 
 class Surroundings(NamedTuple):
-    """Of a graph: inputs that somebody else holds, parameters and inputs in a layout of their own, inputs on the host, and the
-    names of its results."""
+    """Of a graph: inputs that somebody else holds, parameters and inputs in a layout of their own, inputs on the host, the
+    names of its results, and what the graphs within it allocate at most."""
 
     kept: frozenset[str]
     copied: frozenset[str]
     hosted: frozenset[str]
     names: Sequence[str]
+    inside: dict[str, int]
 
 
 def run_allocations(lines: Sequence[Any], around: Surroundings) -> Memory:
@@ -147,18 +157,20 @@ def run_allocations(lines: Sequence[Any], around: Surroundings) -> Memory:
     return heap.memory(around.names, V.graph.get_output_names())
 
 
+def subgraph_peak_bytes(lines: Sequence[Any], inside: dict[str, int]) -> int:
+    """The most that a graph within a graph allocates, its results among it and its inputs not."""
+    inputs = frozenset(V.graph.graph_inputs)
+    memory = run_allocations(lines, Surroundings(inputs, frozenset(), inputs, V.graph.get_output_names(), inside))
+    return max(memory.live_bytes)
+
+
 class Headroom:
     """How far memory stays below its peak while a graph's wrapper code runs: a freed buffer may wait there for a later one of
     its size. In the form of Inductor's `EfficientPeakEstimate`, which does not know what else holds memory."""
 
     def __init__(self, lines: Sequence[Any], around: Surroundings) -> None:
         heap, self._moments = _run(lines, around)
-        memory = heap.memory(around.names, V.graph.get_output_names())
-        changes = [0] * (len(memory.moments) + 1)
-        for made in memory.allocations:
-            changes[made.born] += made.bytes
-            changes[made.dies + 1] -= made.bytes
-        self._bytes = [*accumulate(changes)]
+        self._bytes = heap.memory(around.names, V.graph.get_output_names()).live_bytes
         self.overall_peak_memory = max(self._bytes)
 
     def peak_between(self, freed: Any, allocated: Any) -> int:
@@ -184,8 +196,18 @@ def _run(lines: Sequence[Any], around: Surroundings) -> tuple[_Heap, dict[int, i
     coming = {name: size for name, size in coming.items() if name not in around.hosted}
     for name, size in coming.items():
         heap.allocate(name, size, "")
+    kernels = {line.node.get_name() for line in lines if isinstance(line, wrapper_code.ExternKernelAllocLine)}
+    passed: list[str] | None = None  # while a graph within this one is called: what it is handed, and frees itself
     for line in lines:
-        if isinstance(line, wrapper_code.AllocateLine):
+        if isinstance(line, wrapper_code.EnterSubgraphLine):
+            heap.scratch(line.graph.name, around.inside.get(line.graph.name, 0))
+            passed = passed or []
+        elif isinstance(line, wrapper_code.MultiOutputLine) and line.arg_name not in kernels:
+            for name in passed or ():
+                heap.free(name)
+            passed = None
+            _hold(heap, V.graph.get_buffer(line.result_name))
+        elif isinstance(line, wrapper_code.AllocateLine):
             heap.allocate(line.node.get_name(), _allocated_bytes(line.node), _node_name(line.node))
         elif isinstance(line, wrapper_code.ReuseLine):
             if line.delete_old:
@@ -196,8 +218,9 @@ def _run(lines: Sequence[Any], around: Surroundings) -> tuple[_Heap, dict[int, i
         elif isinstance(line, wrapper_code.ReinterpretLine):
             heap.alias(line.reused_as.get_name(), line.node.get_name())
         elif isinstance(line, wrapper_code.FreeIfNotReusedLine | wrapper_code.FreeLine):
-            if not getattr(line, "is_reused", False) and line.node.get_name() not in around.kept:
-                heap.free(line.node.get_name())
+            name = line.node.get_name()
+            if not getattr(line, "is_reused", False) and name not in around.kept:
+                heap.free(name) if passed is None else passed.append(name)
         elif isinstance(line, wrapper_code.ExternKernelOutLine):
             heap.scratch(_node_name(line.node), _scratch_bytes(line.node))
         elif isinstance(line, wrapper_code.ExternKernelAllocLine):
@@ -206,14 +229,19 @@ def _run(lines: Sequence[Any], around: Surroundings) -> tuple[_Heap, dict[int, i
                 continue
             several = isinstance(line.node.get_output_spec(), inductor_ir.MultiOutputLayout)
             for buffer in items.get(line.node.get_name(), ()) if several else (line.node,):
-                shared = buffer.get_inputs_that_alias_output()
-                if shared:
-                    heap.alias(buffer.get_name(), shared[0])
-                else:
-                    heap.allocate(buffer.get_name(), 0 if op is OFFLOAD else _allocated_bytes(buffer), _node_name(buffer))
+                _hold(heap, buffer, is_on_host=op is OFFLOAD)
             heap.scratch(_node_name(line.node), _scratch_bytes(line.node))
         moments[id(line)] = len(heap.moments) - 1
     return heap, moments
+
+
+def _hold(heap: _Heap, buffer: Any, is_on_host: bool = False) -> None:
+    """A result of a kernel that allocates its results itself, or gives back what it was given."""
+    shared = buffer.get_inputs_that_alias_output()
+    if shared:
+        heap.alias(buffer.get_name(), shared[0])
+    else:
+        heap.allocate(buffer.get_name(), 0 if is_on_host else _allocated_bytes(buffer), _node_name(buffer))
 
 
 def _node_name(buffer: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import random
 from collections.abc import Callable
 
@@ -12,7 +13,7 @@ import remat
 from remat.ladder import Attempt, Ladder
 from remat.menus import Menus, make_menus
 from remat.planner import fastest_solution
-from remat.program import Program
+from remat.program import Fixed, Program
 from tests.programs import stack
 
 
@@ -109,3 +110,10 @@ def test_fusion_that_costs_memory_goes_last() -> None:
     assert within(program, menus, code_bytes, most - 1) < most
     assert asked == sorted(asked)
     assert sum(asked) == 1
+
+
+def test_values_that_are_nothing_next_to_what_is_fixed() -> None:
+    program = stack(blocks=2)
+    fused = tuple(value._replace(passing_bytes=0) for value in program.values)
+    program = dataclasses.replace(program, values=fused, fixed=(Fixed(0, 2 * len(program.forward) - 1, 10**9),))
+    assert fastest_solution(program, make_menus(program)).replay.peak_bytes > 10**9
