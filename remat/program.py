@@ -147,6 +147,11 @@ class Program:
         table = np.array([fixed[:3] for fixed in self.fixed], dtype=np.int64).reshape(-1, 3)
         return table[:, 0], table[:, 1], table[:, 2]
 
+    @cached_property
+    def scratch_bytes(self) -> np.ndarray:
+        """`workspace_bytes` of each op, by position."""
+        return np.array([op.workspace_bytes for op in (*self.forward, *self.backward)], dtype=np.int64)
+
     def pinned(self, decision: Decision) -> frozenset[int]:
         """The forward ops for whose results a person has made this decision."""
         return frozenset(p for p, op in enumerate(self.forward) if op.pin is decision)

@@ -11,7 +11,6 @@ from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -224,14 +223,15 @@ def _random_states(program: Program, schedule: Sequence[tuple[int, bool]], when:
             yield Span(index, index, size, "working set")
 
 
-def _live_bytes(program: Program, schedule: Sequence[tuple[int, bool]], spans: Sequence[Span]) -> Iterator[int]:
+def _live_bytes(program: Program, schedule: Sequence[tuple[int, bool]], spans: Sequence[Span]) -> list[int]:
     """What is allocated during each op."""
     delta = [0] * (len(schedule) + 1)
     for span in spans:
         delta[span.born] += span.bytes
         delta[span.dies + 1] -= span.bytes
-    for base, (position, _) in zip(accumulate(delta[:-1]), schedule, strict=True):
-        yield base + program.op_at(position).workspace_bytes + program.resident_bytes
+    scratch = program.scratch_bytes[[position for position, _ in schedule]]
+    live: list[int] = (np.cumsum(delta[:-1]) + scratch + program.resident_bytes).tolist()
+    return live
 
 
 def held_until(program: Program, regions: Sequence[tuple[int, int]], op: int, reader: int) -> int:
