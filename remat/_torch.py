@@ -328,14 +328,15 @@ def specializing(single: Sequence[bool]) -> Iterator[None]:
     """Let a model take its eager paths while it is exported.
 
     Libraries ask `torch.compiler.is_exporting()` to choose slower code that serves any input (transformers: explicit causal
-    masks, repeated key and value heads). A captured graph here serves one kind of call and is never deployed.
+    masks, repeated key and value heads). A captured graph here serves one kind of call and is never deployed. Dynamo, which
+    export runs on the branches of `torch.cond`, is told the truth.
 
     single: for each look that transformers takes at positions, whether it would find one sequence in each row whatever the
     inputs are. It needs values for that, and takes rows for packed without.
     """
     masks = sys.modules.get("transformers.masking_utils")
     asked, looked = torch.compiler.is_exporting, getattr(masks, "find_packed_sequence_indices", None)
-    torch.compiler.is_exporting = lambda: False
+    torch.compiler.is_exporting = lambda: asked() and sys._getframe(1).f_globals["__name__"].startswith("torch._dynamo")
     coming = iter(single)
     if looked is not None:
         masks.find_packed_sequence_indices = lambda ids: None if next(coming, False) else looked(ids)  # type: ignore[union-attr]

@@ -97,18 +97,22 @@ def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
-    single = _single_sequences(model, args, kwargs)
-    try:
-        with _torch.watch_for_opaque_autograd(), _torch.specializing(single), without_cache(model):
-            return torch.export.export(model, args, kwargs, strict=False)
-    except _torch.OpaqueAutograd as error:
-        raise CaptureError(_opaque_message(error.what)) from error
-    except Exception as error:  # export raises many types, none of them documented
-        cause = _find(error, _torch.OpaqueAutograd)
-        if cause is not None:
-            raise CaptureError(_opaque_message(cause.what)) from error
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CaptureError(f"{reason}\n  at {_user_line(error)}\n  One graph cannot hold this; {_DOOR_2}") from error
+    """The model as it runs eagerly; where that cannot be exported, as its libraries would have it exported."""
+    errors: list[Exception] = []
+    for way in (_torch.specializing(_single_sequences(model, args, kwargs)), contextlib.nullcontext()):
+        try:
+            with _torch.watch_for_opaque_autograd(), way, without_cache(model):
+                exported = torch.export.export(model, args, kwargs, strict=False)
+            if any(map(_torch.is_fake, exported.constants.values())):
+                raise CaptureError("an intermediate result became a constant")  # export does not look when inputs are fake
+            return exported
+        except Exception as error:  # export raises many types, none of them documented
+            cause = _find(error, _torch.OpaqueAutograd)
+            if cause is not None:
+                raise CaptureError(_opaque_message(cause.what)) from error
+            errors.append(error)
+    reason = str(errors[0]).strip().splitlines()[0] if str(errors[0]).strip() else type(errors[0]).__name__
+    raise CaptureError(f"{reason}\n  at {_user_line(errors[0])}\n  One graph cannot hold this; {_DOOR_2}") from errors[0]
 
 
 def _single_sequences(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[bool]:
@@ -275,6 +279,10 @@ def _forward_half(
         kept.append(copied[node])
     graph.output(tuple(kept))
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    for node in graph.find_nodes(op="get_attr"):
+        if isinstance(constants[node.target], nn.Module):
+            (user, *_) = node.users
+            raise CaptureError(f"{user.target} runs a graph of its own, which is planned for in compiled steps; {_DOOR_2}")
     tensors = itertools.count()
     flat_outputs = tuple(
         (-1, constant_outputs[i]) if i in constant_outputs else (by_index[next(tensors)], None)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from torch import nn
+from torch._higher_order_ops.associative_scan import associative_scan
 
 import remat
 from remat.capture import capture
@@ -54,3 +56,45 @@ def test_positions_that_follow_from_inputs_are_looked_at() -> None:
     packed[:, 20] = 0
     ours = remat.optimize(model, (ids,), budget=None)
     torch.testing.assert_close(ours(packed), plain(packed))
+
+
+class _Scan(nn.Module):
+    """A recurrence that runs as a loop, and compiled as a scan, which export cannot hold (as Mamba in transformers)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kept = self.gate(x).sigmoid()
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            return associative_scan(lambda a, b: (a[0] * b[0], b[0] * a[1] + b[1]), (kept, x), 1, combine_mode="generic")[1]
+        states = [x[:, 0]]
+        for i in range(1, x.shape[1]):
+            states.append(kept[:, i] * states[-1] + x[:, i])
+        return torch.stack(states, 1)
+
+
+@pytest.mark.parametrize("whole_model", [True, False])
+def test_what_compiled_steps_do_otherwise_is_left_out(whole_model: bool) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(_Scan(), _Scan()), torch.randn(8, 6, 16)
+    plain = copy.deepcopy(model)
+    ours = remat.enable(model, budget=None, whole_model=whole_model)
+    for each in (ours, plain):
+        each(x).square().sum().backward()
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
+
+
+class _Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cond(x.sum() > 0, lambda x: self.layer(x).sin(), lambda x: self.layer(x), (x,))
+
+
+def test_branches_within_the_graph_are_for_compiled_steps() -> None:
+    with pytest.raises(remat.CaptureError, match=r'cond runs a graph of its own, .* torch.compile\(model, backend="remat"'):
+        remat.optimize(_Branches(), (torch.randn(4, 16),), budget=None)
