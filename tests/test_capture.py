@@ -98,3 +98,36 @@ class _Branches(nn.Module):
 def test_branches_within_the_graph_are_for_compiled_steps() -> None:
     with pytest.raises(remat.CaptureError, match=r'cond runs a graph of its own, .* torch.compile\(model, backend="remat"'):
         remat.optimize(_Branches(), (torch.randn(4, 16),), budget=None)
+
+
+class _Assigns(nn.Module):
+    """Writes to parts and to the whole of tensors, in other types, shapes and layouts than what is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        h = self.first(x)
+        parts = torch.zeros(len(x), 24, dtype=torch.float64)
+        parts[:, :16] = h.sin()
+        parts[:, 16:] = self.second(h)
+        parts[:, 3] = 1.5
+        parts[:, 5:7] = h[:, :1]
+        turned = torch.empty(16, len(x)).t()
+        turned.copy_(h * 2)
+        straight = torch.empty(16, len(x)).copy_(h.t())
+        return parts.cos().sum() + turned.square().sum() + straight.view(-1).exp().sum(), turned
+
+
+def test_assignments_to_parts_of_tensors() -> None:
+    torch.manual_seed(0)
+    model, x = _Assigns(), torch.randn(4, 16)
+    plain = copy.deepcopy(model)
+    ours = remat.optimize(model, (x,), budget=None)
+    (loss, turned), (expected, plainly_turned) = ours(x), plain(x)
+    loss.backward()
+    expected.backward()
+    assert torch.equal(loss, expected)
+    assert turned.stride() == plainly_turned.stride()
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
