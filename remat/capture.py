@@ -29,7 +29,7 @@ from remat.twin import Twin
 log = logging.getLogger("remat")
 
 _BLOCKWISE = "; or block by block: remat.enable(model, budget, whole_model=False)"
-_DOOR_2 = 'torch.compile(model, backend="remat", options={"budget": ...}) handles this'
+DOOR_2 = 'torch.compile(model, backend="remat", options={"budget": ...}) handles this'
 _BATCH_NORM = torch.ops.aten._native_batch_norm_legit_functional.default
 _DROPPED = ("_assert_tensor_metadata", "_assert_scalar", "_guards_fn", "sym_constrain_range", "_assert_async")
 
@@ -84,14 +84,14 @@ def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         raise CaptureError(f"the model is on several devices ({', '.join(sorted(map(str, devices)))}); remat plans for one")
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if _torch.is_traceable_wrapper_subclass(tensor):
-            raise CaptureError(f"{name} is a {type(tensor).__name__}, which a graph of plain tensors cannot hold; {_DOOR_2}")
+            raise CaptureError(f"{name} is a {type(tensor).__name__}, which a graph of plain tensors cannot hold; {DOOR_2}")
     exported = _export(model, args, kwargs)
     module, constant_outputs = _flat_module(exported, flat)
     inputs = tuple(leaf for leaf in flat if isinstance(leaf, torch.Tensor))
     try:
         joint = _torch.joint_graph(module, inputs)
     except RuntimeError as error:
-        raise CaptureError(f"AOTAutograd could not trace the exported model: {error}; {_DOOR_2}") from error
+        raise CaptureError(f"AOTAutograd could not trace the exported model: {error}; {DOOR_2}") from error
     own = frozenset(name for name, _ in model.named_buffers(remove_duplicate=False))
     return _forward_half(joint, module, own, flat, in_spec, exported.module_call_graph[0].signature.out_spec, constant_outputs)
 
@@ -112,7 +112,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
                 raise CaptureError(_opaque_message(cause.what)) from error
             errors.append(error)
     reason = str(errors[0]).strip().splitlines()[0] if str(errors[0]).strip() else type(errors[0]).__name__
-    raise CaptureError(f"{reason}\n  at {_user_line(errors[0])}\n  One graph cannot hold this; {_DOOR_2}") from errors[0]
+    raise CaptureError(f"{reason}\n  at {_user_line(errors[0])}\n  One graph cannot hold this; {DOOR_2}") from errors[0]
 
 
 def _single_sequences(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[bool]:
@@ -176,7 +176,7 @@ def _opaque_message(what: str) -> str:
             "the model already checkpoints itself with torch.utils.checkpoint, which remat replaces; turn it off first "
             "(transformers: model.activation_checkpointing_disable(), gradient_checkpointing_disable() before 5.23)"
         )
-    return f"the model calls the custom autograd function {what}, whose backward an exported graph does not keep; {_DOOR_2}"
+    return f"the model calls the custom autograd function {what}, whose backward an exported graph does not keep; {DOOR_2}"
 
 
 def _find(error: BaseException | None, kind: type[_torch.OpaqueAutograd]) -> _torch.OpaqueAutograd | None:
@@ -282,7 +282,7 @@ def _forward_half(
     for node in graph.find_nodes(op="get_attr"):
         if isinstance(constants[node.target], nn.Module):
             (user, *_) = node.users
-            raise CaptureError(f"{user.target} runs a graph of its own, which is planned for in compiled steps; {_DOOR_2}")
+            raise CaptureError(f"{user.target} runs a graph of its own, which is planned for in compiled steps; {DOOR_2}")
     tensors = itertools.count()
     flat_outputs = tuple(
         (-1, constant_outputs[i]) if i in constant_outputs else (by_index[next(tensors)], None)
@@ -309,7 +309,7 @@ def _source(desc: Any, positions: list[int]) -> Source | None:
         return Source("input", index=positions[desc.idx])
     if isinstance(desc, _torch.TangentAOTInput):
         return None
-    raise CaptureError(f"remat does not know how to feed {desc!r} to the captured graph; {_DOOR_2}")
+    raise CaptureError(f"remat does not know how to feed {desc!r} to the captured graph; {DOOR_2}")
 
 
 def _attribute(module: nn.Module, target: str) -> Any:

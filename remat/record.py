@@ -10,8 +10,9 @@ from torch import fx
 
 from remat import _torch
 from remat.absent import scratch_bytes
-from remat.capture import Captured
+from remat.capture import DOOR_2, Captured
 from remat.devices import DeviceProfile
+from remat.errors import CaptureError
 from remat.op_times import OpTimes
 from remat.passes.pinning import why_pinned
 from remat.passes.provenance import module_path
@@ -49,7 +50,10 @@ def record(
     with fake, recorder.forward():
         outputs = recorder.run_graph(captured, inputs)
     with fake, recorder.backward():
-        backward_from([o for o in outputs if isinstance(o, torch.Tensor)])
+        try:
+            backward_from([o for o in outputs if isinstance(o, torch.Tensor)])
+        except RuntimeError as error:  # an op without a derivative, which an in-place one has become
+            raise CaptureError(f"the captured graph has no backward: {error}; {DOOR_2}") from error
     produced = {ran.node: ran.storages for ran in recorder.ran}
     escaping = {id(s) for node in captured.graph.output_node().all_input_nodes for s in produced.get(node, ())}
     pins = {id(s): why_pinned(s.node, mutated_inputs(captured)) for s in recorder.all if s.node is not None}

@@ -131,3 +131,18 @@ def test_assignments_to_parts_of_tensors() -> None:
     assert torch.equal(loss, expected)
     assert turned.stride() == plainly_turned.stride()
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
+
+
+class _Redraws(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.layer(x)
+        return h * h.clone().normal_()
+
+
+def test_what_has_no_derivative_in_a_graph_says_so() -> None:
+    with pytest.raises(remat.CaptureError, match=r"normal_functional is not implemented; torch.compile"):
+        remat.optimize(_Redraws(), (torch.randn(4, 16),), budget=None)
