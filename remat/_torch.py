@@ -97,6 +97,7 @@ __all__ = [
     "is_traceable_wrapper_subclass",
     "joint_graph",
     "memory_events",
+    "native_upsampling",
     "no_dispatch",
     "no_dispatch_modes",
     "outermost_module",
@@ -359,6 +360,32 @@ def specializing(single: Sequence[bool]) -> Iterator[None]:
         torch.compiler.is_exporting = asked
         if looked is not None:
             masks.find_packed_sequence_indices = looked  # type: ignore[union-attr]
+
+
+@contextlib.contextmanager
+def native_upsampling() -> Iterator[None]:
+    """Keep torch's kernels for upsampling in what is traced. Its Python decompositions of them into gathers and products, which
+    tracing takes by default, need several times the memory in a step that runs them one by one."""
+    packets = [getattr(torch.ops.aten, name) for name in _UPSAMPLING]
+    ops = [getattr(packet, overload) for packet in packets for overload in packet.overloads()]
+    removed = [(op, key, op.py_kernels.pop(key, None)) for op in ops for key in _COMPOSITE]
+    for op, _, _ in removed:
+        op._dispatch_cache.clear()
+    try:
+        yield
+    finally:
+        for op, key, kernel in removed:
+            op._dispatch_cache.clear()
+            if kernel is not None:
+                op.py_kernels[key] = kernel
+
+
+_UPSAMPLING = [
+    *(f"{kind}nearest{exact}{size}d" for kind, exact in (("upsample_", ""), ("_upsample_", "_exact")) for size in (1, 2, 3)),
+    *("upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d"),
+    *("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"),
+]
+_COMPOSITE = (torch._C.DispatchKey.CompositeImplicitAutograd, torch._C.DispatchKey.Autograd)
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ log = logging.getLogger("remat")
 _BLOCKWISE = "; or block by block: remat.enable(model, budget, whole_model=False)"
 DOOR_2 = 'torch.compile(model, backend="remat", options={"budget": ...}) handles this'
 _BATCH_NORM = torch.ops.aten._native_batch_norm_legit_functional.default
+_WRONG_AGAIN = (torch.ops.aten.rrelu_with_noise_functional.default,)  # its derivative takes the noise from before the draw
 _DROPPED = ("_assert_tensor_metadata", "_assert_scalar", "_guards_fn", "sym_constrain_range", "_assert_async")
 
 
@@ -85,11 +86,13 @@ def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if _torch.is_traceable_wrapper_subclass(tensor):
             raise CaptureError(f"{name} is a {type(tensor).__name__}, which a graph of plain tensors cannot hold; {DOOR_2}")
-    exported = _export(model, args, kwargs)
+    with _torch.native_upsampling():
+        exported = _export(model, args, kwargs)
     module, constant_outputs = _flat_module(exported, flat)
     inputs = tuple(leaf for leaf in flat if isinstance(leaf, torch.Tensor))
     try:
-        joint = _torch.joint_graph(module, inputs)
+        with _torch.native_upsampling():
+            joint = _torch.joint_graph(module, inputs)
     except RuntimeError as error:
         raise CaptureError(f"AOTAutograd could not trace the exported model: {error}; {DOOR_2}") from error
     own = frozenset(name for name, _ in model.named_buffers(remove_duplicate=False))
@@ -256,6 +259,8 @@ def _forward_half(
             copied[node] = graph.node_copy(node)
             sources.append(source)
         elif node.op != "output" and all(n in copied for n in node.all_input_nodes):
+            if node.target in _WRONG_AGAIN:
+                raise CaptureError(f"{node.target} has another derivative in a graph than in the model; {DOOR_2}")
             if node.op == "get_attr":
                 constants[node.target] = _attribute(joint, node.target)
             copied[node] = graph.node_copy(node, lambda n: copied[n])

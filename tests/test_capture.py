@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch._higher_order_ops.associative_scan import associative_scan
+from torch.nn.functional import interpolate
 
 import remat
 from remat.capture import capture
@@ -146,3 +147,31 @@ class _Redraws(nn.Module):
 def test_what_has_no_derivative_in_a_graph_says_so() -> None:
     with pytest.raises(remat.CaptureError, match=r"normal_functional is not implemented; torch.compile"):
         remat.optimize(_Redraws(), (torch.randn(4, 16),), budget=None)
+
+
+def test_what_has_another_derivative_in_a_graph_says_so() -> None:
+    with pytest.raises(remat.CaptureError, match=r"rrelu_with_noise_functional.default has another derivative"):
+        remat.optimize(nn.Sequential(nn.Linear(16, 16), nn.RReLU()), (torch.randn(4, 16),), budget=None)
+
+
+class _Upsamples(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.layer(x)
+        modes = [("nearest", {}), ("nearest-exact", {}), ("bilinear", {}), ("bicubic", {}), ("bilinear", {"antialias": True})]
+        return sum(interpolate(h, scale_factor=2, mode=mode, **more).square().mean() for mode, more in modes)
+
+
+def test_upsampling_keeps_its_kernels() -> None:
+    torch.manual_seed(0)
+    model, x = _Upsamples(), torch.randn(2, 3, 8, 8)
+    plain = copy.deepcopy(model)
+    ours = remat.optimize(model, (x,), budget=None)
+    assert sum("upsample" in str(node.target) for node in ours.graph.nodes) == 5
+    for each in (ours, plain):
+        each(x).backward()
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
+    assert torch.ops.aten.upsample_bilinear2d.vec.py_kernels, "other tracing goes on as before"
