@@ -18,7 +18,7 @@ from remat import _torch
 from remat.budget import memory_of, parse_budget, resolve_budget, resolve_host_budget
 from remat.describe import describe
 from remat.devices import profile_of
-from remat.errors import RematError
+from remat.errors import BudgetError, RematError
 from remat.generated import as_generated
 from remat.inductor import Watch, compile_graph
 from remat.ladder import Attempt, Ladder
@@ -35,6 +35,8 @@ from remat.program import Program
 from remat.session import CompiledPlan, Options, Session
 from remat.table import announce
 from remat.workspace import library_bytes
+
+_PASSES = 50  # one part of so many of the budget is for what passes between the model's graphs, and is in none
 
 
 @dataclass(frozen=True)
@@ -172,11 +174,33 @@ class Compilation:
             check_fits(solution, peak, task.limit, policy)
         elif task.target is None:
             yield Attempt(everything)
-        elif self._fuses:
-            yield from Ladder(task.program, task.menus, everything).within(task.target)
         else:
-            fits = everything.replay.peak_bytes <= task.target
-            yield Attempt(everything if fits else solve(task.program, task.menus, task.target))
+            try:
+                yield from self._within(task, task.target)
+            except BudgetError as error:
+                if error.minimum_bytes is None or not self._shares:
+                    raise
+                raise self._of_all_graphs(error, error.minimum_bytes, task) from None
+
+    def _within(self, task: _Task, target: int) -> Generator[Attempt, int, None]:
+        if self._fuses:
+            yield from Ladder(task.program, task.menus, task.everything).within(target)
+        else:
+            fits = task.everything.replay.peak_bytes <= target
+            yield Attempt(task.everything if fits else solve(task.program, task.menus, target))
+
+    def _of_all_graphs(self, error: BudgetError, minimum: int, task: _Task) -> BudgetError:
+        """The error of one graph among several, with the budget for all of them at which this one gets what it needs."""
+        if self.more_graphs:
+            minimum = 2 * minimum - smallest_solution(task.program, task.menus).replay.peak_bytes
+        minimum = -(-minimum * _PASSES // (_PASSES - 1))
+        text = f"{error} That is a part of the budget, which the model's graphs share: they need {minimum} bytes or more."
+        return BudgetError(text, budget_bytes=task.limit, minimum_bytes=minimum, where=error.where)
+
+    @property
+    def _shares(self) -> bool:
+        """True where the model is known to have more than this graph."""
+        return self.more_graphs or bool(self.session.graphs)
 
     def _keep_plan(self, task: _Task) -> None:
         solution, peak = self._attempt.solution, self._peak_bytes(task)
@@ -208,12 +232,11 @@ class Compilation:
         limit = resolve_budget(parse_budget(self.options.budget), memory_of(device), program.resident_bytes, baseline_bytes)
         if limit is None or self.options.policy == "none":
             return limit, None
-        between = limit // 50 if self.more_graphs or self.session.graphs else 0  # passes between graphs, and is in none
-        target = limit - between
+        target = limit - limit // _PASSES if self._shares else limit
         if not self.more_graphs:
             return limit, target
         smallest = smallest_solution(program, menus).replay.peak_bytes
-        return limit, max(smallest, smallest + (target - smallest) // 2)
+        return limit, target if target < smallest else smallest + (target - smallest) // 2
 
     def _resident(self, joint: fx.GraphModule, device: torch.device) -> dict[str, int]:
         inputs = [n.meta["val"] for n in joint.graph.nodes if n.op == "placeholder" and "tangent" not in n.name]

@@ -270,6 +270,33 @@ def test_graphs_of_one_model_share_the_budget() -> None:
     assert len(remat.plans(module)) == 2
 
 
+class BrokenAtTheEnd(nn.Module):
+    """There is more than one graph to come, and then none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, _ = mlp()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.inner(x)
+        torch._dynamo.graph_break()
+        return h
+
+
+def test_a_graph_before_a_break_is_held_to_the_budget() -> None:
+    model, x = BrokenAtTheEnd(), torch.randn(64, 32)
+    error = refused(compiled(model, 1), x=x)
+    assert isinstance(error, remat.BudgetError)
+    assert error.budget_bytes == 1
+    assert "a part of the budget" in str(error)
+    assert error.minimum_bytes is not None
+    torch._dynamo.reset()
+    module = compiled(model, error.minimum_bytes)
+    assert run_step(module, {"x": x}).peak_bytes <= error.minimum_bytes
+    (graph,) = remat.plans(module)
+    assert graph.plan.dropped
+
+
 def test_gpt2_as_it_comes_breaks_at_its_loss() -> None:
     model, kwargs = build("gpt2")
     model.loss_type = None
