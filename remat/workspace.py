@@ -27,9 +27,9 @@ log = logging.getLogger("remat")
 aten = torch.ops.aten
 
 _PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}  # without scratch on a CPU
-_EXACT = {
+_SUMS = {aten.sum.dim_IntList, aten.sum.default, aten.mean.dim, aten.mean.default}
+_EXACT = _SUMS | {
     aten.cat.default, aten.clone.default,
-    aten.sum.dim_IntList, aten.sum.default, aten.mean.dim, aten.mean.default,
     aten._to_copy.default, aten.copy_.default, aten.ones_like.default, aten.zeros_like.default, aten.full.default,
     aten.new_zeros.default, aten.zeros.default, aten.arange.start, aten.arange.default, aten.arange.start_step,
     aten.scalar_tensor.default, aten.slice_backward.default, aten.constant_pad_nd.default, aten.empty.memory_format,
@@ -100,7 +100,18 @@ class Call:
     @property
     def has_scratch(self) -> bool:
         """False for an op that allocates its results and nothing else."""
-        return self.op not in _EXACT and not (self.op in _PRODUCTS and all(d.type == "cpu" for d in self.devices))
+        if self.op in _PRODUCTS:
+            return any(device.type != "cpu" for device in self.devices)
+        return self.op not in _EXACT or self._converts
+
+    @property
+    def _converts(self) -> bool:
+        """True where an elementwise op or a sum reads types that differ, or are no floating point: a CPU copies those first."""
+        types = {leaf.dtype for leaf in self.leaves if isinstance(leaf, TensorLike) and leaf.shape}
+        if self.op in _SUMS:
+            types |= {leaf for leaf in self.leaves if isinstance(leaf, torch.dtype)}
+            return len(types) > 1 or not all(dtype.is_floating_point for dtype in types)
+        return len(types - {torch.bool} if self.op is aten.where.self else types) > 1
 
     @property
     def key(self) -> tuple[str, str]:

@@ -1,0 +1,29 @@
+"""Scratch memory of kernels on a CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from remat.workspace import Call, workspace_bytes
+
+aten = torch.ops.aten
+N = 64 * 64
+
+
+@pytest.mark.parametrize(
+    ("op", "types", "args", "expected"),
+    [
+        (aten.mul.Tensor, [torch.float32, torch.float32], (), 0),
+        (aten.mul.Tensor, [torch.float32, torch.bool], (), 4 * N),
+        (aten.add.Tensor, [torch.float64, torch.float32], (), 8 * N),
+        (aten.where.self, [torch.bool, torch.float32, torch.float32], (), 0),
+        (aten.sum.dim_IntList, [torch.float32], ([1],), 0),
+        (aten.sum.dim_IntList, [torch.bool], ([1],), 8 * N),
+    ],
+)
+def test_types_that_differ_are_copied_first(op: Any, types: list[torch.dtype], args: tuple[Any, ...], expected: int) -> None:
+    tensors = [torch.zeros(64, 64, dtype=dtype) for dtype in types]
+    assert workspace_bytes(Call.of(op, (*tensors, *args), {})) == expected
