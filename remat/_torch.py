@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -86,6 +86,7 @@ __all__ = [
     "compile_fx",
     "compile_fx_inner",
     "extract_forward_backward",
+    "fake_modes",
     "flop_registry",
     "frame_id",
     "functorch_config",
@@ -479,6 +480,11 @@ def _sharded_parameter(found: Any, dtype: torch.dtype | None) -> ShardedParamete
 def is_fake(tensor: torch.Tensor) -> bool:
     """True for a tensor without memory of its own."""
     return isinstance(tensor, FakeTensor)
+
+
+def fake_modes(values: Iterable[Any]) -> set[FakeTensorMode]:
+    """Those of the fake tensors among these."""
+    return {value.fake_mode for value in values if isinstance(value, FakeTensor)}
 
 
 def meta_like(tensor: torch.Tensor) -> torch.Tensor:

@@ -101,13 +101,14 @@ def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
     """The model as it runs eagerly; where that cannot be exported, as its libraries would have it exported."""
+    own = _torch.fake_modes((*model.parameters(), *model.buffers(), *pytree.tree_leaves((args, kwargs))))
     errors: list[Exception] = []
     for way in (_torch.specializing(_single_sequences(model, args, kwargs)), contextlib.nullcontext()):
         try:
             with _torch.watch_for_opaque_autograd(), way, without_cache(model):
                 exported = torch.export.export(model, args, kwargs, strict=False)
-            if any(map(_torch.is_fake, exported.constants.values())):
-                raise CaptureError("an intermediate result became a constant")  # export does not look when inputs are fake
+            if _torch.fake_modes(exported.constants.values()) - own:  # export does not look where inputs are fake
+                raise CaptureError("an intermediate result became a constant")
             return exported
         except Exception as error:  # export raises many types, none of them documented
             cause = _find(error, _torch.OpaqueAutograd)
