@@ -84,7 +84,8 @@ def test_what_compiled_steps_do_otherwise_is_left_out(whole_model: bool) -> None
     ours = remat.enable(model, budget=None, whole_model=whole_model)
     for each in (ours, plain):
         each(x).square().sum().backward()
-    assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)  # not bitwise: some versions of torch can export the scan
 
 
 class _Branches(nn.Module):
