@@ -77,6 +77,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], blo
         raise
 
 
+@_torch.native_upsampling()
 def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
     kwargs = dict(sorted(kwargs.items()))
     flat, in_spec = pytree.tree_flatten((args, kwargs))
@@ -86,13 +87,11 @@ def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if _torch.is_traceable_wrapper_subclass(tensor):
             raise CaptureError(f"{name} is a {type(tensor).__name__}, which a graph of plain tensors cannot hold; {DOOR_2}")
-    with _torch.native_upsampling():
-        exported = _export(model, args, kwargs)
+    exported = _export(model, args, kwargs)
     module, constant_outputs = _flat_module(exported, flat)
     inputs = tuple(leaf for leaf in flat if isinstance(leaf, torch.Tensor))
     try:
-        with _torch.native_upsampling():
-            joint = _torch.joint_graph(module, inputs)
+        joint = _torch.joint_graph(module, inputs)
     except RuntimeError as error:
         raise CaptureError(f"AOTAutograd could not trace the exported model: {error}; {DOOR_2}") from error
     own = frozenset(name for name, _ in model.named_buffers(remove_duplicate=False))
@@ -114,6 +113,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             cause = _find(error, _torch.OpaqueAutograd)
             if cause is not None:
                 raise CaptureError(_opaque_message(cause.what)) from error
+            log.debug("%s: cannot be exported as it is: %s", type(model).__name__, error)
             errors.append(error)
     reason = str(errors[0]).strip().splitlines()[0] if str(errors[0]).strip() else type(errors[0]).__name__
     raise CaptureError(f"{reason}\n  at {_user_line(errors[0])}\n  One graph cannot hold this; {DOOR_2}") from errors[0]
