@@ -101,6 +101,7 @@ def joint_program(
         moments,
         device.link,
         regions_hold=False,
+        saved_stay=True,
         resident=tuple(resident.items()),
         modules=tuple(module_path(node) for node in halves.forward),
     )
@@ -219,8 +220,8 @@ def _pin(node: fx.Node, fuses: bool) -> str:
 
 
 def _sources(node: fx.Node) -> list[str]:
-    """Names of the values that computing a node reads, through views."""
-    return sorted({owner(source).name for source in node.all_input_nodes})
+    """Names of the values that computing a node reads, through views, in the order of its arguments."""
+    return list(dict.fromkeys(owner(source).name for source in node.all_input_nodes))
 
 
 def _op(
@@ -235,7 +236,7 @@ def _op(
     if is_view(node) or node.target is operator.getitem:
         return Op(node.name, 0.0, 0)
     if not isinstance(node.target, torch._ops.OpOverload):  # a higher-order op, never recomputed
-        return Op(node.name, 0.0, subgraph_bytes(node, device.allocated_bytes), tuple(sorted(reads)), own)
+        return Op(node.name, 0.0, subgraph_bytes(node, device.allocated_bytes), tuple(reads), own)
     args, kwargs = pytree.tree_map_only(fx.Node, lambda n: n.meta.get("val"), (node.args, dict(node.kwargs)))
     result: Any = node.meta.get("val")
     call = Call.of(node.target, args, kwargs)
@@ -251,4 +252,4 @@ def _op(
         return Op(node.name, cost, scratch)
     launch = 0.0 if inlined else device.recompute_launch_us
     pin = Decision.RECOMPUTE if inlined and device.fused_random_ns_per_element and is_mask(node) else None
-    return Op(node.name, cost, scratch, tuple(sorted(reads)), own, launch, pin=pin)
+    return Op(node.name, cost, scratch, tuple(reads), own, launch, pin=pin)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+
 import torch
 from torch import fx
 
-from remat.passes.aliasing import is_view, results
+from remat.passes.aliasing import is_view, results, storage_roots
 
 _CASTS = (torch.ops.aten._to_copy.default, torch.ops.prims.convert_element_type.default)
 
@@ -47,10 +49,17 @@ def _ends(graph: fx.Graph, num_fwd_outputs: int) -> set[fx.Node]:
     return (after | ops | before) - {graph.output_node()}
 
 
-def just_in_time(module: fx.GraphModule) -> None:
-    """Reorder a backward graph in place: what needs no tangent runs just before the first node that reads it."""
+def just_in_time(module: fx.GraphModule, repeats: Mapping[str, int] | None = None, inlined: Collection[str] = ()) -> None:
+    """Reorder a backward graph in place: what needs no tangent runs just before the first node that reads it.
+
+    repeats: by name of such nodes how often their results are let go of after the node that they were computed for, to be
+        computed again for the next one (`remat.schedule`).
+    inlined: names of nodes that a compiler computes inside their readers, for which such results are then computed.
+    """
     graph = module.graph
-    late = _reached_by_tangents(graph)
+    late, roots = _reached_by_tangents(graph), storage_roots(graph)
+    left = {node: repeats[node.name] for node in graph.nodes if repeats and node.name in repeats}
+    fused = {node for node in late if left and node.name in inlined}
     order: list[fx.Node] = []
     placed: set[fx.Node] = set()
 
@@ -60,8 +69,14 @@ def just_in_time(module: fx.GraphModule) -> None:
             order.append(node)
     output = graph.output_node()
     for node in graph.nodes:
-        if node in late or node is output:
-            order += _missing(node, placed)
+        if node is not output and (node not in late or node in fused):
+            continue
+        group = _missing(node, placed)
+        order += group
+        used = {roots[source] for member in group for source in (member, *member.all_input_nodes)}
+        for repeated in [node for node in left if node in used and left[node]]:
+            left[repeated] -= 1
+            placed -= _computed_with(repeated, roots, fused)
     fresh = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in order:
@@ -70,6 +85,17 @@ def just_in_time(module: fx.GraphModule) -> None:
     fresh._codegen = graph._codegen
     module.graph = fresh
     module.recompile()
+
+
+def _computed_with(node: fx.Node, roots: Mapping[fx.Node, fx.Node], fused: Collection[fx.Node]) -> set[fx.Node]:
+    """A node, its views and items, and what a compiler computes from these inside its readers."""
+    found, stack = {node}, [node]
+    while stack:
+        for user in stack.pop().users:
+            if user not in found and (user in fused or roots[user] in found):
+                found.add(user)
+                stack.append(user)
+    return found
 
 
 def _missing(root: fx.Node, placed: set[fx.Node]) -> list[fx.Node]:

@@ -26,17 +26,19 @@ def partition(
     joint: fx.GraphModule,
     halves: JointHalves,
     dropped: frozenset[str],
+    repeats: Mapping[str, int],
     moved: Mapping[str, tuple[str, str]],
     num_fwd_outputs: int,
     static_lifetime_input_indices: Sequence[int] | None,
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """The forward and backward modules in AOTAutograd's calling convention. `dropped` names forward nodes to recompute,
-    `moved` those whose results wait on the host (see `move`)."""
+    `repeats` those among them to compute more than once (see `just_in_time`), `moved` those whose results wait on the host (see
+    `move`)."""
     saved = [node if node.name in moved else _as_matrix(node) for node in _saved_values(joint.graph, halves, dropped)]
     for node in halves.forward:
         node.meta["recompute"] = decision_policy(node.name in dropped)
     forward, backward = _torch.extract_forward_backward(joint, saved, num_fwd_outputs, static_lifetime_input_indices)
-    just_in_time(backward)
+    just_in_time(backward, repeats, {node.name for node in halves.inlined})
     move(forward, backward, num_fwd_outputs, moved)
     return forward, backward
 

@@ -6,8 +6,8 @@ Source: the regions of `torch.utils.checkpoint` (Chen et al. 2016), cut where th
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
@@ -17,10 +17,12 @@ from remat.passes.transfers import Transfers, insert_transfers
 
 @dataclass(frozen=True)
 class Stretch:
-    """Consecutive forward nodes by name, and those among them whose results are dropped."""
+    """Consecutive forward nodes by name, those among them whose results are dropped, and how often the results of some are let
+    go of before their last reader (`remat.schedule`)."""
 
     nodes: tuple[str, ...]
     dropped: frozenset[str]
+    repeats: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class RegionGraph:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     dropped: frozenset[str]
+    repeats: Mapping[str, int]
 
 
 def form_regions(
@@ -54,7 +57,7 @@ def form_regions(
         if node.name != stretches[index].nodes[0]:
             continue
         members = [n for n in nodes if home.get(n.name) == index]
-        region = _cut_out(f"region_{index}", members, stretches[index].dropped, transfers or Transfers())
+        region = _cut_out(f"region_{index}", members, stretches[index], transfers or Transfers())
         regions.append(region)
         call = outer.call_module(region.name, tuple(copies[n] for n in _inputs(members)))
         call.meta.update({k: v for k, v in members[0].meta.items() if k in ("nn_module_stack", "stack_trace")})
@@ -65,7 +68,7 @@ def form_regions(
     return outer, tuple(regions)
 
 
-def _cut_out(name: str, members: list[fx.Node], dropped: frozenset[str], transfers: Transfers) -> RegionGraph:
+def _cut_out(name: str, members: list[fx.Node], stretch: Stretch, transfers: Transfers) -> RegionGraph:
     inner = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     inputs, outputs = _inputs(members), _outputs(members)
@@ -74,7 +77,7 @@ def _cut_out(name: str, members: list[fx.Node], dropped: frozenset[str], transfe
         copies[node].meta.update(node.meta)
     for node in members:
         copies[node] = inner.node_copy(node, lambda n: copies[n])
-        copies[node].meta["recompute"] = decision_policy(node.name in dropped)
+        copies[node].meta["recompute"] = decision_policy(node.name in stretch.dropped)
     inner.output(tuple(copies[node] for node in outputs))
     insert_transfers(inner, transfers)
     inner.lint()
@@ -83,7 +86,8 @@ def _cut_out(name: str, members: list[fx.Node], dropped: frozenset[str], transfe
         inner,
         tuple(n.name for n in inputs),
         tuple(n.name for n in outputs),
-        frozenset(copies[n].name for n in members if n.name in dropped),
+        frozenset(copies[n].name for n in members if n.name in stretch.dropped),
+        {copies[n].name: stretch.repeats[n.name] for n in members if n.name in stretch.repeats},
     )
 
 

@@ -137,11 +137,12 @@ class Compilation:
         if self.options.host_budget:
             check_host(solution, task.menus.host_bytes, self.options.policy)
         dropped = frozenset(halves.forward[p].name for p in solution.dropped)
+        repeats = {halves.forward[p].name: times for p, times in solution.repeats.items()}
         starts = dict(program.moments)
         values = [program.values[trip.value] for trip in solution.replay.trips]
         moves = [(value.name, solution.moves[value.op]) for value in values]
         moved = {name: (halves.forward[move.release].name, starts.get(move.reload, "")) for name, move in moves}
-        self._halves = partition(joint, halves, dropped, moved, num_fwd_outputs, static_lifetime_input_indices)
+        self._halves = partition(joint, halves, dropped, repeats, moved, num_fwd_outputs, static_lifetime_input_indices)
         forward = self._halves[0]
         roots = storage_roots(forward.graph)
         outputs = [n for n in results(forward.graph)[:num_fwd_outputs] if isinstance(n, fx.Node) and n.op == "call_function"]

@@ -57,6 +57,7 @@ def describe(
         storages=tuple(_storages(solution.replay)),
         copies=tuple(_copies(solution.replay)),
         dropped=tuple(nodes[p].name for p in sorted(solution.dropped)),
+        repeats=tuple((nodes[p].name, times) for p, times in sorted(solution.repeats.items())),
         regions=tuple((nodes[start].name, nodes[stop - 1].name) for start, stop in solution.regions),
         transfers=_transfers(nodes, program, solution),
         device=device,
@@ -159,7 +160,8 @@ def _block(
                 continue
             decision = _decision(position, solution)
             saved += value.bytes if decision is Decision.SAVE else 0
-            activation = activation_of(nodes[position], program, v, decision, v in kept)
+            repeats = solution.repeats.get(position, 0)
+            activation = activation_of(nodes[position], program, v, decision, v in kept, repeats)
             again = wanted.get(v, 0)
             idle = min(value.last_forward + 1, again), again  # empty for one that somebody holds to the end
             activations.append(dataclasses.replace(activation, idle=idle))
@@ -184,9 +186,10 @@ def _decision(position: int, solution: Solution) -> Decision:
 
 
 def activation_of(
-    node: fx.Node, program: Program, v: int, decision: Decision = Decision.SAVE, source: bool = False
+    node: fx.Node, program: Program, v: int, decision: Decision = Decision.SAVE, source: bool = False, repeats: int = 0
 ) -> Activation:
-    """Value `v` of the program in the user's words. `source`: something is recomputed from it."""
+    """Value `v` of the program in the user's words. `source`: something is recomputed from it. `repeats`: how often it is let
+    go of in backward."""
     value = program.values[v]
     outputs = program.forward[value.op].outputs
     shown = node.meta.get("val")
@@ -199,7 +202,10 @@ def activation_of(
     elif decision is Decision.RECOMPUTE and not value.passing:
         reason = "fused into what reads it"
     elif decision is Decision.RECOMPUTE:
-        reason = f"{cost:.0f} us to compute again frees {value.bytes / 2**20:.2f} MiB"
+        times = f", {repeats + 1} times," if repeats else ""
+        reason = f"{cost:.0f} us to compute again{times} frees {value.bytes / 2**20:.2f} MiB"
+    elif repeats:
+        reason = f"until backward first reads it; then {cost:.0f} us to compute again frees {value.bytes / 2**20:.2f} MiB"
     else:
         reason = value.pinned or (SOURCE if source and not value.reads else FITS)
     return Activation(

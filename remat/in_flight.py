@@ -32,7 +32,7 @@ def with_others(program: Program, solution: Solution, others: int) -> Solution:
     last = len(program.forward) + len(program.backward) - 1
     waiting = Fixed(0, last, others * kept_bytes(solution.replay), "activations")
     program = dataclasses.replace(program, fixed=(*program.fixed, waiting))
-    replay = simulate(program, solution.dropped, solution.moves, solution.regions)
+    replay = simulate(program, solution.dropped, solution.moves, solution.regions, solution.repeats)
     return dataclasses.replace(solution, replay=replay)
 
 

@@ -16,7 +16,7 @@ from remat.budget import format_bytes
 from remat.errors import BudgetError
 from remat.menus import Menus
 from remat.planner import Solution, smallest_solution, solve
-from remat.program import Move, Program
+from remat.program import Program
 
 _RUNGS = 240
 _MARGIN = 0.01  # of the budget: what the first plan leaves
@@ -33,8 +33,10 @@ class Attempt(NamedTuple):
     is_sparing: bool = False
 
     @property
-    def decisions(self) -> tuple[frozenset[int], frozenset[tuple[int, Move]], bool]:
-        return self.solution.dropped, frozenset(self.solution.moves.items()), self.is_sparing
+    def decisions(self) -> Hashable:
+        """Equal for attempts that give the same code."""
+        solution = self.solution
+        return solution.dropped, frozenset(solution.repeats.items()), frozenset(solution.moves.items()), self.is_sparing
 
 
 @dataclass

@@ -45,7 +45,7 @@ class Region(fx.GraphModule):
         super().__init__({}, region.graph, "Region")
         self.region_name = region.name
         self.dropped = region.dropped
-        self.program = compile_region(region.graph, region.dropped)
+        self.program = compile_region(region.graph, region.dropped, region.repeats)
         self.saved = _saved_calls(region)
         self.body = fx.GraphModule({}, without_transfers(region.graph))
 

@@ -145,7 +145,8 @@ class Plan:
     state found or given). `saved_bytes` is held on the device between forward and backward, `host_bytes` on the host. Times are
     of the cost model, in microseconds; `stall_us` is lost waiting for copies; `planning_seconds` counts from the end of
     tracing. `fingerprint` ties the plan to the graph it was made for, `structure` to its ops whatever their sizes. It has
-    formulas if it was made with `dynamic_shapes`.
+    formulas if it was made with `dynamic_shapes`. `repeats` says of ops whose results backward lets go of between two of their
+    readers, to compute them once more, how often it does.
 
     `link` is the way to the host, None where none was considered. `timeline` is the step op by op, `baseline_timeline` the same
     with everything saved; `storages` add up to the live bytes of `timeline` at each moment. Through Inductor both are of the
@@ -169,6 +170,7 @@ class Plan:
     storages: tuple[Storage, ...] = field(repr=False)
     copies: tuple[PlannedCopy, ...] = field(repr=False)
     dropped: tuple[str, ...] = field(repr=False)
+    repeats: tuple[tuple[str, int], ...] = field(repr=False)
     regions: tuple[tuple[str, str], ...] = field(repr=False)
     transfers: tuple[Transfer, ...] = field(repr=False)
     device: str

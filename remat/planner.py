@@ -18,7 +18,7 @@ from remat.program import Decision, Move, Program
 from remat.simulate import Replay, simulate
 from remat.solvers.improve import improve, prune
 from remat.solvers.menu import Option
-from remat.solvers.search import search, shrunk
+from remat.solvers.search import Found, search, shrunk
 from remat.solvers.select import Choice, select
 from remat.solvers.timetable import timetable
 
@@ -27,12 +27,14 @@ _PRICES = 10  # higher ones, tried by bisection where the host has less than wha
 
 @dataclass(frozen=True)
 class Solution:
-    """Dropped ops, the regions they lie in (forward positions [start, stop)), the replay that says it fits, and what moves."""
+    """Dropped ops, the regions they lie in (forward positions [start, stop)), the replay that says it fits, what moves, and how
+    often results are let go of before their last reader (`remat.schedule`)."""
 
     dropped: frozenset[int]
     regions: tuple[tuple[int, int], ...]
     replay: Replay
     moves: Mapping[int, Move] = field(default_factory=dict)
+    repeats: Mapping[int, int] = field(default_factory=dict)
 
 
 @without_gc()
@@ -82,10 +84,21 @@ def solution_of(
 ) -> Solution:
     """The solution with given decisions; regions are those that something happens in."""
     if not offloaded:
-        regions = tuple((a, b) for a, b in joined(program, dropped, regions) if any(a <= p < b for p in dropped))
+        regions = _active(program, dropped, regions)
         return Solution(dropped, regions, simulate(program, dropped, None, regions))
     moves = timetable(program, dropped, offloaded, regions)
     return Solution(dropped, regions, simulate(program, dropped, moves, regions), moves)
+
+
+def _found(program: Program, found: Found, spans: tuple[tuple[int, int], ...]) -> Solution:
+    regions = _active(program, found.decided, spans)
+    replay = simulate(program, found.dropped, None, regions, found.repeats)
+    return Solution(found.dropped, regions, replay, repeats=found.repeats)
+
+
+def _active(program: Program, again: frozenset[int], regions: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+    """The regions in which something is computed again."""
+    return tuple((a, b) for a, b in joined(program, again, regions) if any(a <= p < b for p in again))
 
 
 def joined(program: Program, dropped: frozenset[int], regions: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
@@ -146,7 +159,7 @@ def _smallest_among(program: Program, menus: Menus, choices: dict[tuple[int, int
     if best.moves:
         return best
     spans = tuple(itertools.pairwise(menus.cuts))
-    smaller = solution_of(program, shrunk(program, best.dropped, spans), frozenset(), spans)
+    smaller = _found(program, shrunk(program, best.dropped, spans), spans)
     return min(best, smaller, key=lambda s: s.replay.peak_bytes)
 
 
@@ -225,7 +238,7 @@ def _searched(program: Program, solution: Solution, budget_bytes: int, spans: tu
     """A faster plan near this one, value by value; where values move to the host the plan as it is."""
     if solution.moves:
         return solution
-    found = solution_of(program, search(program, solution.dropped, budget_bytes, spans), frozenset(), spans)
+    found = _found(program, search(program, solution.dropped, budget_bytes, spans, solution.repeats), spans)
     return found if found.replay.peak_bytes <= budget_bytes else solution
 
 

@@ -38,7 +38,7 @@ class Decision(str, Enum):
 
 
 class Op(NamedTuple):
-    """One kernel. `inputs` and `outputs` index `Program.values`.
+    """One kernel. `inputs`, in the order in which they are computed again, and `outputs` index `Program.values`.
 
     Recomputing it costs `cost_us + launch_us`, and holds `state_bytes` (random state) from its first run to the second. `pin`
     is the decision for its results where a person has made it. `origin` is the forward op whose gradient a backward op is for,
@@ -123,7 +123,8 @@ class Program:
     """One step. Position p < len(forward) is forward op p; the backward ops follow.
 
     `moments` are the backward positions before which a copy back can be started, with the names of what tells that they have
-    come. Where `regions_hold`, the inputs of a stretch that runs as one stay to its end. `resident` says what `resident_bytes`
+    come. Where `regions_hold`, the inputs of a stretch that runs as one stay to its end. Where `saved_stay`, what forward saves
+    is held until backward has last read it, and cannot be let go of in between. `resident` says what `resident_bytes`
     are for, by kind. `modules` are the paths of the modules that the forward ops come from. `parts` are the stretches [start,
     stop) of forward that can be rewritten, none across their ends; none are given where that is all of it. Without a `link`
     nothing moves to the host.
@@ -137,6 +138,7 @@ class Program:
     moments: tuple[tuple[int, str], ...] = ()
     link: Link | None = None
     regions_hold: bool = True
+    saved_stay: bool = False
     resident: tuple[tuple[str, int], ...] = ()
     modules: tuple[str, ...] = ()
     parts: tuple[tuple[int, int], ...] = ()

@@ -100,7 +100,7 @@ def write_program(
         own = tuple(index[id(s)] for s in ran.storages if id(s) in index and s.born == position)
         op = Op(ran.node.name, _time_us(times, ran.call, ran.cost_us), scratch(ran.call))
         if own:
-            reads = tuple(sorted(index[id(s)] for s in ran.reads if id(s) in index))
+            reads = tuple(dict.fromkeys(index[id(s)] for s in ran.reads if id(s) in index))
             state = _rng_state_bytes(device) if is_random(ran.node) else 0
             op = op._replace(inputs=reads, outputs=own, launch_us=device.recompute_launch_us, state_bytes=state)
         forward.append(op)

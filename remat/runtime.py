@@ -1,15 +1,13 @@
 """How a checkpoint region runs eagerly: dropped values are recomputed one by one, when backward asks for them.
 
 A region is a stretch of the forward graph. While it runs, `saved_tensors_hooks` hand autograd a `Handle` in place of each
-tensor whose value the plan drops. For every dropped node there is a `Cell`, a suspended call: the op and its inputs, which
-are other cells or tensors that stay. Unpacking a handle forces its cell, which forces the cells it reads. A cell that has
-its value lets go of its inputs, so plain reference counting frees every tensor after its last reader, and nothing is
-computed that backward does not read. Compared with `torch.utils.checkpoint.checkpoint(use_reentrant=False)`, whose hooks
-this follows, no dispatch mode runs, the region does not rematerialize at once, and random state is kept per random op.
+tensor whose value the plan drops. For every dropped node there is a `Cell` (cells.py), a suspended call: the op and its inputs,
+which are other cells or tensors that stay. Unpacking a handle forces its cell, which forces the cells it reads. Compared with
+`torch.utils.checkpoint.checkpoint(use_reentrant=False)`, whose hooks this follows, no dispatch mode runs, the region does not
+rematerialize at once, and random state is kept per random op.
 
-Values that the plan moves to the host have cells too, which hold a `transfer.Moved` in place of a call: forcing them takes the
-value from there. All regions of one step share a `StepState`, since a value made in one is read, let go of and asked back in
-others.
+All regions of one step share a `StepState`, since a value that moves to the host is made in one, and read, let go of and asked
+back in others.
 
 Retained graphs, double backward and partial backward need no care: handles that live keep what they need alive.
 """
@@ -27,152 +25,10 @@ import torch
 
 from remat import _torch
 from remat._torch import pytree
+from remat.cells import Cell, Handle, rng_state, unpack
 from remat.errors import RewriteError
 from remat.steps import RegionProgram, Step
 from remat.transfer import Moved
-
-
-class Cell:
-    """A dropped or offloaded value: a suspended call, or a value on the host, until it is forced, then the value.
-
-    An op with several outputs has a cell for the call and one part for each output; the call's cell fills the parts that
-    are still alive and keeps nothing, so that each output is freed on its own. Inputs are tensors, cells, and handles of
-    tensors that lie in the storage of a cell.
-    """
-
-    __slots__ = ("__weakref__", "inputs", "moved", "parts", "rng", "step", "value", "versions", "waiting")
-
-    def __init__(self, step: Step | None, inputs: list[Any], rng: Any = None) -> None:
-        self.step = step
-        self.inputs = inputs
-        self.versions = [i._version if isinstance(i, torch.Tensor) else -1 for i in inputs]
-        self.rng = rng
-        self.moved: Moved | None = None
-        self.value: Any = None
-        self.parts: list[weakref.ref[Cell]] = []
-        self.waiting = True
-
-    def part(self) -> Cell:
-        part = Cell(None, [self])
-        self.parts.append(weakref.ref(part))
-        return part
-
-    def force(self) -> Any:
-        """The value, computed now if it was not yet, and its dropped inputs before it."""
-        if self.waiting:
-            with torch.no_grad(), _torch.without_autocast():  # backward may be called within autocast
-                _force(self)
-        return self.value
-
-
-def _force(cell: Cell) -> None:
-    stack = [cell]
-    while stack:
-        top = stack[-1]
-        cells = [i.cell if isinstance(i, Handle) else i for i in top.inputs] if top.waiting else []
-        missing = [i for i in cells if isinstance(i, Cell) and i.waiting and i.moved is None]
-        if missing:
-            stack.extend(reversed(missing))
-            continue
-        stack.pop()
-        if top.waiting:
-            _compute(top)
-
-
-def _compute(cell: Cell) -> None:
-    if cell.moved is not None:
-        _come_back(cell)
-        return
-    step = cell.step
-    assert step is not None, "a part is filled by the call it belongs to"
-    for tensor, version in zip(cell.inputs, cell.versions, strict=True):
-        if version >= 0 and tensor._version != version:
-            raise RewriteError(
-                f"a tensor of shape {tuple(tensor.shape)} that {step.name} is recomputed from was modified in place between "
-                "forward and backward; call backward before the optimizer's step"
-            )
-    values = [_value(i) for i in cell.inputs]
-    result = step.again(*values) if cell.rng is None else _with_rng(cell.rng, step.again, values)
-    cell.inputs, cell.rng, cell.waiting = [], None, False
-    if isinstance(result, torch.Tensor):
-        cell.value = result
-        return
-    for reference, leaf in zip(cell.parts, result, strict=False):
-        part = reference()
-        if part is not None:
-            part.value, part.inputs, part.waiting = leaf, [], False
-
-
-def _come_back(cell: Cell) -> None:
-    assert cell.moved is not None
-    cell.value, cell.moved, cell.waiting = cell.moved.tensor(), None, False
-
-
-def _value(source: Any) -> Any:
-    """What a cell reads, now that the cells it needs have been computed; what is on the host is waited for last."""
-    if isinstance(source, Handle):
-        return source.tensor()
-    if isinstance(source, Cell):
-        if source.moved is not None:
-            _come_back(source)
-        return source.value
-    return source
-
-
-def _rng_state(device: torch.device) -> tuple[torch.device, torch.Tensor]:
-    return device, torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
-
-
-def _set_rng_state(device: torch.device, state: torch.Tensor) -> None:
-    if device.type == "cpu":
-        torch.set_rng_state(state)
-    else:
-        torch.get_device_module(device).set_rng_state(state, device)
-
-
-def _with_rng(rng: tuple[torch.device, torch.Tensor], call: Callable[..., Any], values: list[Any]) -> Any:
-    device, state = rng
-    _, now = _rng_state(device)
-    _set_rng_state(device, state)
-    try:
-        return call(*values)
-    finally:
-        _set_rng_state(device, now)
-
-
-class Handle:
-    """What autograd keeps for a dropped tensor: the cell of its storage, and how this tensor lies in it."""
-
-    __slots__ = ("cell", "kept", "layout")
-
-    def __init__(self, tensor: torch.Tensor, cell: Cell | None) -> None:
-        self.cell = cell
-        self.kept = tensor if cell is None else None
-        self.layout = (tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
-
-    def tensor(self) -> torch.Tensor:
-        if self.cell is None:
-            assert self.kept is not None
-            return self.kept
-        base = self.cell.force()
-        dtype, shape, stride, offset = self.layout
-        if base.dtype == dtype and base.shape == shape and base.stride() == stride and base.storage_offset() == offset:
-            return base
-        view = torch.empty(0, dtype=dtype, device=base.device)
-        return view.set_(base.untyped_storage(), offset, shape, stride)
-
-
-def unpack(packed: Any) -> torch.Tensor:
-    """The unpack hook: a tensor that stayed (checked against in-place changes) or a dropped one."""
-    if isinstance(packed, Handle):
-        return packed.tensor()
-    tensor, version = packed
-    if tensor._version != version:
-        raise RewriteError(
-            f"a saved tensor of shape {tuple(tensor.shape)} was modified in place between forward and backward "
-            f"(version {tensor._version}, expected {version})"
-        )
-    return tensor
 
 
 @dataclass
@@ -237,6 +93,7 @@ class _Run:
     kept: dict[int, torch.Tensor] = field(default_factory=dict)
     owners: dict[int, tuple[weakref.ref[torch.UntypedStorage], Cell]] = field(default_factory=dict)
     pending: list[Handle] | None = None
+    group: list[weakref.ref[Handle]] = field(default_factory=list)
 
     def owner(self, tensor: torch.Tensor) -> Cell | None:
         """The cell of the dropped storage behind a tensor. A dead storage's key may since belong to another."""
@@ -254,7 +111,9 @@ class _Run:
         owner = self.owner(tensor)
         if (owner is None and self.pending is None) or tensor.is_conj() or tensor.is_neg():
             return tensor, tensor._version
-        handle = Handle(tensor, owner)
+        handle = Handle(tensor, owner, self.group)
+        if self.program.has_repeats:
+            self.group.append(weakref.ref(handle))
         if owner is None:
             assert self.pending is not None
             self.pending.append(handle)
@@ -274,7 +133,7 @@ class _Run:
         if slot not in self.kept:
             tensor = self.env[slot]
             owner = self.owner(tensor)
-            if owner is not None:
+            if owner is not None and not tensor.is_conj() and not tensor.is_neg():
                 return Handle(tensor, owner)
             self.kept[slot] = tensor.detach() if tensor.grad_fn is not None else tensor
         return self.kept[slot]
@@ -286,7 +145,7 @@ class _Run:
             assert isinstance(parts, list)
             return parts[step.item]
         inputs = [self.source(slot) for slot in step.again_slots]
-        return Cell(step, inputs, _rng_state(step.random) if step.random is not None else None)
+        return Cell(step, inputs, rng_state(step.random) if step.random is not None else None)
 
     def own(self, step: Step, cell: Cell | list[Cell], value: Any) -> Cell | list[Cell]:
         """Note which cell each new storage belongs to."""
@@ -333,11 +192,14 @@ def run_region(program: RegionProgram, inputs: Sequence[Any]) -> tuple[Any, ...]
 def _run_step(run: _Run, step: Step) -> None:
     env = run.env
     values = [env[slot] for slot in step.slots]
-    cell = run.suspend(step) if step.dropped else None
-    run.pending = [] if step.dropped or step.offloaded else None
+    cell = run.suspend(step) if step.dropped or step.repeats else None
+    run.pending = [] if cell is not None or step.offloaded else None
+    run.group = []
     result = env[step.out] = step.call(*values)
     if cell is not None:
         run.cells[step.out] = cell if step.item is not None else run.own(step, cell, result)
+    if isinstance(cell, Cell) and not step.dropped:
+        cell.fill(pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, result))
     elif step.offloaded:
         run.state.move(step, result)
     run.settle()

@@ -2,7 +2,8 @@
 
 It decides nothing: the solvers call it, never the other way round.
 Recompute is just in time: when backward reads a dropped value, the value and the dropped
-inputs it needs are computed then, once, and each is held until its last reader is done.
+inputs it needs are computed then, and each is held until its last reader is done, or until its next one has it computed once
+more (`remat.schedule`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 
 from remat.link import Timing, Trip, timing
 from remat.program import HELD, KINDS, RESIDENT, Move, Program
+from remat.schedule import make_schedule
 
 
 class Moment(NamedTuple):
@@ -137,13 +139,16 @@ def simulate(
     dropped: Collection[int],
     moves: Mapping[int, Move] | None = None,
     regions: Sequence[tuple[int, int]] = (),
+    repeats: Mapping[int, int] | None = None,
 ) -> Replay:
     """Replay `program` with the results of the forward ops in `dropped` recomputed, those in `moves` on the host between
     forward and backward, all others saved while needed. `regions` are the stretches [start, stop) of forward that run as one.
+    `repeats` says of ops how often their results are let go of before their last reader (`remat.schedule`).
     """
     moves = moves or {}
     drop = {v for op in dropped for v in program.forward[op].outputs}
-    schedule = _schedule(program, drop)
+    made = make_schedule(program, dropped, repeats or {})
+    schedule = made.entries
     when = {position: index for index, (position, again) in enumerate(schedule) if not again}
     n_forward = len(program.forward)
     spans = [Span(when[f.born], when[f.dies], f.bytes, f.kind) for f in program.fixed]
@@ -166,11 +171,14 @@ def simulate(
             spans.append(Span(born, trips[-1].release, value.bytes, "activations", v))
             spans.append(Span(back, dies[v], value.bytes, "activations", v))
             continue
-        last = max(when[last_forward[v]], dies[v] if kept[v] else 0)
+        stays = [(s.born, max(s.last, dies[v]) if s.is_last else s.last) for s in made.stays.get(v, ())]
+        if not stays and v in again.born:
+            stays = [(again.born[v], max(dies[v], again.born[v]))]
+        kept_until = stays.pop(0)[1] if stays and v not in drop else dies[v] if kept[v] else 0
         kind = "outputs" if value.pinned == HELD else "activations" if kept[v] else "working set"
-        spans.append(Span(born, last, value.bytes if kept[v] else value.passing, kind, v))
-        if v in again.born:
-            spans.append(Span(again.born[v], max(dies[v], again.born[v]), value.passing, "recomputed", v))
+        size = value.bytes if kept[v] else value.passing
+        spans.append(Span(born, max(when[last_forward[v]], kept_until), size, kind, v))
+        spans += [Span(start, end, value.passing, "recomputed", v) for start, end in stays]
     trips.sort(key=lambda trip: trip.use)
     clock = timing(program, schedule, trips) if trips else None
     recomputed = [program.forward[position] for position, is_again in schedule if is_again]
@@ -256,34 +264,3 @@ def _last_forward(program: Program, kept: Sequence[bool]) -> list[int]:
         for v in op.inputs if fused else ():
             last[v] = max(last[v], *fused)
     return last
-
-
-def _schedule(program: Program, drop: set[int]) -> list[tuple[int, bool]]:
-    """Every op in running order, as (position, is it a recompute)."""
-    schedule = [(position, False) for position in range(len(program.forward))]
-    wanted: dict[int, list[int]] = {}
-    for v, value in enumerate(program.values):
-        if v in drop and value.reads:
-            for position in value.reads:
-                wanted.setdefault(position, []).append(v)
-    done: set[int] = set()
-    for position in range(len(program.forward), len(program.forward) + len(program.backward)):
-        for v in wanted.get(position, ()):
-            _recompute(program, drop, program.values[v].op, done, schedule)
-        schedule.append((position, False))
-    return schedule
-
-
-def _recompute(program: Program, drop: set[int], op: int, done: set[int], schedule: list[tuple[int, bool]]) -> None:
-    stack = [op]
-    while stack:
-        top = stack[-1]
-        missing = [program.values[v].op for v in program.forward[top].inputs if v in drop]
-        missing = [p for p in missing if p not in done]
-        if top not in done and missing:
-            stack.extend(reversed(missing))
-            continue
-        stack.pop()
-        if top not in done:
-            done.add(top)
-            schedule.append((top, True))

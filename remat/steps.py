@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ aten = torch.ops.aten
 @dataclass(frozen=True)
 class Step:
     """One node of a region. `slots` are the environment slots of its tensor inputs, in the order that `call` takes them;
-    `random` is the device whose generator it draws from.
+    `random` is the device whose generator it draws from. `repeats` is how often backward lets go of its results before
+    their last reader.
 
     After it the device memory of the offloaded nodes in `releases` is let go of; when the gradient of its result is there, the
     copies back of those in `reloads` start.
@@ -35,6 +37,7 @@ class Step:
     out: int
     dropped: bool
     random: torch.device | None
+    repeats: int = 0
     item: int | None = None
     dead: tuple[int, ...] = ()
     offloaded: tuple[int, ...] = ()
@@ -51,9 +54,14 @@ class RegionProgram:
     n_slots: int
     outputs: tuple[int, ...]
 
+    @cached_property
+    def has_repeats(self) -> bool:
+        return any(step.repeats for step in self.steps)
 
-def compile_region(graph: fx.Graph, dropped: frozenset[str]) -> RegionProgram:
-    """Turn a region's graph into steps. `dropped` names the nodes whose results are recomputed (views of them included)."""
+
+def compile_region(graph: fx.Graph, dropped: frozenset[str], repeats: Mapping[str, int]) -> RegionProgram:
+    """Turn a region's graph into steps. `dropped` names the nodes whose results are recomputed (views of them included, but for
+    those of nodes in `repeats`), `repeats` says how often results are let go of before their last reader."""
     slots = {node: i for i, node in enumerate(n for n in graph.nodes if n.op == "placeholder")}
     n_inputs = len(slots)
     nodes = [node for node in graph.nodes if node.op == "call_function" and not is_mark(node)]
@@ -82,6 +90,7 @@ def compile_region(graph: fx.Graph, dropped: frozenset[str]) -> RegionProgram:
                 slots[node],
                 is_dropped,
                 _device_of(node) if is_random(node) else None,
+                repeats.get(node.name, 0),
                 node.args[1] if node.target is operator.getitem else None,
                 dead,
                 transfers.offloaded.get(node.name, ()),

@@ -109,7 +109,8 @@ class Traced:
         moves = {position[t.name]: Move(position[t.release], starts.get(t.reload, -1)) for t in plan.transfers}
         regions = tuple((position[first], position[last] + 1) for first, last in plan.regions)
         dropped = frozenset(position[name] for name in plan.dropped)
-        return Solution(dropped, regions, simulate(self.program, dropped, moves, regions), moves)
+        repeats = {position[name]: times for name, times in plan.repeats}
+        return Solution(dropped, regions, simulate(self.program, dropped, moves, regions, repeats), moves, repeats)
 
     @cached_property
     def memory(self) -> Memory:
@@ -145,11 +146,12 @@ class Traced:
     def stretches(self, plan: Plan) -> list[Stretch]:
         """The regions of a plan, as names of nodes."""
         position = {node.name: i for i, node in enumerate(self.nodes)}
-        dropped = frozenset(plan.dropped)
+        dropped, repeats = frozenset(plan.dropped), dict(plan.repeats)
         stretches = []
         for first, last in plan.regions:
             members = self.nodes[position[first] : position[last] + 1]
-            stretches.append(Stretch(tuple(n.name for n in members), with_views(members, dropped)))
+            again = with_views(members, dropped.difference(repeats)).union(dropped.intersection(repeats))
+            stretches.append(Stretch(tuple(n.name for n in members), again, repeats))
         return stretches
 
 

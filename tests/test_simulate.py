@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from remat.program import Fixed, Op, Program, Value
+from remat.schedule import unpacking
 from remat.simulate import simulate
+from remat.solvers.search import repeatable
 from tests.programs import programs
 
 
@@ -27,8 +32,9 @@ def chain() -> Program:
     return Program(forward, backward, values, (), resident_bytes=1000)
 
 
-def live(program: Program, dropped: tuple[int, ...]) -> list[tuple[str, str, int]]:
-    return [(m.phase, m.name, m.live_bytes - program.resident_bytes) for m in simulate(program, dropped).moments]
+def live(program: Program, dropped: tuple[int, ...], repeats: Mapping[int, int] | None = None) -> list[tuple[str, str, int]]:
+    moments = simulate(program, dropped, repeats=repeats).moments
+    return [(m.phase, m.name, m.live_bytes - program.resident_bytes) for m in moments]
 
 
 def test_everything_saved() -> None:
@@ -82,6 +88,97 @@ def test_a_dropped_chain_is_recomputed_from_its_source_and_held_to_its_last_read
     assert replay.recomputed == (0, 1, 2)
     assert replay.recompute_us == 7.0
     assert replay.saved_bytes == 0
+
+
+def test_a_repeated_value_is_in_memory_only_for_what_reads_it() -> None:
+    assert live(chain(), (0, 1, 2), {0: 1, 1: 1}) == [
+        ("forward", "a", 100),
+        ("forward", "b", 200),
+        ("forward", "c", 200),
+        ("recompute", "a", 100),
+        ("recompute", "b", 200),
+        ("recompute", "c", 200),  # a has been read
+        ("backward", "c'", 100),  # and b
+        ("recompute", "a", 100),
+        ("recompute", "b", 200),
+        ("backward", "b'", 200),  # a is not to go a second time
+        ("backward", "a'", 100),
+    ]
+    replay = simulate(chain(), (0, 1, 2), repeats={0: 1, 1: 1})
+    assert (replay.recomputed, replay.recompute_us) == ((0, 1, 2, 0, 1), 10.0)
+    assert simulate(chain(), (0, 1, 2), repeats={0: 2, 1: 1}).recomputed == (0, 1, 2, 0, 1, 0)
+
+
+def test_a_saved_value_is_let_go_of_once_backward_has_read_it() -> None:
+    first, *others = chain().values
+    program = dataclasses.replace(chain(), values=(first._replace(reads=(3, 5)), *others))
+    assert live(program, (), {0: 1}) == [
+        ("forward", "a", 100),
+        ("forward", "b", 200),
+        ("forward", "c", 300),
+        ("backward", "c'", 300),
+        ("backward", "b'", 100),
+        ("recompute", "a", 100),
+        ("backward", "a'", 100),
+    ]
+    assert simulate(program, (), repeats={0: 1}).saved_bytes == 300
+
+
+@settings(max_examples=300, deadline=None)
+@given(program=programs(), data=st.data())
+def test_repeats_agree_with_a_naive_replay(program: Program, data: st.DataObject) -> None:
+    dropped = frozenset(data.draw(st.sets(st.integers(0, len(program.forward) - 1))))
+    repeats = {op: data.draw(st.integers(1, 3)) for op in sorted(repeatable(program)) if data.draw(st.booleans())}
+    replay = simulate(program, dropped, repeats=repeats)
+    assert [*replay.live_bytes] == naive_live(program, dropped, repeats)
+
+
+def naive_live(program: Program, dropped: frozenset[int], repeats: Mapping[int, int]) -> list[int]:
+    """Bytes during each op, by making copies of values and noting when each is first and last of use."""
+    n, m = len(program.forward), len(program.backward)
+    steps: list[tuple[int, bool]] = [(p, False) for p in range(n)]
+    copies = [[v, value.op, value.last_forward] for v, value in enumerate(program.values)]  # value, first and last step
+    present = {v: copy for v, copy in enumerate(copies) if program.values[v].op not in dropped}
+    left = {op: repeats.get(op, 0) for op in range(n)}
+    ends: list[tuple[list[int], int]] = []  # copies that stay to a position of backward
+    used: set[int] = set()
+
+    def read(v: int) -> None:
+        if v not in present:
+            for source in program.forward[v].inputs:
+                if source not in present:
+                    read(source)
+            for source in program.forward[v].inputs:
+                present[source][2] = max(present[source][2], len(steps))
+                used.add(source)
+            present[v] = [v, len(steps), len(steps)]
+            copies.append(present[v])
+            steps.append((v, True))
+        used.add(v)
+
+    for b in range(n, n + m):
+        wanted = [v for v, value in enumerate(program.values) if b in value.reads]
+        for v in wanted:
+            read(v)
+        until = min([p for p in unpacking(program) if p > b], default=n + m) - 1
+        ends += [(present[v], until) for v in wanted]
+        steps.append((b, False))
+        for v in used:
+            if left[v]:
+                left[v] -= 1
+                del present[v]
+        used.clear()
+    ends += [(copy, program.values[v].release) for v, copy in present.items() if program.values[v].release >= 0 and not left[v]]
+
+    when = {p: i for i, (p, again) in enumerate(steps) if not again}
+    for copy, position in ends:
+        if position < n or copy[0] in repeats or program.values[copy[0]].release >= position:
+            copy[2] = max(copy[2], when[position])
+    lifetimes = [(first, last, program.values[v].bytes) for v, first, last in copies]
+    lifetimes += [(when[f.born], when[f.dies], f.bytes) for f in program.fixed]
+    scratch = [program.op_at(p).workspace_bytes for p, _ in steps]
+    held = [sum(size for first, last, size in lifetimes if first <= i <= last) for i in range(len(steps))]
+    return [program.resident_bytes + a + b for a, b in zip(held, scratch, strict=True)]
 
 
 def test_launch_time_counts_for_each_recomputed_op() -> None:

@@ -6,7 +6,7 @@ all that time, the op need not run twice. The referee has the last word on the r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -58,14 +58,15 @@ def _gain(program: Program, op: int) -> float:
     return (program.forward[op].cost_us + program.forward[op].launch_us) / max(total, 1)
 
 
-def prune(program: Program, dropped: frozenset[int]) -> frozenset[int]:
-    """Without the ops whose results nobody asks for again: dropping those means nothing."""
+def prune(program: Program, dropped: frozenset[int], repeats: Collection[int] = ()) -> frozenset[int]:
+    """Without the ops whose results nobody asks for again: dropping those means nothing. `repeats` are made again anyway."""
+    again = dropped.union(repeats)
     wanted: set[int] = set()
-    stack = [op for op in dropped if any(program.values[v].reads for v in program.forward[op].outputs)]
+    stack = [op for op in again if any(program.values[v].reads for v in program.forward[op].outputs)]
     while stack:
         op = stack.pop()
         if op in wanted:
             continue
         wanted.add(op)
-        stack.extend(program.values[v].op for v in program.forward[op].inputs if program.values[v].op in dropped)
-    return frozenset(wanted)
+        stack.extend(program.values[v].op for v in program.forward[op].inputs if program.values[v].op in again)
+    return dropped.intersection(wanted)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from remat.passes.ordering import parameters_first
+from remat.passes.ordering import just_in_time, parameters_first
 
 aten = torch.ops.aten
 
@@ -30,3 +30,42 @@ def test_a_weights_gradient_comes_before_that_of_its_input_and_collectives_stay(
     assert order[of_second] == order[scaled] + 2  # after the transposed activation
     assert order[of_second] < order[of_hidden] < order[of_product] < order[of_x] < order[of_first] < order[reduced]
     assert order[waited] == order[reduced] + 1
+
+
+def backward() -> fx.GraphModule:
+    """Two late nodes read a view of a tanh, the second through an op that a compiler fuses, a third reads nothing of it."""
+    graph = fx.Graph()
+    x, tangent = graph.placeholder("x"), graph.placeholder("tangents_1")
+    tanh = graph.call_function(aten.tanh.default, (x,), name="tanh")
+    turned = graph.call_function(aten.t.default, (tanh,), name="t")
+    first = graph.call_function(aten.mm.default, (tangent, turned), name="mm")
+    between = graph.call_function(aten.exp.default, (first,), name="exp")
+    fused = graph.call_function(aten.mul.Tensor, (between, turned), name="mul")
+    second = graph.call_function(aten.mm.default, (fused, tanh), name="mm_1")
+    graph.output((second, graph.call_function(aten.mm.default, (second, fused), name="mm_2")))
+    return fx.GraphModule({}, graph)
+
+
+def lines(module: fx.GraphModule) -> list[str]:
+    return [f"{node.name} {' '.join(s.name for s in node.all_input_nodes)}" for node in module.graph.nodes if node.users]
+
+
+def test_what_repeats_is_computed_for_each_node_that_reads_it() -> None:
+    once, again, fused = backward(), backward(), backward()
+    just_in_time(once)
+    assert lines(once) == lines(backward())
+    just_in_time(again, {"tanh": 2})
+    assert lines(again) == [
+        *("x ", "tangents_1 ", "tanh x", "t tanh", "mm tangents_1 t", "exp mm"),
+        *("tanh_1 x", "t_1 tanh_1", "mul exp t_1"),
+        *("tanh_2 x", "mm_1 mul tanh_2", "mm_2 mm_1 mul"),
+    ]
+    just_in_time(fused, {"tanh": 2}, ["mul"])
+    assert lines(fused) == [
+        *("x ", "tangents_1 ", "tanh x", "t tanh", "mm tangents_1 t", "exp mm"),
+        *("tanh_1 x", "t_1 tanh_1", "mul exp t_1", "mm_1 mul tanh_1"),
+        *("tanh_2 x", "t_2 tanh_2", "mul_1 exp t_2", "mm_2 mm_1 mul_1"),
+    ]
+    values = torch.randn(3, 3), torch.randn(3, 3)
+    for module in (once, again, fused):
+        assert all(torch.equal(a, b) for a, b in zip(module(*values), backward()(*values), strict=True))

@@ -29,10 +29,12 @@ def test_what_is_found_fits_and_takes_no_longer(program: Program, data: st.DataO
     dropped = frozenset(data.draw(st.sets(st.integers(0, len(program.forward) - 1))))
     before = simulate(program, dropped)
     budget = before.peak_bytes + data.draw(st.integers(0, 20))
-    after = simulate(program, search(program, dropped, budget))
+    found = search(program, dropped, budget)
+    after = simulate(program, found.dropped, repeats=found.repeats)
+    assert after.live_bytes == found.replay.live_bytes
     assert after.peak_bytes <= budget
     assert after.recompute_us <= before.recompute_us
-    assert simulate(program, shrunk(program, dropped)).peak_bytes <= before.peak_bytes
+    assert shrunk(program, dropped).replay.peak_bytes <= before.peak_bytes
 
 
 def test_few_blocks_are_solved_as_well_as_by_trying_everything() -> None:
@@ -41,7 +43,7 @@ def test_few_blocks_are_solved_as_well_as_by_trying_everything() -> None:
     top, bottom = simulate(program, ()).peak_bytes, simulate(program, everything).peak_bytes
     for share in (0.1, 0.3, 0.5, 0.7, 0.9):
         budget = int(bottom + share * (top - bottom))
-        assert simulate(program, search(program, everything, budget)).recompute_us == best_us(program, budget)
+        assert search(program, everything, budget).replay.recompute_us == best_us(program, budget)
 
 
 def test_a_value_kept_only_to_recompute_another_goes_with_it() -> None:
@@ -50,7 +52,7 @@ def test_a_value_kept_only_to_recompute_another_goes_with_it() -> None:
     ops = (Op("a", 1.0, 0, (), (0,)), Op("b", 1.0, 0, (0,), (1,)), Op("c", 50.0, 0, (1,), (2,)))
     program = Program(ops, (Op("back c", 1.0, 90), Op("back b", 1.0, 0)), values, (), 0)
     assert simulate(program, {1}).peak_bytes >= simulate(program, ()).peak_bytes
-    assert search(program, frozenset({0, 1, 2}), 210) == {0, 1}
+    assert search(program, frozenset({0, 1, 2}), 210).dropped == {0, 1}
 
 
 def test_pins_stay() -> None:
@@ -60,16 +62,32 @@ def test_pins_stay() -> None:
     program = dataclasses.replace(program, forward=forward)
     everything = frozenset(range(len(forward))) - {4}
     for budget in (simulate(program, everything).peak_bytes, simulate(program, ()).peak_bytes):
-        found = search(program, everything, budget)
+        found = search(program, everything, budget).decided
         assert 1 in found
         assert 4 not in found
+
+
+def test_where_nothing_fits_otherwise_values_are_let_go_of_and_made_again() -> None:
+    """Backward reads a first and last, and needs all the memory in between."""
+    ops = (Op("a", 5.0, 0, (), (0,)), Op("b", 1.0, 0, (0,), (1,)))
+    values = (Value("a", 100, 0, 1, (2, 4), 4), Value("b", 10, 1, 1, (2, 3), 3))
+    program = Program(ops, (Op("b'", 1.0, 0), Op("all", 1.0, 100), Op("a'", 1.0, 0)), values, (), 0)
+    assert min(simulate(program, dropped).peak_bytes for dropped in [(), (0,), (1,), (0, 1)]) == 210
+    found = shrunk(program, frozenset())
+    assert (found.dropped, found.repeats, found.replay.peak_bytes) == (set(), {0: 1}, 110)
+    in_graph = shrunk(dataclasses.replace(program, saved_stay=True), frozenset())
+    assert (in_graph.dropped, in_graph.repeats, in_graph.replay.peak_bytes) == ({0}, {0: 1}, 110)
+    assert search(program, frozenset({0}), 110, repeats={0: 1}).repeats == {0: 1}
+    pinned = dataclasses.replace(program, values=(values[0]._replace(pinned="held"), values[1]))
+    assert not shrunk(pinned, frozenset()).repeats
 
 
 def test_it_finds_the_same_each_time() -> None:
     program = stack(blocks=4)
     everything = frozenset(range(len(program.forward)))
     budget = simulate(program, everything).peak_bytes + 130
-    assert search(program, everything, budget) == search(program, everything, budget)
+    first, second = search(program, everything, budget), search(program, everything, budget)
+    assert (first.dropped, first.repeats) == (second.dropped, second.repeats)
 
 
 def test_regions_that_share_a_dropped_value_run_as_one() -> None:
