@@ -243,8 +243,8 @@ class _Task:
             for group in self._around(p, found, kept) if freed and more > 0 else ():
                 more_dropped = (group if program.saved_stay else group - {p}) - found.dropped
                 us = more * _us(op) + sum(_us(program.forward[q]) for q in more_dropped)
-                gone = ((q, max(rounds, found.repeats.get(q, 0))) for q in sorted(group & self.repeatable))
-                priced.append((us / freed, _Move(more_dropped, tuple(gone))))
+                rounds_of = ((q, max(rounds, found.repeats.get(q, 0))) for q in sorted(group & self.repeatable))
+                priced.append((us / freed, _Move(more_dropped, tuple(rounds_of))))
         return [move for _, move in sorted(priced, key=lambda pair: (pair[0], sorted(pair[1].dropped), pair[1].repeats))]
 
     def _gone_between(self, group: frozenset[int], found: Found, uses: _Uses) -> tuple[tuple[int, int], ...]:
