@@ -8,7 +8,12 @@ from typing import Any
 import torch
 from torch import fx
 
-_UNMARKED_VIEWS = {torch.ops.aten._unsafe_view.default}  # a view whose schema does not say so
+_UNMARKED_VIEWS = {  # views whose schemas do not say so
+    torch.ops.aten._unsafe_view.default,
+    torch.ops.aten.unsafe_chunk.default,
+    torch.ops.aten.unsafe_split.Tensor,
+    torch.ops.aten.unsafe_split_with_sizes.default,
+}
 
 
 def results(graph: fx.Graph) -> tuple[Any, ...]:

@@ -23,6 +23,7 @@ from remat.devices import DeviceProfile
 from remat.op_times import OpTimes
 from remat.passes.aliasing import is_view, owner, results, storage_bytes
 from remat.passes.fusion import find_inlined, is_mask, is_pointwise, is_reduction, op_name
+from remat.passes.ordering import as_needed
 from remat.passes.pinning import why_pinned
 from remat.passes.provenance import module_path
 from remat.passes.randomness import is_random
@@ -59,7 +60,7 @@ def split_joint(graph: fx.Graph, num_fwd_outputs: int, fuses: bool) -> JointHalv
         if node.target is operator.getitem and node.args[0] in forward:
             forward.add(node)
     first = tuple(n for n in calls if n in forward)
-    second = tuple(n for n in calls if n in needed and n not in forward)
+    second = as_needed([n for n in calls if n in needed and n not in forward], backward_outputs, graph)
     inlined = find_inlined((*first, *second), {*forward_outputs, *backward_outputs}) if fuses else frozenset()
     return JointHalves(first, second, inlined, forward_outputs, backward_outputs)
 

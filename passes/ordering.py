@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import fx
@@ -47,6 +47,14 @@ def _ends(graph: fx.Graph, num_fwd_outputs: int) -> set[fx.Node]:
         elif is_view(node) and all(user in ops or user in before for user in node.users):
             before.add(node)
     return (after | ops | before) - {graph.output_node()}
+
+
+def as_needed(backward: Sequence[fx.Node], outputs: Sequence[fx.Node], graph: fx.Graph) -> tuple[fx.Node, ...]:
+    """The nodes of backward in the order that `just_in_time` runs them in: those that need no tangent, such as copies that
+    autograd took in forward, just before the first node that reads them."""
+    late = _reached_by_tangents(graph)
+    placed = set(graph.nodes).difference(backward)
+    return tuple(found for node in (*filter(late.__contains__, backward), *outputs) for found in _missing(node, placed))
 
 
 def just_in_time(module: fx.GraphModule, repeats: Mapping[str, int] | None = None, inlined: Collection[str] = ()) -> None:

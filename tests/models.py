@@ -117,8 +117,29 @@ def encoder() -> Built:
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), {"src": torch.randn(BATCH, LENGTH, WIDTH)}
 
 
+class Gated(nn.Module):
+    """Ops that no transformer has: a GRU cell, which writes into parts of a split, top-k, and one value read six times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.out = nn.GRUCell(WIDTH, WIDTH), nn.Linear(6 * WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(x)
+        decay = torch.exp(-hidden.abs())
+        read = torch.cat([hidden, decay, hidden * decay, decay + 1, hidden - decay, torch.sin(decay)], -1)
+        state = self.cell(self.out(read), hidden)
+        deviation, mean = torch.std_mean(state, -1)
+        return (state * state).mean() + deviation.mean() + mean.mean() + hidden.topk(8, -1).values.mean()
+
+
+def gated() -> Built:
+    return Gated(), {"x": torch.randn(BATCH * LENGTH, WIDTH)}
+
+
 MODELS: dict[str, Callable[[], Built]] = {
-    builder.__name__: builder for builder in (llama, gpt2, bert, vit, qwen3, t5, mixtral, lora, resnet, convnext, encoder)
+    builder.__name__: builder
+    for builder in (llama, gpt2, bert, vit, qwen3, t5, mixtral, lora, resnet, convnext, encoder, gated)
 }
 
 

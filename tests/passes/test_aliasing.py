@@ -59,10 +59,13 @@ def test_a_view_of_a_view_belongs_to_the_first_storage() -> None:
     assert roots[first] is roots[second] is roots[made] is made
 
 
-def test_items_of_a_split_are_views_and_items_of_an_op_are_its_own() -> None:
+@pytest.mark.parametrize("target", [aten.split.Tensor, aten.unsafe_split.Tensor, aten.unsafe_chunk.default], ids=str)
+def test_items_of_a_split_are_views_and_items_of_an_op_are_its_own(target: Any) -> None:
+    tensor = torch.zeros(4)
+    assert target(tensor, 2)[0].data_ptr() == tensor.data_ptr()
     graph = fx.Graph()
     x = graph.placeholder("x")
-    split = graph.call_function(aten.split.Tensor, (x, 2))
+    split = graph.call_function(target, (x, 2))
     part = graph.call_function(operator.getitem, (split, 0))
     norm = graph.call_function(aten.native_layer_norm.default, (x, [4], None, None, 1e-5))
     item = graph.call_function(operator.getitem, (norm, 1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from remat.passes.ordering import just_in_time, parameters_first
+from remat.passes.ordering import as_needed, just_in_time, parameters_first
 
 aten = torch.ops.aten
 
@@ -48,6 +48,22 @@ def backward() -> fx.GraphModule:
 
 def lines(module: fx.GraphModule) -> list[str]:
     return [f"{node.name} {' '.join(s.name for s in node.all_input_nodes)}" for node in module.graph.nodes if node.users]
+
+
+def test_plans_and_graphs_have_what_needs_no_tangent_at_the_same_place() -> None:
+    """A copy that autograd takes in forward stands first in the joint graph, and backward makes it when it is read."""
+    graph = fx.Graph()
+    x, tangent = graph.placeholder("x"), graph.placeholder("tangents_1")
+    kept = graph.call_function(aten.clone.default, (x,))
+    first = graph.call_function(aten.exp.default, (tangent,))
+    second = graph.call_function(aten.mul.Tensor, (first, kept))
+    unread = graph.call_function(aten.neg.default, (x,))
+    graph.output((second, unread))
+    assert as_needed([kept, first, second, unread], [second, unread], graph) == (first, kept, second, unread)
+    module = fx.GraphModule(torch.nn.Module(), graph)
+    just_in_time(module)
+    run = [node.target for node in module.graph.nodes if node.op == "call_function"]
+    assert run == [aten.exp.default, aten.clone.default, aten.mul.Tensor, aten.neg.default]
 
 
 def test_what_repeats_is_computed_for_each_node_that_reads_it() -> None:
