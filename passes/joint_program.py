@@ -196,6 +196,12 @@ def _storages(node: fx.Node) -> list[tuple[fx.Node, int]]:
     return [(items[i], storage_bytes(v)) for i, v in enumerate(value) if i in items]
 
 
+def _unread_bytes(node: fx.Node) -> int:
+    """Of the outputs, among several, that no item reads: they are gone when the op has run."""
+    every = pytree.tree_leaves(node.meta.get("val")) if isinstance(node.meta.get("val"), tuple | list) else ()
+    return sum(map(storage_bytes, every)) - sum(size for _, size in _storages(node)) if every else 0
+
+
 def _storage_readers(graph: fx.Graph, inlined: frozenset[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     """For each storage the ops that read it, through views, items, and ops inlined into their readers."""
     readers: dict[fx.Node, list[fx.Node]] = {}
@@ -248,7 +254,7 @@ def _op(
         cost = float(op_cost_us(node.target, tuple(args), dict(kwargs), result, device))
         cost = cost if times is None or call is None else times.time_us(call, cost)
     generated = fuses and (is_pointwise(node) or is_reduction(node))
-    scratch = 0 if generated else workspace_bytes(call)
+    scratch = 0 if generated else workspace_bytes(call) + device.allocated_bytes(_unread_bytes(node))
     if not own:
         return Op(node.name, cost, scratch)
     launch = 0.0 if inlined else device.recompute_launch_us

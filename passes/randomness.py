@@ -16,9 +16,9 @@ def is_random(node: fx.Node) -> bool:
     """
     if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
         return False
-    probability = _argument(node, "dropout_p")
+    probability = argument(node, "dropout_p")
     if probability is None:
-        probability = _argument(node, "dropout")
+        probability = argument(node, "dropout")
     return not (isinstance(probability, int | float) and probability == 0)
 
 
@@ -27,7 +27,8 @@ def find_random(graph: fx.Graph) -> frozenset[fx.Node]:
     return frozenset(node for node in graph.nodes if node.op == "call_function" and is_random(node))
 
 
-def _argument(node: fx.Node, name: str) -> Any:
+def argument(node: fx.Node, name: str) -> Any:
+    """What an op is called with by the name that its schema has for it; None if it takes nothing of that name."""
     if name in node.kwargs:
         return node.kwargs[name]
     for index, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]

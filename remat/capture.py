@@ -13,6 +13,7 @@ import itertools
 import logging
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from remat import _torch
 from remat._torch import pytree
 from remat.errors import CaptureError
 from remat.passes.aliasing import results
+from remat.passes.randomness import argument
 from remat.twin import Twin
 
 log = logging.getLogger("remat")
@@ -33,6 +35,7 @@ DOOR_2 = 'torch.compile(model, backend="remat", options={"budget": ...}) handles
 _BATCH_NORM = torch.ops.aten._native_batch_norm_legit_functional.default
 _WRONG_AGAIN = (torch.ops.aten.rrelu_with_noise_functional.default,)  # its derivative takes the noise from before the draw
 _DROPPED = ("_assert_tensor_metadata", "_assert_scalar", "_guards_fn", "sym_constrain_range", "_assert_async")
+_SWAPPED = r"The tensor attributes? ((\S+\.)?_flat_weights\[\d+\](, )?)+ w"  # of an RNN, while export swaps its parameters
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,8 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     errors: list[Exception] = []
     for way in (_torch.specializing(_single_sequences(model, args, kwargs)), contextlib.nullcontext()):
         try:
-            with _torch.watch_for_opaque_autograd(), way, without_cache(model):
+            with _torch.watch_for_opaque_autograd(), way, without_cache(model), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", _SWAPPED)
                 exported = torch.export.export(model, args, kwargs, strict=False)
             if _torch.fake_modes(exported.constants.values()) - own:  # export does not look where inputs are fake
                 raise CaptureError("an intermediate result became a constant")
@@ -212,12 +216,23 @@ def _flat_module(exported: torch.export.ExportedProgram, flat: list[Any]) -> tup
             assert not node.users, "export kept a constant as an input"
             graph.erase_node(node)
     _inline_grad_modes(module)
+    _refuse_stacked_dropout(graph)
     output = graph.output_node()
     leaves = pytree.tree_leaves(output.args[0])
     constants = {i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, fx.Node)}
     output.args = (tuple(leaf for leaf in leaves if isinstance(leaf, fx.Node)),)
     graph.set_codegen(fx.graph.CodeGen())
     return fx.GraphModule(module, graph), constants
+
+
+def _refuse_stacked_dropout(graph: fx.Graph) -> None:
+    """`nn.LSTM`, `nn.GRU` and `nn.RNN` lose the dropout between their layers when torch decomposes them."""
+    for node in graph.nodes:
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        layers, dropout, trains = (argument(node, name) for name in ("num_layers", "dropout", "train"))
+        if layers is not None and layers > 1 and dropout and trains:
+            raise CaptureError(f"{node.target} loses the dropout between its layers in a graph; {DOOR_2}")
 
 
 def _inline_grad_modes(module: fx.GraphModule) -> None:

@@ -109,6 +109,8 @@ class _Run:
 
     def pack(self, tensor: torch.Tensor) -> Any:
         owner = self.owner(tensor)
+        if tensor.grad_fn is not None:  # an output that kept its own op alive would never go where backward does not come
+            tensor = tensor.detach()
         if (owner is None and self.pending is None) or tensor.is_conj() or tensor.is_neg():
             return tensor, tensor._version
         handle = Handle(tensor, owner, self.group)

@@ -2,7 +2,7 @@
 
 It is in no graph (attention and convolution backward, norm backward on strided inputs), so each distinct op is run once
 under the meter, on zeros of its real shapes, strides and dtypes, and remembered for the life of the process. Ops that
-cannot have any (the common pointwise ops, views, copies, a CPU's matrix products) are not run. What cuBLAS keeps from its first
+cannot have any (the common pointwise ops, views, copies, a CPU's matrix products in full precision) are not run. What cuBLAS keeps from its first
 product on is no op's own: `library_bytes`.
 """
 
@@ -26,7 +26,10 @@ from remat.passes.pinning import is_collective
 log = logging.getLogger("remat")
 aten = torch.ops.aten
 
-_PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}  # without scratch on a CPU
+_PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
+_OPAQUE = {  # they read what only their forward can write, and zeros in its place crash the process
+    aten.mkldnn_rnn_layer_backward.default, aten._cudnn_rnn_backward.default, aten.miopen_rnn_backward.default,
+}  # fmt: skip
 _SUMS = {aten.sum.dim_IntList, aten.sum.default, aten.mean.dim, aten.mean.default}
 _EXACT = _SUMS | {
     aten.cat.default, aten.clone.default,
@@ -100,8 +103,8 @@ class Call:
     @property
     def has_scratch(self) -> bool:
         """False for an op that allocates its results and nothing else."""
-        if self.op in _PRODUCTS:
-            return any(device.type != "cpu" for device in self.devices)
+        if self.op in _PRODUCTS:  # a CPU's have some in half precision only
+            return any(x.device.type != "cpu" or x.dtype.itemsize < 4 for x in self.leaves if isinstance(x, TensorLike))
         return self.op not in _EXACT or self._converts
 
     @property
@@ -124,12 +127,13 @@ _known: dict[tuple[str, str], int] = {}
 def workspace_bytes(call: Call | None) -> int:
     """Bytes that the op allocates at its peak beyond what it returns; 0 on devices that allocate nothing (meta).
 
-    While somebody else's profiler runs, an op not measured before counts with its largest input.
+    An op that cannot be run by itself counts with its largest input, and so does one not measured before while somebody else's
+    profiler runs.
     """
     if call is None or not call.has_scratch:
         return 0
     if call.key not in _known:
-        if _torch.profiler_is_running():  # the meter is a profiler too, and two cannot run at once
+        if call.op in _OPAQUE or _torch.profiler_is_running():  # the meter is a profiler too, and two cannot run at once
             return max((leaf.bytes for leaf in call.leaves if isinstance(leaf, TensorLike)), default=0)
         _known[call.key] = _measured(call)
     return _known[call.key]

@@ -155,6 +155,12 @@ def test_what_has_another_derivative_in_a_graph_says_so() -> None:
         remat.optimize(nn.Sequential(nn.Linear(16, 16), nn.RReLU()), (torch.randn(4, 16),), budget=None)
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_dropout_that_a_graph_loses_says_so(kind: type[nn.RNNBase]) -> None:
+    with pytest.raises(remat.CaptureError, match=r"loses the dropout between its layers in a graph; torch.compile"):
+        remat.optimize(kind(8, 8, num_layers=2, dropout=0.2), (torch.randn(4, 3, 8),), budget=None)
+
+
 class _Upsamples(nn.Module):
     def __init__(self) -> None:
         super().__init__()

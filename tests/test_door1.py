@@ -115,3 +115,29 @@ def test_constants_made_in_submodules_are_captured() -> None:
     assert torch.equal(expected, found)
     gradients = [torch.autograd.grad(y.square().sum(), list(model.parameters())) for y in (expected, found)]
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+class Target(torch.nn.Module):
+    """Trains towards what it says itself without grad."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(32, 32), torch.nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.tanh(self.first(x))
+        h = h + torch.nn.functional.gelu(self.second(h))
+        with torch.no_grad():
+            target = self.second(h).softmax(-1)
+        return ((h - target) * target.exp()).square().mean()
+
+
+def test_what_runs_without_grad_is_not_kept() -> None:
+    torch.manual_seed(0)
+    model, x = Target().train(), torch.randn(512, 32)
+    budget = remat.frontier(model, (x,))[-1].peak_bytes
+    module = remat.optimize(model, (x,), budget=budget)
+    assert module.plan.dropped
+    outcome = run_step(module, {"x": x})
+    assert outcome.peak_bytes <= budget
+    assert_same(outcome, run_step(model, {"x": x}))

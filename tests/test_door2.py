@@ -240,6 +240,25 @@ def test_other_shapes_are_planned_again(dynamic: bool | None) -> None:
     assert small.plan.dropped
 
 
+class Leaky(nn.Module):
+    """Of the two gradients that prelu's backward makes nobody reads the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(32, 32)
+        self.register_buffer("slope", torch.tensor([0.2]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.prelu(self.linear(x), self.slope).mean()
+
+
+def test_results_that_nobody_reads_count() -> None:
+    module = compiled(Leaky())
+    peak = run_step(module, {"x": torch.randn(512, 32)}).peak_bytes
+    (graph,) = remat.plans(module)
+    assert 0.97 * graph.plan.peak_bytes <= peak <= graph.plan.peak_bytes
+
+
 class Broken(nn.Module):
     """A graph break between two halves."""
 

@@ -27,3 +27,17 @@ N = 64 * 64
 def test_types_that_differ_are_copied_first(op: Any, types: list[torch.dtype], args: tuple[Any, ...], expected: int) -> None:
     tensors = [torch.zeros(64, 64, dtype=dtype) for dtype in types]
     assert workspace_bytes(Call.of(op, (*tensors, *args), {})) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_in_half_precision_are_run_to_know(dtype: torch.dtype) -> None:
+    x, y = torch.zeros(64, 64, dtype=dtype), torch.zeros(64, 64, dtype=torch.float32)
+    assert Call.of(aten.mm.default, (x, x), {}).has_scratch  # type: ignore[union-attr]
+    assert not Call.of(aten.mm.default, (y, y), {}).has_scratch  # type: ignore[union-attr]
+
+
+def test_what_only_its_forward_can_feed_is_not_run() -> None:
+    """Run on zeros it ends the process."""
+    x = torch.zeros(64, 64)
+    call = Call.of(aten.mkldnn_rnn_layer_backward.default, (x, x.to(torch.uint8)), {})
+    assert workspace_bytes(call) == 4 * N
