@@ -2,8 +2,8 @@
 
 It is in no graph (attention and convolution backward, norm backward on strided inputs), so each distinct op is run once
 under the meter, on zeros of its real shapes, strides and dtypes, and remembered for the life of the process. Ops that
-cannot have any (the common pointwise ops, views, copies, a CPU's matrix products in full precision) are not run. What cuBLAS keeps from its first
-product on is no op's own: `library_bytes`.
+cannot have any (the common pointwise ops, views, copies, a CPU's matrix products in full precision) are not run. What cuBLAS
+keeps from its first product on is no op's own: `library_bytes`.
 """
 
 from __future__ import annotations
