@@ -8,7 +8,8 @@ same model gives the same plan everywhere.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from itertools import permutations
+from typing import Any, NamedTuple
 
 import torch
 
@@ -60,8 +61,45 @@ def arithmetic_us(op: Any, elements: int, device: DeviceProfile) -> float:
 def _flops(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> float:
     packet = getattr(op, "overloadpacket", None)
     if packet is None or packet not in _torch.flop_registry:
-        return _flops_of_cpu_attention(op, args)
+        return _flops_of_cpu_attention(op, args) + _flops_of_custom_products(op, args, kwargs, out)
     return float(_torch.flop_registry[packet](*args, **kwargs, out_val=out))
+
+
+def _flops_of_custom_products(op: Any, args: Any, kwargs: Any, out: Any) -> float:
+    """What an op of another library computes if it is a matrix product by its shapes, or the backward of one, such as those of
+    grouped experts: (S, K) and (E, K, N) to (S, N)."""
+    if getattr(op, "namespace", "aten") in ("aten", "prims", "remat"):
+        return 0.0
+    given, made = _matrices((args, kwargs)), _matrices(out)
+    return sum(max((_product_flops(x, y, result) for x, y in permutations(given, 2)), default=0.0) for result in made)
+
+
+def _matrices(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor) and leaf.dim() > 1]
+
+
+def _product_flops(x: torch.Tensor, y: torch.Tensor, result: torch.Tensor) -> float:
+    """Floating point operations of x @ y, x @ y.mT or x.mT @ y if that has the result's shape; matrices may be in groups."""
+    if x.shape == y.shape == result.shape:
+        return 0.0
+    of_x, of_y, of_result = map(_Sizes.of, (x, y, result))
+    if of_x.height == of_result.height and (of_x.columns, of_result.columns) in (of_y[:2], of_y[1::-1]):
+        return 2.0 * result.numel() * x.shape[-1]
+    if of_x.height == of_y.height and of_result[:2] == (of_x.columns, of_y.columns):
+        return 2.0 * x.numel() * y.shape[-1]
+    return 0.0
+
+
+class _Sizes(NamedTuple):
+    """A matrix's sizes, and the rows of all in its group, as text: to compare symbols would add guards on them."""
+
+    rows: str
+    columns: str
+    height: str
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> _Sizes:
+        return cls(*map(str, (*tensor.shape[-2:], tensor.numel() // tensor.shape[-1])))
 
 
 def _flops_of_cpu_attention(op: Any, args: Sequence[Any]) -> float:
