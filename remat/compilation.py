@@ -233,6 +233,8 @@ class Compilation:
         limit = resolve_budget(parse_budget(self.options.budget), memory_of(device), program.resident_bytes, baseline_bytes)
         if limit is None or self.options.policy == "none":
             return limit, None
+        if self._shares:
+            self.session.say_broken()
         target = limit - limit // _PASSES if self._shares else limit
         if not self.more_graphs:
             return limit, target

@@ -141,11 +141,12 @@ def disable(model: nn.Module) -> nn.Module:
 
 
 def plan_of(model: nn.Module) -> Plan | None:
-    """The plan that an enabled model trains by: that of its latest kind of call, None before the first.
+    """The plan that an enabled model, or one that `optimize` returned, trains by: that of its latest kind of call, None before
+    the first.
 
-    Raises RematError where it is not enabled.
+    Raises RematError for another model.
     """
-    return _found(model).plan
+    return model.plan if isinstance(model, RematModule) else _found(model).plan
 
 
 def trained_part(model: nn.Module) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,8 @@ from remat.op_times import check_costs
 from remat.pins import Pins, check_pins
 from remat.plan import Plan
 from remat.policies import Policy, check_policy
+
+log = logging.getLogger("remat")
 
 COMPILERS = ("inductor", "eager")
 
@@ -65,6 +68,16 @@ class Session:
 
     key: Any  # kept, so that its id stays its own
     graphs: list[CompiledPlan] = field(default_factory=list)
+    said_broken: bool = False
+
+    def say_broken(self) -> None:
+        """Once: what no plan counts."""
+        if not self.said_broken:
+            log.warning(
+                "the model has graph breaks: what runs between its graphs is not in the budget "
+                "(torch.compile's fullgraph=True says where)"
+            )
+            self.said_broken = True
 
     def held_bytes(self, frame: int) -> int:
         """What the graphs that run before `frame` keep for backward."""

@@ -272,7 +272,7 @@ class Broken(nn.Module):
         return loss + self.second(x)
 
 
-def test_graphs_of_one_model_share_the_budget() -> None:
+def test_graphs_of_one_model_share_the_budget(caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
     model, x = Broken().train(), torch.randn(64, 32)
     reference = compiled(copy.deepcopy(model))
@@ -287,6 +287,7 @@ def test_graphs_of_one_model_share_the_budget() -> None:
     assert_same(outcome, expected)
     assert outcome.peak_bytes <= budget
     assert len(remat.plans(module)) == 2
+    assert sum("what runs between its graphs" in message for message in caplog.messages) == 1
 
 
 class BrokenAtTheEnd(nn.Module):

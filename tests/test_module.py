@@ -36,6 +36,7 @@ def test_it_is_a_graph_module_with_the_original_parameters() -> None:
     assert [n for n, _ in module.named_parameters()] == [n for n, _ in model.named_parameters()]
     assert all(a is b for a, b in zip(module.parameters(), model.parameters(), strict=True))
     assert module.layers is model.layers
+    assert remat.plan_of(module) is module.plan
 
 
 def test_buffers_are_shared_and_updated_once_per_step() -> None:
