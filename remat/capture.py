@@ -330,6 +330,8 @@ def _source(desc: Any, positions: list[int]) -> Source | None:
         return Source("input", index=positions[desc.idx])
     if isinstance(desc, _torch.TangentAOTInput):
         return None
+    if isinstance(desc, _torch.ForwardTokenAOTInput):
+        raise CaptureError(f"the model calls an op with effects, such as the checks of torch.linalg's solvers; {DOOR_2}")
     raise CaptureError(f"remat does not know how to feed {desc!r} to the captured graph; {DOOR_2}")
 
 

@@ -161,6 +161,21 @@ def test_dropout_that_a_graph_loses_says_so(kind: type[nn.RNNBase]) -> None:
         remat.optimize(kind(8, 8, num_layers=2, dropout=0.2), (torch.randn(4, 3, 8),), budget=None)
 
 
+class _Solves(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.layer(x)
+        return torch.linalg.solve(h.mT @ h + torch.eye(8), h.mT)
+
+
+def test_ops_that_are_kept_in_order_say_so() -> None:
+    with pytest.raises(remat.CaptureError, match=r"an op with effects.*; torch.compile"):
+        remat.optimize(_Solves(), (torch.randn(4, 8),), budget=None)
+
+
 class _Upsamples(nn.Module):
     def __init__(self) -> None:
         super().__init__()
