@@ -171,6 +171,7 @@ class _Solves(nn.Module):
         return torch.linalg.solve(h.mT @ h + torch.eye(8), h.mT)
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="torch.linalg's checks have no effects there")
 def test_ops_that_are_kept_in_order_say_so() -> None:
     with pytest.raises(remat.CaptureError, match=r"an op with effects.*; torch.compile"):
         remat.optimize(_Solves(), (torch.randn(4, 8),), budget=None)
