@@ -353,16 +353,26 @@ def specializing(single: Sequence[bool]) -> Iterator[None]:
     """
     masks = sys.modules.get("transformers.masking_utils")
     asked, looked = torch.compiler.is_exporting, getattr(masks, "find_packed_sequence_indices", None)
-    torch.compiler.is_exporting = lambda: asked() and sys._getframe(1).f_globals["__name__"].startswith("torch._dynamo")
+    honest = asked.__code__
+    asked.__code__ = _is_dynamo_exporting.__code__  # another function in its place would get into tables that Dynamo makes once
     coming = iter(single)
     if looked is not None:
         masks.find_packed_sequence_indices = lambda ids: None if next(coming, False) else looked(ids)  # type: ignore[union-attr]
     try:
         yield
     finally:
-        torch.compiler.is_exporting = asked
+        asked.__code__ = honest
         if looked is not None:
             masks.find_packed_sequence_indices = looked  # type: ignore[union-attr]
+
+
+def _is_dynamo_exporting() -> bool:
+    """What `torch.compiler.is_exporting` does meanwhile. It has only the names of that module."""
+    import sys
+
+    import torch
+
+    return torch.compiler._is_exporting_flag and sys._getframe(1).f_globals["__name__"].startswith("torch._dynamo")
 
 
 @contextlib.contextmanager

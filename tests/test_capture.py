@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,6 +103,22 @@ class _Branches(nn.Module):
 def test_branches_within_the_graph_are_for_compiled_steps() -> None:
     with pytest.raises(remat.CaptureError, match=r'cond runs a graph of its own, .* torch.compile\(model, backend="remat"'):
         remat.optimize(_Branches(), (torch.randn(4, 16),), budget=None)
+
+
+def test_capture_leaves_dynamo_as_it_was() -> None:
+    """In a process of its own: Dynamo makes its tables once, here while export runs it on a branch."""
+    script = """
+import torch, remat
+from tests.test_capture import _Branches
+
+try:
+    remat.optimize(_Branches(), (torch.randn(4, 16),), budget=None)
+except remat.CaptureError:
+    pass
+asks = torch.compile(lambda x: x if torch.compiler.is_exporting() else x.sin(), backend="eager", fullgraph=True)
+assert torch.equal(asks(torch.ones(3)), torch.ones(3).sin())
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parent.parent)
 
 
 class _Assigns(nn.Module):
