@@ -198,8 +198,10 @@ def _storages(node: fx.Node) -> list[tuple[fx.Node, int]]:
 
 def _unread_bytes(node: fx.Node) -> int:
     """Of the outputs, among several, that no item reads: they are gone when the op has run."""
-    every = pytree.tree_leaves(node.meta.get("val")) if isinstance(node.meta.get("val"), tuple | list) else ()
-    return sum(map(storage_bytes, every)) - sum(size for _, size in _storages(node)) if every else 0
+    value = node.meta.get("val")
+    if not isinstance(value, tuple | list):
+        return 0
+    return sum(map(storage_bytes, value)) - sum(size for _, size in _storages(node))
 
 
 def _storage_readers(graph: fx.Graph, inlined: frozenset[fx.Node]) -> dict[fx.Node, list[fx.Node]]:

@@ -31,9 +31,11 @@ def test_types_that_differ_are_copied_first(op: Any, types: list[torch.dtype], a
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_products_in_half_precision_are_run_to_know(dtype: torch.dtype) -> None:
-    x, y = torch.zeros(64, 64, dtype=dtype), torch.zeros(64, 64, dtype=torch.float32)
-    assert Call.of(aten.mm.default, (x, x), {}).has_scratch  # type: ignore[union-attr]
-    assert not Call.of(aten.mm.default, (y, y), {}).has_scratch  # type: ignore[union-attr]
+    half, full = (Call.of(aten.mm.default, (x, x), {}) for x in (torch.zeros(64, 64, dtype=dtype), torch.zeros(64, 64)))
+    assert half is not None
+    assert full is not None
+    assert half.has_scratch
+    assert not full.has_scratch
 
 
 def test_what_only_its_forward_can_feed_is_not_run() -> None:
