@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -35,6 +36,8 @@ RESULTS = Path(__file__).parent / "results" / "frontier"
 AT_ONCE = 2  # peers that are tried at a time
 TRIALS = 3  # steps to sort out peers by
 FAR = 1.03  # by how much another's time is better where a ratio budget is left out
+# The host's allocator keeps pages from step to step, as accelerators' do; else the kernel takes some back and clears them again.
+ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(1 << 28)}
 NEAR = 1.03  # peaks this close are one point of a ratio budget's curve: the fastest of them is raced
 
 
@@ -79,7 +82,9 @@ class Worker:
         self.name = name
         command = [sys.executable, __file__, "--worker", model, name]
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+        environment = {**os.environ, **ALLOCATOR}
+        quiet = subprocess.DEVNULL
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=quiet, text=True, env=environment)
         self.error = ""
         self.point: Point | None = None
 

@@ -137,12 +137,12 @@ def _compile_half(module: fx.GraphModule, inputs: Sequence[Any], watch: Watch, *
     is_backward = bool(kwargs.get("is_backward"))
     if not is_backward:
         watch.is_channels_last = _torch.GraphLowering.decide_layout_opt(module, is_inference=False)
-    elif watch.is_channels_last:
-        kwargs["layout_opt"] = True
-    reading = _Reading(module, is_backward, watch)
     hosts = any(module.graph.find_nodes(op="call_function", target=op) for op in (OFFLOAD, RELOAD))
-    order = {"reorder_for_peak_memory": False} if hosts else {}
-    for config in (order, {**order, "fx_graph_cache": False}):
+    ours = {"reorder_for_peak_memory": False} if hosts else {}
+    if is_backward and watch.is_channels_last:
+        ours["force_layout_optimization"] = True
+    reading = _Reading(module, is_backward, watch)
+    for config in (ours, {**ours, "fx_graph_cache": False}):
         _torch.forget_output_strides()
         with (
             _torch.inductor_config.patch(config),

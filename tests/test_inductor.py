@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import remat
-from remat import _torch
 from remat._torch import wrapper_code
 from remat.inductor import LocalFusion, _Reading
 from remat.wrapper import Headroom
@@ -64,24 +64,51 @@ def test_dropout_is_replayed() -> None:
     assert outcome.peak_bytes <= graph.plan.budget_bytes
 
 
-def test_convolutions_have_one_layout_and_copies_of_their_inputs_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Backward runs them in forward's layout, though it recomputes none."""
-    layouts = []
-    compile_fx_inner = _torch.compile_fx_inner
+class Convolutions(TorchDispatchMode):
+    """Notes the images and gradients that gradients of convolutions are computed from."""
 
-    def spy(*args: Any, **kwargs: Any) -> Any:
-        layouts.append(kwargs.get("layout_opt"))
-        return compile_fx_inner(*args, **kwargs)
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: list[torch.Tensor] = []
 
-    monkeypatch.setattr(_torch, "compile_fx_inner", spy)
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution_backward.default:
+            self.read.extend(args[:2])
+        return func(*args, **(kwargs or {}))
+
+
+def test_inputs_that_inductor_copies_for_a_convolution_count() -> None:
     torch.manual_seed(0)
     stem = nn.Sequential(nn.Conv2d(16, 8, 4, 4), nn.GELU(), nn.Conv2d(8, 16, 1), nn.GELU())
     model = nn.Sequential(stem, nn.Upsample(scale_factor=4.0))
     images = torch.randn(8, 16, 32, 32)
     outcome = run_step(module := compiled(model, None), {"input": images})
     (graph,) = remat.plans(module)
-    assert layouts == [None, True]
     assert abs(graph.plan.peak_bytes / outcome.peak_bytes - 1) <= 0.05
+
+
+class NextBlock(nn.Module):
+    """A convolution of each channel alone, and a product over channels, as in a ConvNeXt."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.norm, self.linear = nn.LayerNorm(channels), nn.Linear(channels, channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mixed = self.linear(self.norm(self.conv(x).permute(0, 2, 3, 1)))
+        return x + nn.functional.gelu(mixed).permute(0, 3, 1, 2)
+
+
+def test_backward_runs_convolutions_with_channels_last_like_forward() -> None:
+    """Though it recomputes none."""
+    torch.manual_seed(0)
+    module = compiled(nn.Sequential(nn.Conv2d(3, 16, 4, 4), NextBlock(16), NextBlock(16)), None)
+    loss = module(torch.randn(2, 3, 32, 32)).sum()
+    with Convolutions() as seen:
+        loss.backward()
+    assert len(seen.read) == 6
+    assert all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in seen.read)
 
 
 class _Bias(nn.Module):
