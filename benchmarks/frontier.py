@@ -5,7 +5,8 @@ beats in both peak and time are left out. Then each peer that is left meets rema
 bytes (door 1 against eager peers, door 2 against compiled ones), per-block checkpointing also at 1.5 times its peak. The two
 processes take steps in turn, so that a busy machine slows both; a time is the median of process CPU seconds over the rounds, a
 ratio the median of the ratios within a round. Peaks are the allocator's, of a warm step that starts without gradients, never a
-plan's.
+plan's. glibc's allocator keeps what a step frees, for all of them: by default it returns some of it to the kernel now and then,
+which depends on the order of a few large tensors, and costs a tenth of such a step and more.
 
     python benchmarks/frontier.py [MODEL ...] [--rounds 7] [--peers WORD ...] [--solvers dp ...]
 """
@@ -36,9 +37,9 @@ RESULTS = Path(__file__).parent / "results" / "frontier"
 AT_ONCE = 2  # peers that are tried at a time
 TRIALS = 3  # steps to sort out peers by
 FAR = 1.03  # by how much another's time is better where a ratio budget is left out
-# The host's allocator keeps pages from step to step, as accelerators' do; else the kernel takes some back and clears them again.
-ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(1 << 28)}
 NEAR = 1.03  # peaks this close are one point of a ratio budget's curve: the fastest of them is raced
+# The host's allocator keeps pages between steps, as accelerators' do: else the kernel takes some back, and clears them again.
+ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(1 << 28)}
 
 
 @dataclass
