@@ -18,7 +18,8 @@ from remat.program import Decision, Move, Program
 from remat.simulate import Replay, simulate
 from remat.solvers.improve import improve, prune
 from remat.solvers.menu import Option
-from remat.solvers.search import Found, search, shrunk
+from remat.solvers.moves import Found
+from remat.solvers.search import search, shrunk
 from remat.solvers.select import Choice, select
 from remat.solvers.timetable import timetable
 

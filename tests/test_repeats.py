@@ -12,7 +12,8 @@ from torch import nn
 import remat
 from remat.menus import make_menus
 from remat.planner import Solution
-from remat.solvers.search import meant, repeatable
+from remat.solvers.moves import repeatable
+from remat.solvers.search import meant
 from remat.whole import TracedModel, trace
 from tests.models import build
 from tests.steps import assert_same, run_step

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from remat.program import Fixed, Op, Program, Value
 from remat.schedule import unpacking
 from remat.simulate import simulate
-from remat.solvers.search import repeatable
+from remat.solvers.moves import repeatable
 from tests.programs import programs
 
 
