@@ -19,9 +19,10 @@ from torch import fx, nn
 from remat import _torch
 from remat._torch import pytree
 from remat.absent import LIBRARY_BYTES
-from remat.capture import Captured, capture, without_cache, without_outer_hooks
+from remat.capture import Captured, capture
 from remat.devices import profile_of
 from remat.errors import CaptureError, RematError
+from remat.export import without_cache, without_outer_hooks
 from remat.module import flatten_call, leaves_key
 from remat.op_times import op_times
 from remat.passes.pinning import why_pinned

@@ -8,13 +8,8 @@ custom autograd functions) is refused here.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import logging
-import sys
-import traceback
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,18 +19,14 @@ from torch import fx, nn
 from remat import _torch
 from remat._torch import pytree
 from remat.errors import CaptureError
+from remat.export import DOOR_2, export
 from remat.passes.aliasing import results
 from remat.passes.randomness import argument
-from remat.twin import Twin
-
-log = logging.getLogger("remat")
 
 _BLOCKWISE = "; or block by block: remat.enable(model, budget, whole_model=False)"
-DOOR_2 = 'torch.compile(model, backend="remat", options={"budget": ...}) handles this'
 _BATCH_NORM = torch.ops.aten._native_batch_norm_legit_functional.default
 _WRONG_AGAIN = (torch.ops.aten.rrelu_with_noise_functional.default,)  # its derivative takes the noise from before the draw
 _DROPPED = ("_assert_tensor_metadata", "_assert_scalar", "_guards_fn", "sym_constrain_range", "_assert_async")
-_SWAPPED = r"The tensor attributes? ((\S+\.)?_flat_weights\[\d+\](, )?)+ w"  # of an RNN, while export swaps its parameters
 
 
 @dataclass(frozen=True)
@@ -90,7 +81,7 @@ def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if _torch.is_traceable_wrapper_subclass(tensor):
             raise CaptureError(f"{name} is a {type(tensor).__name__}, which a graph of plain tensors cannot hold; {DOOR_2}")
-    exported = _export(model, args, kwargs)
+    exported = export(model, args, kwargs)
     module, constant_outputs = _flat_module(exported, flat)
     inputs = tuple(leaf for leaf in flat if isinstance(leaf, torch.Tensor))
     try:
@@ -99,107 +90,6 @@ def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         raise CaptureError(f"AOTAutograd could not trace the exported model: {error}; {DOOR_2}") from error
     own = frozenset(name for name, _ in model.named_buffers(remove_duplicate=False))
     return _forward_half(joint, module, own, flat, in_spec, exported.module_call_graph[0].signature.out_spec, constant_outputs)
-
-
-def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
-    """The model as it runs eagerly; where that cannot be exported, as its libraries would have it exported."""
-    own = _torch.fake_modes((*model.parameters(), *model.buffers(), *pytree.tree_leaves((args, kwargs))))
-    errors: list[Exception] = []
-    for way in (_torch.specializing(_single_sequences(model, args, kwargs)), contextlib.nullcontext()):
-        try:
-            with _torch.watch_for_opaque_autograd(), way, without_cache(model), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", _SWAPPED)
-                exported = torch.export.export(model, args, kwargs, strict=False)
-            if _torch.fake_modes(exported.constants.values()) - own:  # export does not look where inputs are fake
-                raise CaptureError("an intermediate result became a constant")
-            return exported
-        except Exception as error:  # export raises many types, none of them documented
-            cause = _find(error, _torch.OpaqueAutograd)
-            if cause is not None:
-                raise CaptureError(_opaque_message(cause.what)) from error
-            log.debug("%s: cannot be exported as it is: %s", type(model).__name__, error)
-            errors.append(error)
-    reason = str(errors[0]).strip().splitlines()[0] if str(errors[0]).strip() else type(errors[0]).__name__
-    raise CaptureError(f"{reason}\n  at {_user_line(errors[0])}\n  One graph cannot hold this; {DOOR_2}") from errors[0]
-
-
-def _single_sequences(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[bool]:
-    """For each time that transformers looks whether a row's positions are of several sequences, True where they follow from no
-    input, and are of one. Found in a run on fake tensors; what that does not reach counts as False."""
-    masks: Any = sys.modules.get("transformers.masking_utils")
-    looked = getattr(masks, "find_packed_sequence_indices", None)
-    found: list[bool] = []
-    if looked is None or not any(type(module).__module__.startswith("transformers.") for module in model.modules()):
-        return found
-
-    def look(position_ids: torch.Tensor) -> torch.Tensor | None:
-        packed: torch.Tensor | None = looked(position_ids)
-        found.append(packed is None)
-        return packed
-
-    twin = Twin(model)
-    args, kwargs = pytree.tree_map_only(torch.Tensor, twin.like, (args, kwargs))
-    masks.find_packed_sequence_indices = look
-    try:
-        with torch.no_grad(), twin.running(), without_cache(model):
-            twin.module(*args, **kwargs)
-    except Exception as error:  # of any kind: a model may do what fake tensors cannot
-        log.debug("%s: looks at positions are known up to an error: %s", type(model).__name__, error)
-    finally:
-        masks.find_packed_sequence_indices = looked
-    return found
-
-
-@contextlib.contextmanager
-def without_outer_hooks() -> Iterator[None]:
-    """Keep what tracing saves from saved-tensor hooks around the call: from `torch.utils.checkpoint`, which counts it, and from
-    `save_on_cpu`."""
-    with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
-        yield
-
-
-def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
-
-
-@contextlib.contextmanager
-def without_cache(model: nn.Module) -> Iterator[None]:
-    """Leave a generation cache (transformers: `config.use_cache`) out of the training step: nothing there reads it."""
-    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    configs: dict[int, Any] = {id(c): c for c in found if getattr(c, "use_cache", None) is True}
-    if configs:
-        log.info("%s: the key-value cache is left out of training steps", type(model).__name__)
-    for config in configs.values():
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        for config in configs.values():
-            config.use_cache = True
-
-
-def _opaque_message(what: str) -> str:
-    if what == "torch.utils.checkpoint":
-        return (
-            "the model already checkpoints itself with torch.utils.checkpoint, which remat replaces; turn it off first "
-            "(transformers: model.activation_checkpointing_disable(), gradient_checkpointing_disable() before 5.23)"
-        )
-    return f"the model calls the custom autograd function {what}, whose backward an exported graph does not keep; {DOOR_2}"
-
-
-def _find(error: BaseException | None, kind: type[_torch.OpaqueAutograd]) -> _torch.OpaqueAutograd | None:
-    while error is not None:
-        if isinstance(error, kind):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def _user_line(error: BaseException) -> str:
-    frames = [
-        f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename and "/remat/" not in f.filename
-    ]
-    return f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else "an unknown line"
 
 
 def _flat_module(exported: torch.export.ExportedProgram, flat: list[Any]) -> tuple[fx.GraphModule, dict[int, Any]]:

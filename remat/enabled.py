@@ -12,8 +12,9 @@ from torch import fx, nn
 
 from remat import _torch
 from remat.blocks import check_blockwise, trace_blocks
-from remat.capture import Captured, without_cache
+from remat.capture import Captured
 from remat.errors import BudgetError, RematError
+from remat.export import without_cache
 from remat.module import ADDS, RematModule, call_key, device_type, flatten_call, leaves_key, runnable
 from remat.plan import Plan
 from remat.ranks import agreed

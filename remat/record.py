@@ -10,9 +10,10 @@ from torch import fx
 
 from remat import _torch
 from remat.absent import scratch_bytes
-from remat.capture import DOOR_2, Captured
+from remat.capture import Captured
 from remat.devices import DeviceProfile
 from remat.errors import CaptureError
+from remat.export import DOOR_2
 from remat.op_times import OpTimes
 from remat.passes.pinning import why_pinned
 from remat.passes.provenance import module_path

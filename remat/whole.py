@@ -15,9 +15,10 @@ from torch import fx, nn
 from remat._torch import pytree
 from remat.absent import LIBRARY_BYTES, stand_in
 from remat.budget import parse_budget, resolve_budget
-from remat.capture import Captured, capture, without_outer_hooks
+from remat.capture import Captured, capture
 from remat.devices import DeviceProfile, device_profile, profile_of
 from remat.errors import BudgetError, RematError
+from remat.export import without_outer_hooks
 from remat.op_times import OpTimes, op_times
 from remat.passes.aliasing import storage_bytes, storage_roots
 from remat.passes.losses import find_losses, share_losses

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -220,3 +221,19 @@ def test_upsampling_keeps_its_kernels() -> None:
         each(x).backward()
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
     assert torch.ops.aten.upsample_bilinear2d.vec.py_kernels, "other tracing goes on as before"
+
+
+def test_the_line_that_cannot_be_captured_may_lie_in_any_folder(tmp_path: Path) -> None:
+    """Also in one named as torch's or as ours."""
+    path = tmp_path / "torch" / "remat" / "their_model.py"
+    path.parent.mkdir(parents=True)
+    lines = (
+        "import torch",
+        "class Model(torch.nn.Linear):",
+        "    def forward(self, x):",
+        "        return x if x.sum() > 0 else -x",
+    )
+    path.write_text("\n".join(lines))
+    theirs = runpy.run_path(str(path))
+    with pytest.raises(remat.CaptureError, match=r"their_model\.py:4: return x if x\.sum\(\) > 0"):
+        remat.optimize(theirs["Model"](4, 4), (torch.randn(2, 4),), {}, budget=None)

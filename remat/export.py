@@ -1,0 +1,127 @@
+"""A model as an exported program: with what runs eagerly, and without what training does not need."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from remat import _torch
+from remat._torch import pytree
+from remat.errors import CaptureError
+from remat.twin import Twin
+
+log = logging.getLogger("remat")
+
+DOOR_2 = 'torch.compile(model, backend="remat", options={"budget": ...}) handles this'
+_OURS = (Path(torch.__file__).parent, Path(__file__).parent)
+_SWAPPED = r"The tensor attributes? ((\S+\.)?_flat_weights\[\d+\](, )?)+ w"  # of an RNN, while export swaps its parameters
+
+
+def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
+    """The model as it runs eagerly; where that cannot be exported, as its libraries would have it exported."""
+    own = _torch.fake_modes((*model.parameters(), *model.buffers(), *pytree.tree_leaves((args, kwargs))))
+    errors: list[Exception] = []
+    for way in (_torch.specializing(_single_sequences(model, args, kwargs)), contextlib.nullcontext()):
+        try:
+            with _torch.watch_for_opaque_autograd(), way, without_cache(model), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", _SWAPPED)
+                exported = torch.export.export(model, args, kwargs, strict=False)
+            if _torch.fake_modes(exported.constants.values()) - own:  # export does not look where inputs are fake
+                raise CaptureError("an intermediate result became a constant")
+            return exported
+        except Exception as error:  # export raises many types, none of them documented
+            cause = _find(error, _torch.OpaqueAutograd)
+            if cause is not None:
+                raise CaptureError(_opaque_message(cause.what)) from error
+            log.debug("%s: cannot be exported as it is: %s", type(model).__name__, error)
+            errors.append(error)
+    reason = str(errors[0]).strip().splitlines()[0] if str(errors[0]).strip() else type(errors[0]).__name__
+    raise CaptureError(f"{reason}\n  at {_user_line(errors[0])}\n  One graph cannot hold this; {DOOR_2}") from errors[0]
+
+
+def _single_sequences(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[bool]:
+    """For each time that transformers looks whether a row's positions are of several sequences, True where they follow from no
+    input, and are of one. Found in a run on fake tensors; what that does not reach counts as False."""
+    masks: Any = sys.modules.get("transformers.masking_utils")
+    looked = getattr(masks, "find_packed_sequence_indices", None)
+    found: list[bool] = []
+    if looked is None or not any(type(module).__module__.startswith("transformers.") for module in model.modules()):
+        return found
+
+    def look(position_ids: torch.Tensor) -> torch.Tensor | None:
+        packed: torch.Tensor | None = looked(position_ids)
+        found.append(packed is None)
+        return packed
+
+    twin = Twin(model)
+    args, kwargs = pytree.tree_map_only(torch.Tensor, twin.like, (args, kwargs))
+    masks.find_packed_sequence_indices = look
+    try:
+        with torch.no_grad(), twin.running(), without_cache(model):
+            twin.module(*args, **kwargs)
+    except Exception as error:  # of any kind: a model may do what fake tensors cannot
+        log.debug("%s: looks at positions are known up to an error: %s", type(model).__name__, error)
+    finally:
+        masks.find_packed_sequence_indices = looked
+    return found
+
+
+@contextlib.contextmanager
+def without_outer_hooks() -> Iterator[None]:
+    """Keep what tracing saves from saved-tensor hooks around the call: from `torch.utils.checkpoint`, which counts it, and from
+    `save_on_cpu`."""
+    with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+        yield
+
+
+def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+@contextlib.contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Leave a generation cache (transformers: `config.use_cache`) out of the training step: nothing there reads it."""
+    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs: dict[int, Any] = {id(c): c for c in found if getattr(c, "use_cache", None) is True}
+    if configs:
+        log.info("%s: the key-value cache is left out of training steps", type(model).__name__)
+    for config in configs.values():
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in configs.values():
+            config.use_cache = True
+
+
+def _opaque_message(what: str) -> str:
+    if what == "torch.utils.checkpoint":
+        return (
+            "the model already checkpoints itself with torch.utils.checkpoint, which remat replaces; turn it off first "
+            "(transformers: model.activation_checkpointing_disable(), gradient_checkpointing_disable() before 5.23)"
+        )
+    return f"the model calls the custom autograd function {what}, whose backward an exported graph does not keep; {DOOR_2}"
+
+
+def _find(error: BaseException | None, kind: type[_torch.OpaqueAutograd]) -> _torch.OpaqueAutograd | None:
+    while error is not None:
+        if isinstance(error, kind):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _user_line(error: BaseException) -> str:
+    """The last line of a traceback that is neither torch's nor ours."""
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [frame for frame in frames if not any(map(Path(frame.filename).is_relative_to, _OURS))]
+    return f"{theirs[-1].filename}:{theirs[-1].lineno}: {theirs[-1].line}" if theirs else "an unknown line"
