@@ -8,6 +8,7 @@ that `fn` can reach (its closure, the globals it names, modules, optimizers).
 from __future__ import annotations
 
 import contextlib
+import dis
 import functools
 import os
 import time
@@ -152,8 +153,9 @@ def _referents(item: object) -> Iterable[object]:
 
 
 def _names(code: types.CodeType) -> set[str]:
+    """The globals that code reads; `co_names` has attributes among them."""
     nested = [_names(const) for const in code.co_consts if isinstance(const, types.CodeType)]
-    return set(code.co_names).union(*nested)
+    return {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}.union(*nested)
 
 
 def _filled(cell: types.CellType) -> bool:

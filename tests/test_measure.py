@@ -46,6 +46,16 @@ def test_what_the_step_can_reach_is_resident() -> None:
     assert found.peak_bytes == found.resident_bytes + 2 * MIB
 
 
+def test_a_global_counts_where_it_is_read() -> None:
+    """Not where an attribute has its name; a function within the step reads it, too."""
+    code = "def by_name(): return kept\ndef by_attribute(): return x.kept\ndef within(): return (lambda: kept)()\n"
+    functions: dict[str, Any] = {"kept": ones(2), "x": None}
+    exec(code, functions)
+    functions["x"] = type("Holder", (), {"kept": None})
+    for name, mib in (("by_name", 2), ("by_attribute", 0), ("within", 2)):
+        assert remat.measure(functions[name]).resident_bytes == mib * MIB
+
+
 def test_a_storage_counts_once() -> None:
     x = ones(4)
     views = [x[:10], x.view(2, -1), x]
