@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
+from torch._inductor.kernel import conv
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import remat
@@ -100,6 +101,7 @@ class NextBlock(nn.Module):
         return x + nn.functional.gelu(mixed).permute(0, 3, 1, 2)
 
 
+@pytest.mark.skipif(not hasattr(conv, "convolution_backward_lowering"), reason="this torch has traced layouts there (2.11)")
 def test_backward_runs_convolutions_with_channels_last_like_forward() -> None:
     """Though it recomputes none."""
     torch.manual_seed(0)
