@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
 
+matplotlib.rcParams["svg.hashsalt"] = "remat"  # the same picture each time
 RESULTS = Path(__file__).parent / "results" / "frontier"
 MIB = 2**20
 FAMILIES = {
