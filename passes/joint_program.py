@@ -28,6 +28,7 @@ from remat.passes.pinning import why_pinned
 from remat.passes.provenance import module_path
 from remat.passes.randomness import is_random
 from remat.passes.subgraphs import subgraph_bytes
+from remat.passes.traffic import extra_bytes
 from remat.program import HELD, Decision, Fixed, Op, Program, Value
 from remat.workspace import Call, workspace_bytes
 
@@ -158,6 +159,7 @@ def _forward_ops(
     made: dict[int, list[int]] = {}
     for v, value in enumerate(values):
         made.setdefault(value.op, []).append(v)
+    extra = extra_bytes(halves.forward, halves.backward, halves.inlined)
     return tuple(
         _op(
             node,
@@ -165,7 +167,7 @@ def _forward_ops(
             [index[name] for name in _sources(node) if name in index],
             device,
             fuses,
-            node in halves.inlined,
+            extra.get(node),
             times,
         )
         for p, node in enumerate(halves.forward)
@@ -176,7 +178,7 @@ def _backward_ops(halves: JointHalves, device: DeviceProfile, fuses: bool, times
     """Each with the forward op whose gradient it is for, told by autograd's sequence numbers."""
     made_by = {node.meta["seq_nr"]: p for p, node in reversed(list(enumerate(halves.forward))) if "seq_nr" in node.meta}
     for node in halves.backward:
-        op = _op(node, (), [], device, fuses, node in halves.inlined, times)
+        op = _op(node, (), [], device, fuses, 0 if node in halves.inlined else None, times)
         yield op._replace(origin=made_by.get(node.meta.get("seq_nr"), -1))
 
 
@@ -239,9 +241,10 @@ def _op(
     reads: list[int],
     device: DeviceProfile,
     fuses: bool,
-    inlined: bool,
+    extra: int | None,
     times: OpTimes | None,
 ) -> Op:
+    """extra: for what is inlined, the memory traffic in bytes that this adds (`extra_bytes`)."""
     if is_view(node) or node.target is operator.getitem:
         return Op(node.name, 0.0, 0)
     if not isinstance(node.target, torch._ops.OpOverload):  # a higher-order op, never recomputed
@@ -249,9 +252,9 @@ def _op(
     args, kwargs = pytree.tree_map_only(fx.Node, lambda n: n.meta.get("val"), (node.args, dict(node.kwargs)))
     result: Any = node.meta.get("val")
     call = Call.of(node.target, args, kwargs)
-    if inlined:
-        passed = 2 * sum(size for _, size in _storages(node)) / device.bytes_per_us  # written and read again where it is saved
-        cost = max(0.0, float(arithmetic_us(node.target, result.numel(), device)) - passed)  # sizes may be symbols
+    if extra is not None:
+        arithmetic = float(arithmetic_us(node.target, result.numel(), device))  # sizes may be symbols
+        cost = max(0.0, arithmetic + extra / device.bytes_per_us)
     else:
         cost = float(op_cost_us(node.target, tuple(args), dict(kwargs), result, device))
         cost = cost if times is None or call is None else times.time_us(call, cost)
@@ -259,6 +262,6 @@ def _op(
     scratch = 0 if generated else workspace_bytes(call) + device.allocated_bytes(_unread_bytes(node))
     if not own:
         return Op(node.name, cost, scratch)
-    launch = 0.0 if inlined else device.recompute_launch_us
-    pin = Decision.RECOMPUTE if inlined and device.fused_random_ns_per_element and is_mask(node) else None
+    launch = 0.0 if extra is not None else device.recompute_launch_us
+    pin = Decision.RECOMPUTE if extra is not None and device.fused_random_ns_per_element and is_mask(node) else None
     return Op(node.name, cost, scratch, tuple(reads), own, launch, pin=pin)
