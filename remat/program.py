@@ -154,6 +154,20 @@ class Program:
         """`workspace_bytes` of each op, by position."""
         return np.array([op.workspace_bytes for op in (*self.forward, *self.backward)], dtype=np.int64)
 
+    @cached_property
+    def unpacked(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """The backward positions at which values are read, in order, each with those values."""
+        found: dict[int, list[int]] = {}
+        for v, value in enumerate(self.values):
+            for position in value.reads:
+                found.setdefault(position, []).append(v)
+        return tuple((position, tuple(values)) for position, values in sorted(found.items()))
+
+    @cached_property
+    def running_order(self) -> list[tuple[int, bool]]:
+        """Every op in turn, nothing recomputed."""
+        return [(position, False) for position in range(len(self.forward) + len(self.backward))]
+
     def pinned(self, decision: Decision) -> frozenset[int]:
         """The forward ops for whose results a person has made this decision."""
         return frozenset(p for p, op in enumerate(self.forward) if op.pin is decision)

@@ -39,7 +39,7 @@ def make_schedule(program: Program, dropped: Collection[int], repeats: Mapping[i
 
 def unpacking(program: Program) -> list[int]:
     """The backward positions at which values are read, in order. Between two of them an op of autograd runs."""
-    return sorted({position for value in program.values for position in value.reads})
+    return [position for position, _ in program.unpacked]
 
 
 class _Scheduler:
@@ -48,28 +48,28 @@ class _Scheduler:
         self.left = dict(repeats)
         self.done = self.again.difference(dropped)
         self.used: set[int] = set()
-        self.schedule = Schedule([(p, False) for p in range(len(program.forward))])
+        self.schedule = Schedule(program.running_order[: len(program.forward)])
         for op in self.done:
             self._begin(op, op)
 
     def run(self) -> Schedule:
-        program, n = self.program, len(self.program.forward)
-        wanted: dict[int, list[int]] = {}
-        for v, value in enumerate(program.values):
-            for position in value.reads if value.op in self.again else ():
-                wanted.setdefault(position, []).append(v)
+        program, entries, done = self.program, self.schedule.entries, len(self.program.forward)
         ends = unpacking(program) if self.left else []
-        for position in range(n, n + len(program.backward)):
-            values = wanted.get(position, ())
+        for position, reads in program.unpacked:
+            values = [v for v in reads if program.values[v].op in self.again]
+            if not values:
+                continue
+            entries += program.running_order[done:position]
+            done = position
             for v in values:
                 self._compute(program.values[v].op)
-            index = len(self.schedule.entries)
+            index = len(entries)
             for v in values if self.left else ():
                 after = bisect_right(ends, position)
-                until = ends[after] if after < len(ends) else n + len(program.backward)
+                until = ends[after] if after < len(ends) else len(program.running_order)
                 self._read(v, index + until - 1 - position)
-            self.schedule.entries.append((position, False))
             self._let_go(index)
+        entries += program.running_order[done:]
         return self.schedule
 
     def _let_go(self, index: int) -> None:

@@ -207,10 +207,8 @@ class _Again(NamedTuple):
 
 def _again(program: Program, schedule: Sequence[tuple[int, bool]], when: Mapping[int, int]) -> _Again:
     found = _Again({}, {}, {})
-    for index, (position, is_again) in reversed(list(enumerate(schedule))):
-        if not is_again:
-            continue
-        op, read = program.forward[position], index
+    for index in reversed([i for i, (_, is_again) in enumerate(schedule) if is_again]):
+        op, read = program.forward[schedule[index][0]], index
         for v in op.outputs:
             found.born[v] = index
             if program.values[v].passing == 0:  # computed inside each reader, which reads its inputs instead

@@ -53,41 +53,47 @@ def totals(items: Items, recomputed: frozenset[int]) -> tuple[int, float]:
     return sum(items.bytes[v] for v in saved), sum(items.cost_us[v] for v in again)
 
 
-def cheapest(items: Items, price: float) -> frozenset[int]:
-    """The items to recompute so that price x saved bytes + recompute time is minimal."""
-    n = len(items.bytes)
-    source, sink = 2 * n, 2 * n + 1
-    rows: list[int] = []
-    columns: list[int] = []
-    capacities: list[float] = []
+class Network:
+    """The network of some items, whose capacities alone depend on the price."""
 
-    def arc(tail: int, head: int, capacity: float) -> None:
-        rows.append(tail)
-        columns.append(head)
-        capacities.append(min(capacity, _INFINITE))
+    def __init__(self, items: Items) -> None:
+        n = len(items.bytes)
+        self._source, self._sink = 2 * n, 2 * n + 1
+        self._costs = np.array(items.cost_us, dtype=float)
+        self._bytes = np.array(items.bytes, dtype=float)
+        self._banned = np.array(items.banned, dtype=bool)
+        inputs = [(n + u, v) for v, sources in enumerate(items.inputs) for u in set(sources)]
+        needed = [(n + v, self._sink) for v in range(n) if items.needed[v]]
+        arcs = [*((self._source, v) for v in range(n)), *((v, n + v) for v in range(n)), *inputs, *needed]
+        tails, heads = np.array(arcs, dtype=np.int32).reshape(-1, 2).T
+        rows, columns = np.concatenate([tails, heads]), np.concatenate([heads, tails])  # and back, as the flow needs
+        self._order = np.lexsort((columns, rows))
+        self._heads = columns[self._order]
+        self._starts = np.searchsorted(rows[self._order], np.arange(self._sink + 2)).astype(np.int32)
+        self._rest = np.array([_INFINITE] * (len(inputs) + len(needed)) + [0] * len(arcs), dtype=float)
 
-    scale = _SCALE / (max(sum(items.cost_us), price * sum(items.bytes)) + 1e-9)
-    for v in range(n):
-        arc(source, v, _INFINITE if items.banned[v] else round(items.cost_us[v] * scale))
-        arc(v, n + v, round(price * items.bytes[v] * scale))
-        for u in set(items.inputs[v]):
-            arc(n + u, v, _INFINITE)
-        if items.needed[v]:
-            arc(n + v, sink, _INFINITE)
-    shape = (2 * n + 2, 2 * n + 2)
-    network = csr_matrix((np.array(capacities, dtype=np.int32), (rows, columns)), shape=shape)
-    residual = network - maximum_flow(network, source, sink).flow
-    residual.data = np.where(residual.data > 0, 1, 0).astype(np.int32)
-    residual.eliminate_zeros()
-    reached = set(breadth_first_order(residual, source, return_predecessors=False).tolist())
-    return frozenset(v for v in range(n) if v not in reached and not items.banned[v])
+    def cheapest(self, price: float) -> frozenset[int]:
+        """The items to recompute so that price x saved bytes + recompute time is minimal."""
+        scale = _SCALE / (max(self._costs.sum(), price * self._bytes.sum()) + 1e-9)
+        recompute = np.where(self._banned, _INFINITE, np.rint(self._costs * scale))
+        capacities = np.concatenate([recompute, np.rint(price * self._bytes * scale), self._rest])
+        network = self._graph(capacities[self._order].astype(np.int32))
+        residual = self._graph(network.data - maximum_flow(network, self._source, self._sink).flow.data)
+        residual.eliminate_zeros()
+        reached = np.zeros(self._sink + 1, dtype=bool)
+        reached[breadth_first_order(residual, self._source, return_predecessors=False)] = True
+        return frozenset(np.flatnonzero(~reached[: len(self._banned)] & ~self._banned).tolist())
+
+    def _graph(self, data: np.ndarray) -> csr_matrix:
+        return csr_matrix((data, self._heads.copy(), self._starts.copy()), shape=(self._sink + 1, self._sink + 1))
 
 
 def hull(items: Items, most: int = 24) -> list[frozenset[int]]:
     """Recompute sets at the corners of the convex hull of (saved bytes, recompute time), from save-all to save-least."""
     nothing: frozenset[int] = frozenset()
     least = max(1.0, sum(items.bytes) * 1e-5)  # differences below this are rounding
-    everything = cheapest(items, 2 * sum(items.cost_us) / least)  # dear enough that bytes alone decide
+    network = Network(items)
+    everything = network.cheapest(2 * sum(items.cost_us) / least)  # dear enough that bytes alone decide
     corners = {nothing, everything}
     stack = [(nothing, everything)]
     while stack and len(corners) < most:
@@ -96,7 +102,7 @@ def hull(items: Items, most: int = 24) -> list[frozenset[int]]:
         if left_bytes <= right_bytes:
             continue
         price = (right_us - left_us) / (left_bytes - right_bytes)
-        middle = cheapest(items, price)
+        middle = network.cheapest(price)
         middle_bytes, middle_us = totals(items, middle)
         if middle_us + price * middle_bytes < (left_us + price * left_bytes) * (1 - 1e-6) - 1e-9:
             corners.add(middle)

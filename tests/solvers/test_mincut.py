@@ -7,7 +7,7 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from remat.solvers.mincut import Items, cheapest, closure, hull, totals
+from remat.solvers.mincut import Items, Network, closure, hull, totals
 
 
 @st.composite
@@ -36,7 +36,7 @@ def cost(choice: Items, recomputed: frozenset[int], price: float) -> float:
 @settings(max_examples=150, deadline=None)
 @given(choice=items(), price=st.sampled_from([0.01, 0.1, 0.3, 1.0, 3.0, 100.0]))
 def test_cheapest_is_the_minimum_over_all_choices(choice: Items, price: float) -> None:
-    found = cheapest(choice, price)
+    found = Network(choice).cheapest(price)
     assert not any(choice.banned[v] for v in found)
     least = min(cost(choice, other, price) for other in everything(choice))
     assert cost(choice, found, price) <= least * (1 + 1e-5) + 1e-5
@@ -72,11 +72,11 @@ def test_closure_keeps_what_recompute_starts_from() -> None:
 
 def test_a_price_of_nothing_saves_and_a_high_price_recomputes() -> None:
     chain = Items([10, 10], [1.0, 1.0], [[], [0]], [True, True], [False, False])
-    assert closure(chain, cheapest(chain, 0.0))[0] == frozenset()
-    assert closure(chain, cheapest(chain, 1e6))[1] == frozenset()
+    assert closure(chain, Network(chain).cheapest(0.0))[0] == frozenset()
+    assert closure(chain, Network(chain).cheapest(1e6))[1] == frozenset()
 
 
 def test_a_banned_item_is_saved_at_any_price() -> None:
     chain = Items([10, 10], [1.0, 1.0], [[], [0]], [False, True], [True, False])
-    assert cheapest(chain, 1e6) <= {1}
+    assert Network(chain).cheapest(1e6) <= {1}
     assert closure(chain, frozenset({1})) == (frozenset({1}), frozenset({0}))
