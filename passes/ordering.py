@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
@@ -107,7 +108,8 @@ def _computed_with(node: fx.Node, roots: Mapping[fx.Node, fx.Node], fused: Colle
 
 
 def _missing(root: fx.Node, placed: set[fx.Node]) -> list[fx.Node]:
-    """What has to be placed with a node, in order, itself last; it is placed then."""
+    """What has to be placed with a node, in order, up to itself; it is placed then. Items come with the op of several results
+    that they are of: as long as one is missing, all of them are held."""
     order = []
     stack = [root]
     while stack:
@@ -118,8 +120,9 @@ def _missing(root: fx.Node, placed: set[fx.Node]) -> list[fx.Node]:
             continue
         stack.pop()
         if node not in placed:
-            placed.add(node)
-            order.append(node)
+            items = [user for user in node.users if user.target is operator.getitem and user not in placed]
+            placed.update((node, *items))
+            order += [node, *items]
     return order
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import fx
 
@@ -64,6 +66,21 @@ def test_plans_and_graphs_have_what_needs_no_tangent_at_the_same_place() -> None
     just_in_time(module)
     run = [node.target for node in module.graph.nodes if node.op == "call_function"]
     assert run == [aten.exp.default, aten.clone.default, aten.mul.Tensor, aten.neg.default]
+
+
+def test_items_come_with_the_op_that_they_are_of() -> None:
+    """Until the last of them is taken, an op's tuple holds all of its results."""
+    graph = fx.Graph()
+    x, tangent = graph.placeholder("x"), graph.placeholder("tangents_1")
+    norm = graph.call_function(aten.native_layer_norm.default, (x, [4], None, None, 1e-5))
+    result, mean = (graph.call_function(operator.getitem, (norm, i), name=f"item_{i}") for i in range(2))
+    first = graph.call_function(aten.mm.default, (tangent, result))
+    graph.output((first, graph.call_function(aten.mul.Tensor, (first, mean))))
+    module = fx.GraphModule({}, graph)
+    just_in_time(module)
+    module.graph.lint()
+    names = [node.name for node in module.graph.nodes]
+    assert names[names.index(norm.name) :][:3] == [norm.name, "item_0", "item_1"]
 
 
 def test_what_repeats_is_computed_for_each_node_that_reads_it() -> None:
