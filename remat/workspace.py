@@ -60,6 +60,14 @@ class TensorLike:
     def bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def has_gaps(self) -> bool:
+        """True for a matrix with neither rows nor columns one after the other, which is what BLAS reads."""
+        if len(self.shape) < 2:
+            return False
+        (rows, columns), (down, along) = self.shape[-2:], self.stride[-2:]
+        return not ((along == 1 and down >= columns) or (down == 1 and along >= rows) or 1 in (rows, columns))
+
     def tensor(self, random: bool = False) -> torch.Tensor:
         """Zeros, or normally distributed numbers where the dtype has them, laid out like this."""
         size = 0 if 0 in self.shape else 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
@@ -103,8 +111,9 @@ class Call:
     @property
     def has_scratch(self) -> bool:
         """False for an op that allocates its results and nothing else."""
-        if self.op in _PRODUCTS:  # a CPU's have some in half precision only
-            return any(x.device.type != "cpu" or x.dtype.itemsize < 4 for x in self.leaves if isinstance(x, TensorLike))
+        if self.op in _PRODUCTS:  # a CPU's have some in half precision, and where it copies a matrix first
+            tensors = [leaf for leaf in self.leaves if isinstance(leaf, TensorLike)]
+            return any(x.device.type != "cpu" or x.dtype.itemsize < 4 or x.has_gaps for x in tensors)
         return self.op not in _EXACT or self._converts
 
     @property

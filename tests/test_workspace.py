@@ -38,6 +38,21 @@ def test_products_in_half_precision_are_run_to_know(dtype: torch.dtype) -> None:
     assert not full.has_scratch
 
 
+@pytest.mark.parametrize(
+    ("matrix", "expected"),
+    [
+        (torch.zeros(64, 64), 0),
+        (torch.zeros(64, 64).t(), 0),
+        (torch.zeros(64, 128)[:, :64], 0),
+        (torch.zeros(64, 64, 4)[..., 1], 4 * N),
+        (torch.zeros(64, 1).expand(64, 64), 4 * N),
+        (torch.zeros(64).expand(64, 64), 4 * N),
+    ],
+)
+def test_products_copy_matrices_with_gaps(matrix: torch.Tensor, expected: int) -> None:
+    assert workspace_bytes(Call.of(aten.mm.default, (matrix, torch.zeros(64, 64)), {})) == expected
+
+
 def test_what_only_its_forward_can_feed_is_not_run() -> None:
     """Run on zeros it ends the process."""
     x = torch.zeros(64, 64)
