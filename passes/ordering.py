@@ -91,6 +91,9 @@ def just_in_time(module: fx.GraphModule, repeats: Mapping[str, int] | None = Non
     for node in order:
         copies[node] = fresh.node_copy(node, lambda n: copies[n])
     copies[output].meta.update(output.meta)
+    for copy in reversed(fresh.find_nodes(op="call_function", target=operator.getitem)):
+        if not copy.users:  # an item that only another copy's readers wanted: `fx.Interpreter` would hold it to the end
+            fresh.erase_node(copy)
     fresh._codegen = graph._codegen
     module.graph = fresh
     module.recompile()

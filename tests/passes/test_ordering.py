@@ -83,6 +83,24 @@ def test_items_come_with_the_op_that_they_are_of() -> None:
     assert names[names.index(norm.name) :][:3] == [norm.name, "item_0", "item_1"]
 
 
+def test_a_repeated_op_has_no_items_that_nothing_reads() -> None:
+    """`fx.Interpreter` frees a value after its last use: one without any stays to the end, and all that it is a view of."""
+    graph = fx.Graph()
+    x, tangent = graph.placeholder("x"), graph.placeholder("tangents_1")
+    product = graph.call_function(aten.mm.default, (x, x), name="product")
+    split = graph.call_function(aten.split.Tensor, (product, 2, 1))
+    left, right = (graph.call_function(operator.getitem, (split, i)) for i in range(2))
+    first = graph.call_function(aten.mul.Tensor, (tangent, left))
+    graph.output((first, graph.call_function(aten.mul.Tensor, (first, right))))
+    module = fx.GraphModule({}, graph)
+    values = torch.randn(4, 4), torch.randn(4, 2)
+    expected = module(*values)
+    just_in_time(module, {"product": 1})
+    assert len(module.graph.find_nodes(op="call_function", target=aten.split.Tensor)) == 2
+    assert all(node.users for node in module.graph.nodes if node.op == "call_function")
+    assert all(torch.equal(a, b) for a, b in zip(module(*values), expected, strict=True))
+
+
 def test_what_repeats_is_computed_for_each_node_that_reads_it() -> None:
     once, again, fused = backward(), backward(), backward()
     just_in_time(once)
