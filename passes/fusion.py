@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import fx
@@ -31,6 +31,7 @@ _POINTWISE_ANYWAY = frozenset(
         "slice_scatter",
     ]
 )
+_COSTLY = frozenset(["exp", "log", "log10", "log1p", "log2", "sigmoid", "tanh"])
 _REDUCTIONS = frozenset(["sum", "mean", "amax", "amin", "var", "var_mean", "any", "all", "prod", "argmax", "argmin"])
 
 
@@ -51,6 +52,17 @@ def find_inlined(nodes: Sequence[fx.Node], outputs: set[fx.Node]) -> frozenset[f
         ):
             found.add(node)
     return frozenset(found)
+
+
+def stored_on_reuse(inlined: Iterable[fx.Node]) -> set[fx.Node]:
+    """Of inlined nodes, in running order, those that Inductor stores on CPUs if kernels that are apart read them: costly ones,
+    and what is computed from these (`StorageBox.should_realize_on_reuse`). Their views belong to them."""
+    found: set[fx.Node] = set()
+    for node in inlined:
+        is_costly = op_name(node) in _COSTLY and node.meta["val"].device.type == "cpu"
+        if is_costly or not found.isdisjoint(map(owner, node.all_input_nodes)):
+            found.add(node)
+    return found
 
 
 def _fuses_into(user: fx.Node, outputs: set[fx.Node]) -> bool:

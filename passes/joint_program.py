@@ -24,6 +24,7 @@ from remat.op_times import OpTimes
 from remat.passes.aliasing import is_view, owner, results, storage_bytes
 from remat.passes.fusion import find_inlined, is_mask, is_pointwise, is_reduction, op_name
 from remat.passes.ordering import as_needed
+from remat.passes.overwriting import overwritten
 from remat.passes.pinning import why_pinned
 from remat.passes.provenance import module_path
 from remat.passes.randomness import is_random
@@ -118,8 +119,10 @@ def _lifetimes(
     readers = _storage_readers(graph, late)
     escaping = {owner(node) for node in halves.forward_outputs}
     grads = {owner(node) for node in halves.backward_outputs}
+    takes = overwritten(halves.backward, late, readers, grads) if fuses else {}
     values: list[Value] = []
     fixed: list[Fixed] = []
+    where: dict[fx.Node, int] = {}  # storages of backward among `fixed`
     for node, born in position.items():
         if is_view(node) or node.target is operator.getitem or node in late:
             continue
@@ -129,7 +132,13 @@ def _lifetimes(
             if born >= n_forward:
                 is_gradient = item in grads
                 dies = end if is_gradient else max([born, *uses])
-                fixed.append(Fixed(born, dies, size, "gradients" if is_gradient else "working set"))
+                made = Fixed(born, dies, size, "gradients" if is_gradient else "working set")
+                if item in takes:
+                    at = where[item] = where[takes[item]]
+                    fixed[at] = made._replace(born=fixed[at].born)
+                else:
+                    where[item] = len(fixed)
+                    fixed.append(made)
                 continue
             held = item in escaping
             last_forward = end if held else max([born, *(p for p in uses if p < n_forward)])

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from remat.passes.aliasing import is_view, results, storage_roots
+from remat.passes.fusion import stored_on_reuse
 
 _CASTS = (torch.ops.aten._to_copy.default, torch.ops.prims.convert_element_type.default)
 
@@ -63,12 +64,14 @@ def just_in_time(module: fx.GraphModule, repeats: Mapping[str, int] | None = Non
 
     repeats: by name of such nodes how often their results are let go of after the node that they were computed for, to be
         computed again for the next one (`remat.schedule`).
-    inlined: names of nodes that a compiler computes inside their readers, for which such results are then computed.
+    inlined: names of nodes that a compiler computes inside their readers, for which such results are then computed. What it
+        would store since it has several readers (`stored_on_reuse`) each of them gets a copy of.
     """
     graph = module.graph
     late, roots = _reached_by_tangents(graph), storage_roots(graph)
     left = {node: repeats[node.name] for node in graph.nodes if repeats and node.name in repeats}
     fused = {node for node in late if left and node.name in inlined}
+    copied = stored_on_reuse(node for node in graph.nodes if is_view(node) or node.name in inlined)
     order: list[fx.Node] = []
     placed: set[fx.Node] = set()
 
@@ -78,7 +81,7 @@ def just_in_time(module: fx.GraphModule, repeats: Mapping[str, int] | None = Non
             order.append(node)
     output = graph.output_node()
     for node in graph.nodes:
-        if node is not output and (node not in late or node in fused):
+        if node is not output and (node not in late or node in fused or node in copied):
             continue
         group = _missing(node, placed)
         order += group
@@ -86,10 +89,14 @@ def just_in_time(module: fx.GraphModule, repeats: Mapping[str, int] | None = Non
         for repeated in [node for node in left if node in used and left[node]]:
             left[repeated] -= 1
             placed -= _computed_with(repeated, roots, fused)
+        placed -= copied
     fresh = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in order:
-        copies[node] = fresh.node_copy(node, lambda n: copies[n])
+        name = f"{node.name}_again" if node in copies else node.name
+        args, kwargs = fx.map_arg((node.args, node.kwargs), copies.__getitem__)
+        copies[node] = fresh.create_node(node.op, node.target, args, kwargs, name, node.type)
+        copies[node].meta = node.meta.copy()
     copies[output].meta.update(output.meta)
     for copy in reversed(fresh.find_nodes(op="call_function", target=operator.getitem)):
         if not copy.users:  # an item that only another copy's readers wanted: `fx.Interpreter` would hold it to the end

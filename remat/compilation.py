@@ -134,6 +134,8 @@ class Compilation:
             self._attempt = next(self._attempts)
             self._planning_s += time.perf_counter() - start
         solution, program = self._attempt.solution, task.program
+        if self._fuses and task.target is not None and solution is not task.everything:
+            self._watch.room.update(solution.replay.room)
         if self.options.host_budget:
             check_host(solution, task.menus.host_bytes, self.options.policy)
         dropped = frozenset(halves.forward[p].name for p in solution.dropped)

@@ -10,68 +10,34 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
 
 from remat import _torch
 from remat._torch import V
+from remat.choices import LocalFusion, SparingFusion
 from remat.errors import RematError
 from remat.generated import GeneratedStep
 from remat.ops import OFFLOAD, RELOAD
 from remat.passes.aliasing import results
 from remat.wrapper import Headroom, Memory, Surroundings, memory_of_inputs, run_allocations, subgraph_peak_bytes
 
-_FUSION_REACH = 10  # kernels
-
-
-class LocalFusion(_torch.InductorChoices):
-    """Inductor's fusion choices, without fusion of kernels that are far apart in running order.
-
-    Horizontal ones share a read of some small table, vertical ones the result of a recomputed chain; either pulls the
-    recompute of many layers to one moment, where all of it is held (`Scheduler.are_long_distant_nodes` says as much of its own
-    threshold, which is more than a layer).
-    """
-
-    def uuid(self) -> str:
-        return f"remat.LocalFusion.3.{_FUSION_REACH}"
-
-    @staticmethod
-    def can_fuse_horizontal(scheduler: Any, node1: Any, node2: Any, shared_data_score: int) -> bool:
-        distance = max(abs(node1.min_order - node2.max_order), abs(node2.min_order - node1.max_order))
-        if distance > _FUSION_REACH:
-            return False
-        return _torch.InductorChoices.can_fuse_horizontal(scheduler, node1, node2, shared_data_score)
-
-    @staticmethod
-    def can_fuse_vertical(scheduler: Any, node1: Any, node2: Any, shared_data_score: int) -> bool:
-        return node2.min_order - node1.max_order <= _FUSION_REACH
-
-
-class SparingFusion(LocalFusion):
-    """And without horizontal fusion, which keeps the results of either kernel, and what they read, until the other can run: a
-    recomputed activation, say, until the gradient that shares its inputs is there."""
-
-    def uuid(self) -> str:
-        return f"{super().uuid()}.sparing"
-
-    @staticmethod
-    def can_fuse_horizontal(*_: Any) -> bool:
-        return False
-
 
 class _Partitioner(_torch.CustomPartitionerFn):
     """A partition function in the form that Inductor's configuration takes."""
 
-    def __init__(self, split: Callable[..., Any]) -> None:
-        self.split = split
+    def __init__(self, split: Callable[..., Any], watch: Watch) -> None:
+        self.split, self.watch = split, watch
 
     def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Any:
         return self.split(gm, joint_inputs, **kwargs)
 
     def uuid(self) -> str:
-        return "remat.4"  # the partition shows in the halves, which are what is cached; the number goes up with `Memory`
+        """The partition shows in the halves, which are what is cached; the number goes up with `Memory`."""
+        room = hashlib.sha256(repr(sorted(self.watch.room.items())).encode()).hexdigest()
+        return f"remat.5.{room}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Partitioner:
         return self  # Inductor copies its whole configuration now and then
@@ -84,18 +50,21 @@ class _Partitioner(_torch.CustomPartitionerFn):
 class Watch:
     """What is learned of a training step while it is compiled: the memory of either half.
 
-    `kept` names inputs of backward that somebody else holds; `is_channels_last` says how forward runs its convolutions. As soon
-    as backward is known, `check` is called, which may end the compilation with an error.
+    `kept` names inputs of backward that somebody else holds; `room` is how many bytes more fusion may hold while nodes of
+    backward run; `is_channels_last` says how forward runs its convolutions. As soon as backward is known, `check` is called,
+    which may end the compilation with an error.
     """
 
     check: Callable[[], None]
     kept: frozenset[str] = frozenset()
+    room: dict[str, int] = field(default_factory=dict)
     is_channels_last: bool = False
     forward: Memory | None = None
     backward: Memory | None = None
 
     def clear(self) -> None:
         self.forward = self.backward = None
+        self.room.clear()
 
     def found(self, memory: Memory, is_backward: bool) -> None:
         if not is_backward:
@@ -123,8 +92,8 @@ def compile_graph(
 
     watch.clear()
     both = _torch.functorch_config.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True)
-    with both, V.set_choices_handler(fusion()):  # the configured class is made only once in a process
-        patches = {"inductor_choices_class": fusion, "custom_partitioner_fn": _Partitioner(split)}
+    with both, V.set_choices_handler(fusion(watch.room)):  # the configured class is made only once in a process
+        patches = {"inductor_choices_class": fusion, "custom_partitioner_fn": _Partitioner(split, watch)}
         return _torch.compile_fx(gm, inputs, compile_half, config_patches=patches)  # type: ignore[return-value]
 
 

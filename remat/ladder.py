@@ -75,6 +75,8 @@ class Ladder:
                     break
         peaks: list[int] = []
         for rung, is_sparing in _LAST if fits < 0 else ():
+            if rung and self._solution(rung).replay.peak_bytes > limit:
+                continue
             peaks.append((yield from self._compiled(rung, is_sparing)))
             if peaks[-1] <= limit:
                 fits = rung

@@ -78,6 +78,15 @@ class Replay:
     def peak_bytes(self) -> int:
         return max(self.live_bytes, default=self.program.resident_bytes)
 
+    @property
+    def room(self) -> dict[str, int]:
+        """Bytes between what is live and the peak, while each op of backward or recomputed there runs."""
+        found: dict[str, int] = {}
+        for (position, _), live in list(zip(self.schedule, self.live_bytes, strict=True))[len(self.program.forward) :]:
+            name = self.program.op_at(position).name
+            found[name] = min(self.peak_bytes - live, found.get(name, self.peak_bytes))
+        return found
+
     @cached_property
     def forward_peak_bytes(self) -> int:
         return max(self.live_bytes[: len(self.program.forward)], default=self.program.resident_bytes)

@@ -16,7 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import remat
 from remat._torch import wrapper_code
-from remat.inductor import LocalFusion, _Reading
+from remat.choices import LocalFusion
+from remat.compilation import Compilation
+from remat.inductor import _Reading
 from remat.wrapper import Headroom
 from tests.models import llama, mlp
 from tests.steps import Outcome, assert_close_gradients, refused, run_step
@@ -50,6 +52,35 @@ def test_llama_within_a_budget() -> None:
     assert graph.plan.peak_bytes <= budget
     assert abs(graph.plan.peak_bytes / outcome.peak_bytes - 1) <= 0.03
     assert outcome.output_type is expected.output_type
+
+
+class Wide(nn.Module):
+    """Backward recomputes the GELU for the gradient of the second product, from what the GELU's own gradient reads later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.norm = nn.Linear(64, 512), nn.Linear(512, 64), nn.LayerNorm(64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.second(nn.functional.gelu(self.first(self.norm(x)), approximate="tanh"))
+
+
+def test_generated_code_holds_what_is_planned_where_recompute_could_fuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = []
+    ours = Compilation._peak_bytes
+
+    def peak_bytes(self: Compilation, task: Any) -> int:
+        planned.append(self._attempt.solution.replay.peak_bytes)
+        return ours(self, task)
+
+    monkeypatch.setattr(Compilation, "_peak_bytes", peak_bytes)
+    model = nn.Sequential(*(Wide() for _ in range(4)))
+    outcome = run_step(module := compiled(model, 0.4), {"input": torch.randn(512, 64)})
+    (graph,) = remat.plans(module)
+    assert graph.plan.dropped
+    assert len(set(planned)) == 1
+    assert abs(graph.plan.peak_bytes / planned[0] - 1) <= 0.01
+    assert abs(outcome.peak_bytes / planned[0] - 1) <= 0.01
 
 
 def test_dropout_is_replayed() -> None:

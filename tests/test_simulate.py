@@ -62,6 +62,10 @@ def test_a_dropped_value_is_recomputed_just_in_time() -> None:
     ]
 
 
+def test_room_is_what_is_left_to_the_peak_while_backward_runs() -> None:
+    assert simulate(chain(), (1,)).room == {"c'": 100, "b": 100, "b'": 100, "a'": 200}
+
+
 def test_what_a_region_reads_stays_to_its_end() -> None:
     forward = tuple(Op(name, 1.0, 0, inputs, (p,)) for p, (name, inputs) in enumerate([("a", ()), ("b", (0,)), ("c", (1,))]))
     values = tuple(Value(name, 100, p, min(p + 1, 2)) for p, name in enumerate("abc"))

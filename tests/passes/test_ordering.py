@@ -108,15 +108,39 @@ def test_what_repeats_is_computed_for_each_node_that_reads_it() -> None:
     just_in_time(again, {"tanh": 2})
     assert lines(again) == [
         *("x ", "tangents_1 ", "tanh x", "t tanh", "mm tangents_1 t", "exp mm"),
-        *("tanh_1 x", "t_1 tanh_1", "mul exp t_1"),
-        *("tanh_2 x", "mm_1 mul tanh_2", "mm_2 mm_1 mul"),
+        *("tanh_again x", "t_again tanh_again", "mul exp t_again"),
+        *("tanh_again_1 x", "mm_1 mul tanh_again_1", "mm_2 mm_1 mul"),
     ]
     just_in_time(fused, {"tanh": 2}, ["mul"])
     assert lines(fused) == [
         *("x ", "tangents_1 ", "tanh x", "t tanh", "mm tangents_1 t", "exp mm"),
-        *("tanh_1 x", "t_1 tanh_1", "mul exp t_1", "mm_1 mul tanh_1"),
-        *("tanh_2 x", "t_2 tanh_2", "mul_1 exp t_2", "mm_2 mm_1 mul_1"),
+        *("tanh_again x", "t_again tanh_again", "mul exp t_again", "mm_1 mul tanh_again"),
+        *("tanh_again_1 x", "t_again_1 tanh_again_1", "mul_again exp t_again_1", "mm_2 mm_1 mul_again"),
     ]
     values = torch.randn(3, 3), torch.randn(3, 3)
     for module in (once, again, fused):
         assert all(torch.equal(a, b) for a, b in zip(module(*values), backward()(*values), strict=True))
+
+
+def test_each_kernel_has_its_own_copy_of_what_a_compiler_would_store() -> None:
+    """A GELU's product with what comes after it reads the same tanh as its gradient does."""
+    graph = fx.Graph()
+    x, tangent = graph.placeholder("x"), graph.placeholder("tangents_1")
+    tanh = graph.call_function(aten.tanh.default, (x,), name="tanh")
+    more = graph.call_function(aten.add.Tensor, (tanh, 1.0), name="more")
+    gelu = graph.call_function(aten.mul.Tensor, (x, more), name="gelu")
+    first = graph.call_function(aten.mm.default, (tangent, gelu), name="first")
+    slope = graph.call_function(aten.mul.Tensor, (tanh, tangent), name="slope")
+    second = graph.call_function(aten.mul.Tensor, (slope, more), name="second")
+    graph.output((first, second))
+    for node in graph.nodes:
+        node.meta["val"] = torch.empty(3, 3)
+    module = fx.GraphModule({}, graph)
+    values = torch.randn(3, 3), torch.randn(3, 3)
+    expected = module(*values)
+    just_in_time(module, inlined=["tanh", "more", "slope"])
+    assert lines(module)[2:] == [
+        *("tanh x", "more tanh", "gelu x more", "first tangents_1 gelu"),
+        *("tanh_again x", "slope tanh_again tangents_1", "more_again tanh_again", "second slope more_again"),
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(module(*values), expected, strict=True))
