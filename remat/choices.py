@@ -19,13 +19,13 @@ _REACH = 10  # kernels
 
 class LocalFusion(_torch.InductorChoices):
     """Inductor's fusion choices, without fusion of kernels that are far apart in running order, and in backward without
-    horizontal fusion that raises the peak of the plan.
+    horizontal fusion that there is no room for.
 
     Of those far apart, horizontal ones share a read of some small table, vertical ones the result of a recomputed chain; either
     pulls the recompute of many layers to one moment, where all of it is held (`Scheduler.are_long_distant_nodes` says as much
     of its own threshold, which is more than a layer).
 
-    room: bytes between what the plan holds and its peak while each node of backward runs; a node that is not in it has any.
+    room: bytes between what the plan holds and the budget while each node of backward runs; a node that is not in it has any.
     """
 
     def __init__(self, room: Mapping[str, int] | None = None) -> None:

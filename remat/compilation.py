@@ -135,7 +135,7 @@ class Compilation:
             self._planning_s += time.perf_counter() - start
         solution, program = self._attempt.solution, task.program
         if self._fuses and task.target is not None and solution is not task.everything:
-            self._watch.room.update(solution.replay.room)
+            self._watch.room.update(solution.replay.room(max(task.target, solution.replay.peak_bytes)))
         if self.options.host_budget:
             check_host(solution, task.menus.host_bytes, self.options.policy)
         dropped = frozenset(halves.forward[p].name for p in solution.dropped)

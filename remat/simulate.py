@@ -78,13 +78,12 @@ class Replay:
     def peak_bytes(self) -> int:
         return max(self.live_bytes, default=self.program.resident_bytes)
 
-    @property
-    def room(self) -> dict[str, int]:
-        """Bytes between what is live and the peak, while each op of backward or recomputed there runs."""
+    def room(self, limit_bytes: int) -> dict[str, int]:
+        """Bytes between what is live and a limit, while each op of backward or recomputed there runs."""
         found: dict[str, int] = {}
         for (position, _), live in list(zip(self.schedule, self.live_bytes, strict=True))[len(self.program.forward) :]:
             name = self.program.op_at(position).name
-            found[name] = min(self.peak_bytes - live, found.get(name, self.peak_bytes))
+            found[name] = min(limit_bytes - live, found.get(name, limit_bytes))
         return found
 
     @cached_property

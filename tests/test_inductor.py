@@ -79,8 +79,8 @@ def test_generated_code_holds_what_is_planned_where_recompute_could_fuse(monkeyp
     (graph,) = remat.plans(module)
     assert graph.plan.dropped
     assert len(set(planned)) == 1
-    assert abs(graph.plan.peak_bytes / planned[0] - 1) <= 0.01
-    assert abs(outcome.peak_bytes / planned[0] - 1) <= 0.01
+    assert graph.plan.budget_bytes is not None
+    assert 0.99 * planned[0] <= outcome.peak_bytes <= graph.plan.peak_bytes <= graph.plan.budget_bytes
 
 
 def test_dropout_is_replayed() -> None:

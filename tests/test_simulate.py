@@ -62,8 +62,8 @@ def test_a_dropped_value_is_recomputed_just_in_time() -> None:
     ]
 
 
-def test_room_is_what_is_left_to_the_peak_while_backward_runs() -> None:
-    assert simulate(chain(), (1,)).room == {"c'": 100, "b": 100, "b'": 100, "a'": 200}
+def test_room_is_what_is_left_while_backward_runs() -> None:
+    assert simulate(chain(), (1,)).room(1300) == {"c'": 100, "b": 100, "b'": 100, "a'": 200}
 
 
 def test_what_a_region_reads_stays_to_its_end() -> None:
