@@ -36,8 +36,9 @@ _REDUCTIONS = frozenset(["sum", "mean", "amax", "amin", "var", "var_mean", "any"
 
 
 def find_inlined(nodes: Sequence[fx.Node], outputs: set[fx.Node]) -> frozenset[fx.Node]:
-    """Pointwise nodes all of whose readers are pointwise or reductions: Inductor stores none of them, unless they read much
-    (`StorageBox.mark_reuse` and `has_exceeded_max_reads`), which ends chains such as a residual stream. Draws are stored.
+    """Pointwise nodes all of whose readers are pointwise or reductions: Inductor stores none of them, unless they read much for
+    more than one kernel, which ends chains such as a residual stream (`StorageBox.mark_reuse` and `has_exceeded_max_reads`).
+    Draws are stored.
     """
     reads: dict[fx.Node, frozenset[fx.Node]] = {}  # stored tensors that an inlined node reads
     found: set[fx.Node] = set()
@@ -47,10 +48,13 @@ def find_inlined(nodes: Sequence[fx.Node], outputs: set[fx.Node]) -> frozenset[f
         reads[node] = below
         if is_view(node) or node in outputs or not is_pointwise(node) or is_random(node) or op_name(node) == "inductor_random":
             continue
-        if len(below) <= (_READS if len(node.users) > 1 else _READS_AT_MOST) and all(
-            _fuses_into(user, outputs) for user in node.users
-        ):
+        if not all(_fuses_into(user, outputs) for user in node.users):
+            continue
+        if len(below) <= (_READS if len(node.users) > 1 else _READS_AT_MOST):
             found.add(node)
+        elif _is_within_a_loop(node):
+            found.add(node)
+            reads[node] = frozenset((node,))
     return frozenset(found)
 
 
@@ -63,6 +67,12 @@ def stored_on_reuse(inlined: Iterable[fx.Node]) -> set[fx.Node]:
         if is_costly or not found.isdisjoint(map(owner, node.all_input_nodes)):
             found.add(node)
     return found
+
+
+def _is_within_a_loop(node: fx.Node) -> bool:
+    """True if one kernel holds all readers: reductions, and what needs them, as in the gradient of a softmax."""
+    reductions = {user for user in node.users if is_reduction(user)}
+    return bool(reductions) and all(user in reductions or reductions.intersection(user.all_input_nodes) for user in node.users)
 
 
 def _fuses_into(user: fx.Node, outputs: set[fx.Node]) -> bool:

@@ -23,6 +23,7 @@ from remat.devices import DeviceProfile
 from remat.op_times import OpTimes
 from remat.passes.aliasing import is_view, owner, results, storage_bytes
 from remat.passes.fusion import find_inlined, is_mask, is_pointwise, is_reduction, op_name
+from remat.passes.layouts import channels_last, copied_bytes, is_convolution, prefers_channels_last
 from remat.passes.ordering import as_needed
 from remat.passes.overwriting import overwritten
 from remat.passes.pinning import why_pinned
@@ -40,7 +41,8 @@ _SEEDS = {"inductor_seed", "inductor_seeds"}
 class JointHalves:
     """The call nodes of a joint graph in running order. `forward[i]` is position i of the program.
 
-    `inlined` nodes are computed inside their readers and not stored, unless a node of forward is saved for backward.
+    `inlined` nodes are computed inside their readers and not stored, unless a node of forward is saved for backward. `fuses`: a
+    compiler does so. `is_channels_last`: it lays out images with their channels last.
     """
 
     forward: tuple[fx.Node, ...]
@@ -48,6 +50,8 @@ class JointHalves:
     inlined: frozenset[fx.Node]
     forward_outputs: tuple[fx.Node, ...]
     backward_outputs: tuple[fx.Node, ...]
+    fuses: bool
+    is_channels_last: bool
 
 
 def split_joint(graph: fx.Graph, num_fwd_outputs: int, fuses: bool) -> JointHalves:
@@ -64,7 +68,8 @@ def split_joint(graph: fx.Graph, num_fwd_outputs: int, fuses: bool) -> JointHalv
     first = tuple(n for n in calls if n in forward)
     second = as_needed([n for n in calls if n in needed and n not in forward], backward_outputs, graph)
     inlined = find_inlined((*first, *second), {*forward_outputs, *backward_outputs}) if fuses else frozenset()
-    return JointHalves(first, second, inlined, forward_outputs, backward_outputs)
+    is_channels_last = fuses and prefers_channels_last(graph, set(second))
+    return JointHalves(first, second, inlined, forward_outputs, backward_outputs, fuses, is_channels_last)
 
 
 def _ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
@@ -83,7 +88,6 @@ def joint_program(
     halves: JointHalves,
     device: DeviceProfile,
     resident: Mapping[str, int],
-    fuses: bool,
     times: OpTimes | None = None,
 ) -> Program:
     """The step as numbers. Outputs of forward are held to the end of the step, and so are the gradients.
@@ -91,13 +95,13 @@ def joint_program(
     resident: bytes by kind. times: measured costs of ops; None: those of the device's profile.
     """
     position = {node: p for p, node in enumerate([*halves.forward, *halves.backward])}
-    values, fixed = _lifetimes(graph, halves, position, device, fuses)
+    values, fixed = _lifetimes(graph, halves, position, device)
     fixed += _tangents(graph, halves, position, device)
     fixed.append(Fixed(0, len(position), device.slack_bytes(largest_value(values))))
     moments = tuple((position[node], node.name) for node in halves.backward)
     return Program(
-        _forward_ops(halves, values, device, fuses, times),
-        (*_backward_ops(halves, device, fuses, times), Op("end of step", 0.0, 0)),
+        _forward_ops(halves, values, device, times),
+        (*_backward_ops(halves, device, times), Op("end of step", 0.0, 0)),
         tuple(values),
         tuple(fixed),
         sum(resident.values()),
@@ -111,7 +115,7 @@ def joint_program(
 
 
 def _lifetimes(
-    graph: fx.Graph, halves: JointHalves, position: Mapping[fx.Node, int], device: DeviceProfile, fuses: bool
+    graph: fx.Graph, halves: JointHalves, position: Mapping[fx.Node, int], device: DeviceProfile
 ) -> tuple[list[Value], list[Fixed]]:
     """What the ops of forward make, and what those of backward make."""
     n_forward, end = len(halves.forward), len(position)
@@ -119,7 +123,7 @@ def _lifetimes(
     readers = _storage_readers(graph, late)
     escaping = {owner(node) for node in halves.forward_outputs}
     grads = {owner(node) for node in halves.backward_outputs}
-    takes = overwritten(halves.backward, late, readers, grads) if fuses else {}
+    takes = overwritten(halves.backward, late, readers, grads) if halves.fuses else {}
     values: list[Value] = []
     fixed: list[Fixed] = []
     where: dict[fx.Node, int] = {}  # storages of backward among `fixed`
@@ -144,7 +148,7 @@ def _lifetimes(
             last_forward = end if held else max([born, *(p for p in uses if p < n_forward)])
             after = tuple(p for p in uses if p >= n_forward)
             release = after[-1] if after else -1
-            pin = HELD if held else _pin(node, fuses)
+            pin = HELD if held else _pin(node, halves.fuses)
             passing = 0 if node in halves.inlined else None
             values.append(Value(item.name, size, born, last_forward, after, release, pin, passing))
     return values, fixed
@@ -161,9 +165,7 @@ def _tangents(graph: fx.Graph, halves: JointHalves, position: Mapping[fx.Node, i
             yield Fixed(n_forward, last if TANGENTS_GO else end, size)
 
 
-def _forward_ops(
-    halves: JointHalves, values: Sequence[Value], device: DeviceProfile, fuses: bool, times: OpTimes | None
-) -> tuple[Op, ...]:
+def _forward_ops(halves: JointHalves, values: Sequence[Value], device: DeviceProfile, times: OpTimes | None) -> tuple[Op, ...]:
     index = {value.name: v for v, value in enumerate(values)}
     made: dict[int, list[int]] = {}
     for v, value in enumerate(values):
@@ -175,7 +177,7 @@ def _forward_ops(
             tuple(made.get(p, ())),
             [index[name] for name in _sources(node) if name in index],
             device,
-            fuses,
+            halves,
             extra.get(node),
             times,
         )
@@ -183,11 +185,11 @@ def _forward_ops(
     )
 
 
-def _backward_ops(halves: JointHalves, device: DeviceProfile, fuses: bool, times: OpTimes | None) -> Iterator[Op]:
+def _backward_ops(halves: JointHalves, device: DeviceProfile, times: OpTimes | None) -> Iterator[Op]:
     """Each with the forward op whose gradient it is for, told by autograd's sequence numbers."""
     made_by = {node.meta["seq_nr"]: p for p, node in reversed(list(enumerate(halves.forward))) if "seq_nr" in node.meta}
     for node in halves.backward:
-        op = _op(node, (), [], device, fuses, 0 if node in halves.inlined else None, times)
+        op = _op(node, (), [], device, halves, 0 if node in halves.inlined else None, times)
         yield op._replace(origin=made_by.get(node.meta.get("seq_nr"), -1))
 
 
@@ -231,6 +233,15 @@ def _storage_readers(graph: fx.Graph, inlined: frozenset[fx.Node]) -> dict[fx.No
     return readers
 
 
+def _scratch_bytes(node: fx.Node, args: Any, kwargs: Any, halves: JointHalves, device: DeviceProfile) -> int:
+    if halves.fuses and (is_pointwise(node) or is_reduction(node)):
+        return 0
+    copied = 0
+    if halves.is_channels_last and is_convolution(node):
+        args, copied = channels_last(args), copied_bytes(node)
+    return workspace_bytes(Call.of(node.target, args, kwargs)) + device.allocated_bytes(_unread_bytes(node) + copied)
+
+
 def _pin(node: fx.Node, fuses: bool) -> str:
     if op_name(node) in _SEEDS:
         return "a seed: the draw may be repeated, the seed may not"
@@ -249,7 +260,7 @@ def _op(
     own: tuple[int, ...],
     reads: list[int],
     device: DeviceProfile,
-    fuses: bool,
+    halves: JointHalves,
     extra: int | None,
     times: OpTimes | None,
 ) -> Op:
@@ -267,8 +278,7 @@ def _op(
     else:
         cost = float(op_cost_us(node.target, tuple(args), dict(kwargs), result, device))
         cost = cost if times is None or call is None else times.time_us(call, cost)
-    generated = fuses and (is_pointwise(node) or is_reduction(node))
-    scratch = 0 if generated else workspace_bytes(call) + device.allocated_bytes(_unread_bytes(node))
+    scratch = _scratch_bytes(node, args, kwargs, halves, device)
     if not own:
         return Op(node.name, cost, scratch)
     launch = 0.0 if extra is not None else device.recompute_launch_us

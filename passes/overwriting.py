@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import fx
 
 from remat.passes.aliasing import is_view, storage_bytes
-from remat.passes.fusion import op_name
+from remat.passes.fusion import is_reduction, op_name
 
 _ELEMENTWISE = frozenset(["where", "_to_copy", "clone", "convert_element_type"])  # without the tag for it
 
@@ -21,7 +21,8 @@ def overwritten(
 ) -> dict[fx.Node, fx.Node]:
     """By node the one whose storage its result takes, both of `nodes` (Inductor's `SchedulerNode.decide_inplace_update`).
 
-    That is one of as many bytes that it reads element by element, and that nothing reads after it or beside it.
+    That is one of as many bytes that it reads element by element, and that nothing reads after it or beside it; on a CPU, no
+    reduction in the same outer loop either.
 
     readers: the nodes that read a storage, views and what is `inlined` aside. kept: storages that stay as they are.
     """
@@ -31,8 +32,14 @@ def overwritten(
     for node in nodes:
         if node in inlined or not _is_elementwise(node):
             continue
-        for source in _read_element_by_element(node, inlined):
-            if source not in order or source in taken or not _is_like(source, node):
+        straight, askew = _reads(node, inlined)
+        for source in straight:
+            if (
+                source not in order
+                or source in taken
+                or not _is_like(source, node)
+                or _shares_loop(node, source, askew, readers)
+            ):
                 continue
             above = _ancestors(node, order, order[source])
             if all(reader is node or reader in above for reader in readers[source]):
@@ -52,8 +59,17 @@ def _is_like(source: fx.Node, node: fx.Node) -> bool:
     return isinstance(one, torch.Tensor) and one.dtype is other.dtype and storage_bytes(one) == storage_bytes(other)
 
 
-def _read_element_by_element(node: fx.Node, inlined: Collection[fx.Node]) -> Iterator[fx.Node]:
-    """Stored sources of which each element of the result reads the one at its own place, and no others."""
+def _shares_loop(
+    node: fx.Node, source: fx.Node, askew: Collection[fx.Node], readers: Mapping[fx.Node, Sequence[fx.Node]]
+) -> bool:
+    """Whether a C++ kernel goes over a source twice in one outer loop, for a reduction that the node needs and for the node: it
+    writes over nothing (`CppScheduling.codegen_outer_loop_node`)."""
+    is_cpu = node.meta["val"].device.type == "cpu"
+    return is_cpu and any(is_reduction(other) and other in readers[source] for other in askew)
+
+
+def _reads(node: fx.Node, inlined: Collection[fx.Node]) -> tuple[list[fx.Node], set[fx.Node]]:
+    """Stored sources of which each element of the result reads the one at its own place, and no others; and the other ones."""
     straight: dict[fx.Node, None] = {}
     askew: set[fx.Node] = set()
     elements = node.meta["val"].numel()
@@ -71,7 +87,7 @@ def _read_element_by_element(node: fx.Node, inlined: Collection[fx.Node]) -> Ite
             elif at not in seen:
                 seen.add(at)
                 stack.append(at)
-    return (source for source in straight if source not in askew)
+    return [source for source in straight if source not in askew], askew
 
 
 def _ancestors(node: fx.Node, order: Mapping[fx.Node, int], after: int) -> set[fx.Node]:

@@ -35,6 +35,7 @@ from torch._inductor.codegen import wrapper as wrapper_code
 from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
+from torch._inductor.fx_passes import post_grad
 from torch._inductor.graph import GraphLowering, SubgraphLowering
 from torch._inductor.virtualized import V
 from torch._logging._internal import trace_structured
@@ -78,6 +79,7 @@ __all__ = [
     "TorchDispatchMode",
     "V",
     "WeakTensorKeyDictionary",
+    "adding_products",
     "aot_eager",
     "backward_start_ns",
     "buffer_bytes",
@@ -223,6 +225,24 @@ def reading_wrapper_code(
         yield
     finally:
         PythonWrapperCodegen.memory_plan_reuse = plan  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def adding_products(can_wait: Callable[[fx.Node, fx.Node], bool]) -> Iterator[None]:
+    """Inductor makes one op of a matrix product and a sum that it is a term of only where `can_wait` says of the two that the
+    product may run as late as the sum."""
+    is_unfused = post_grad.should_prefer_unfused_addmm
+
+    def is_apart(match: Any) -> bool:
+        total = match.output_node()
+        products = [node for node in match.nodes if node is not total]
+        return is_unfused(match) or not all(can_wait(product, total) for product in products)
+
+    post_grad.should_prefer_unfused_addmm = is_apart
+    try:
+        yield
+    finally:
+        post_grad.should_prefer_unfused_addmm = is_unfused
 
 
 def buffer_bytes(buffer: Any) -> int:

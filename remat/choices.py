@@ -11,10 +11,25 @@ from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from torch import fx
+
 from remat import _torch
 from remat._torch import V
 
 _REACH = 10  # kernels
+_NODES = 32  # of the graph, about as many kernels
+
+
+def can_wait(product: fx.Node, total: fx.Node) -> bool:
+    """Whether a matrix product may be computed with a sum that it is a term of. The gradient of an embedding that is also the
+    output head is such a sum, at the end of backward: until then what the product reads would be held, and that is as large as
+    the logits."""
+    node = product
+    for _ in range(_NODES):
+        node = node.next
+        if node is total:
+            return True
+    return False
 
 
 class LocalFusion(_torch.InductorChoices):
@@ -32,7 +47,7 @@ class LocalFusion(_torch.InductorChoices):
         self.room = {} if room is None else room
 
     def uuid(self) -> str:
-        return f"remat.LocalFusion.4.{_REACH}"  # what room says is with the partition (`remat.inductor`)
+        return f"remat.LocalFusion.5.{_REACH}"  # what room says is with the partition (`remat.inductor`)
 
     def can_fuse_horizontal(self, scheduler: Any, node1: Any, node2: Any, shared_data_score: int) -> bool:  # type: ignore[override]
         distance = max(abs(node1.min_order - node2.max_order), abs(node2.min_order - node1.max_order))
@@ -51,7 +66,8 @@ class LocalFusion(_torch.InductorChoices):
         return node2.min_order - node1.max_order <= _REACH
 
     def _room(self, member: Any) -> float:
-        names = [origin.name for origin in member.node.get_origins()]
+        wholes = (reader for made in member.get_outputs() for reader in _readers(made) if _is_concatenation(reader))
+        names = [origin.name for stored in (member, *wholes) for origin in stored.node.get_origins()]
         return min((self.room[name] for name in names if name in self.room), default=float("inf"))
 
 
@@ -97,6 +113,11 @@ def _more_bytes(scheduler: Any, members: Sequence[Any], at: Any) -> int:
 
 def _readers(buffer: Any) -> Iterator[Any]:
     return (user.node for user in buffer.users if hasattr(user.node, "min_order"))  # the graph's output has none
+
+
+def _is_concatenation(reader: Any) -> bool:
+    """True for what is stored together with the first of its pieces that is."""
+    return isinstance(reader.node, _torch.inductor_ir.ConcatKernel)
 
 
 def _last(buffer: Any) -> float:

@@ -156,7 +156,7 @@ class Compilation:
         device = _device(joint)
         profile = profile_of(device)
         times = op_times(device) if self.options.costs == "measured" else None
-        program = joint_program(joint.graph, halves, profile, self._resident(joint, device), self._fuses, times)
+        program = joint_program(joint.graph, halves, profile, self._resident(joint, device), times)
         if times is not None:
             times.save()
         program = pinned(with_must(program, halves.forward), halves.forward, self.options.pin)

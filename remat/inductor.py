@@ -17,7 +17,7 @@ from torch import fx
 
 from remat import _torch
 from remat._torch import V
-from remat.choices import LocalFusion, SparingFusion
+from remat.choices import LocalFusion, SparingFusion, can_wait
 from remat.errors import RematError
 from remat.generated import GeneratedStep
 from remat.ops import OFFLOAD, RELOAD
@@ -37,7 +37,7 @@ class _Partitioner(_torch.CustomPartitionerFn):
     def uuid(self) -> str:
         """The partition shows in the halves, which are what is cached; the number goes up with `Memory`."""
         room = hashlib.sha256(repr(sorted(self.watch.room.items())).encode()).hexdigest()
-        return f"remat.5.{room}"
+        return f"remat.6.{room}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Partitioner:
         return self  # Inductor copies its whole configuration now and then
@@ -92,8 +92,9 @@ def compile_graph(
 
     watch.clear()
     both = _torch.functorch_config.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True)
-    with both, V.set_choices_handler(fusion(watch.room)):  # the configured class is made only once in a process
-        patches = {"inductor_choices_class": fusion, "custom_partitioner_fn": _Partitioner(split, watch)}
+    patches = {"inductor_choices_class": fusion, "custom_partitioner_fn": _Partitioner(split, watch)}
+    handler = V.set_choices_handler(fusion(watch.room))  # the configured class is made only once in a process
+    with both, handler, _torch.adding_products(can_wait):
         return _torch.compile_fx(gm, inputs, compile_half, config_patches=patches)  # type: ignore[return-value]
 
 
@@ -106,6 +107,7 @@ def _compile_half(module: fx.GraphModule, inputs: Sequence[Any], watch: Watch, *
     is_backward = bool(kwargs.get("is_backward"))
     if not is_backward:
         watch.is_channels_last = _torch.GraphLowering.decide_layout_opt(module, is_inference=False)
+        _save_as_they_are(module)
     hosts = any(module.graph.find_nodes(op="call_function", target=op) for op in (OFFLOAD, RELOAD))
     ours = {"reorder_for_peak_memory": False} if hosts else {}
     if is_backward and watch.is_channels_last:
@@ -128,20 +130,25 @@ def _compile_half(module: fx.GraphModule, inputs: Sequence[Any], watch: Watch, *
     return code
 
 
+def _save_as_they_are(forward: fx.GraphModule) -> None:
+    """Have Inductor leave inputs that are saved, such as weights of convolutions, in their layout, as if the user saw them: it
+    would keep copies with their channels last from forward to backward. Now backward makes its own."""
+    output = forward.graph.output_node()
+    inputs = [i for i, node in enumerate(results(forward.graph)) if isinstance(node, fx.Node) and node.op == "placeholder"]
+    output.meta["user_visible_output_idxs"] = [*output.meta.get("user_visible_output_idxs", ()), *inputs]
+
+
 class _Reading:
     """Reads a graph's memory off its wrapper code, and writes it into the code."""
 
     def __init__(self, module: fx.GraphModule, is_backward: bool, watch: Watch) -> None:
         names = [node.name if isinstance(node, fx.Node) else "" for node in results(module.graph)]
         hosted = frozenset(node.args[0].name for node in module.graph.find_nodes(op="call_function", target=RELOAD))
-        copied: frozenset[str] = frozenset()
         kept = frozenset(watch.kept if is_backward else ())
         if is_backward and not _torch.TANGENTS_GO:
             tangents = (node.name for node in module.graph.find_nodes(op="placeholder"))
             kept |= {name for name in tangents if name.startswith("tangents")}
-        if is_backward and watch.forward is not None:
-            copied = frozenset(watch.forward.copied)
-        self._around = Surroundings(kept, copied, hosted, names, {})
+        self._around = Surroundings(kept, hosted, names, {})
         self._is_backward, self._watch = is_backward, watch
         self.is_done = False
 
@@ -171,8 +178,8 @@ class _Reading:
         self._watch.found(memory, self._is_backward)
 
     def _digest(self) -> str:
-        kept, copied, hosted, names, _ = self._around
-        return hashlib.sha256(repr((sorted(kept), sorted(copied), sorted(hosted), names)).encode()).hexdigest()
+        kept, hosted, names, _ = self._around
+        return hashlib.sha256(repr((sorted(kept), sorted(hosted), names)).encode()).hexdigest()
 
 
 _NOTE = "remat: "

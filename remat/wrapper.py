@@ -40,7 +40,6 @@ class Memory:
 
     moments: tuple[str, ...]
     allocations: tuple[Allocation, ...]
-    copied: tuple[str, ...] = ()  # parameters and inputs that forward returns in another layout, as memory of its own
 
     @property
     def live_bytes(self) -> list[int]:
@@ -57,7 +56,7 @@ class Memory:
         allocations = tuple(
             Allocation(name, size, born, dies, tuple(results)) for name, size, born, dies, results in data["allocations"]
         )
-        return cls(tuple(data["moments"]), allocations, tuple(data["copied"]))
+        return cls(tuple(data["moments"]), allocations)
 
 
 def memory_of_inputs(module: fx.GraphModule) -> Memory:
@@ -136,16 +135,14 @@ class _Heap:
             allocation._replace(dies=allocation.dies if allocation.dies >= 0 else end, results=tuple(known.get(i, ())))
             for i, allocation in enumerate(self._made)
         ]
-        fresh = (name for of in known.values() for name in of if _is_resident(name))
-        return Memory(tuple(self.moments), tuple(a for a in made if a.bytes), tuple(fresh))
+        return Memory(tuple(self.moments), tuple(a for a in made if a.bytes))
 
 
 class Surroundings(NamedTuple):
-    """Of a graph: inputs that somebody else holds, parameters and inputs in a layout of their own, inputs on the host, the
-    names of its results, and what the graphs within it allocate at most."""
+    """Of a graph: inputs that somebody else holds, inputs on the host, the names of its results, and what the graphs within it
+    allocate at most."""
 
     kept: frozenset[str]
-    copied: frozenset[str]
     hosted: frozenset[str]
     names: Sequence[str]
     inside: dict[str, int]
@@ -160,7 +157,7 @@ def run_allocations(lines: Sequence[Any], around: Surroundings) -> Memory:
 def subgraph_peak_bytes(lines: Sequence[Any], inside: dict[str, int]) -> int:
     """The most that a graph within a graph allocates, its results among it and its inputs not."""
     inputs = frozenset(V.graph.graph_inputs)
-    memory = run_allocations(lines, Surroundings(inputs, frozenset(), inputs, V.graph.get_output_names(), inside))
+    memory = run_allocations(lines, Surroundings(inputs, inputs, V.graph.get_output_names(), inside))
     return max(memory.live_bytes)
 
 
@@ -192,10 +189,9 @@ def _run(lines: Sequence[Any], around: Surroundings) -> tuple[_Heap, dict[int, i
     for line in lines:
         if isinstance(line, wrapper_code.MultiOutputLine):
             items.setdefault(line.arg_name, []).append(V.graph.get_buffer(line.result_name))
-    coming = {n: _allocated_bytes(v) for n, v in V.graph.graph_inputs.items() if n in around.copied or not _is_resident(n)}
-    coming = {name: size for name, size in coming.items() if name not in around.hosted}
-    for name, size in coming.items():
-        heap.allocate(name, size, "")
+    for name, value in V.graph.graph_inputs.items():
+        if not _is_resident(name) and name not in around.hosted:
+            heap.allocate(name, _allocated_bytes(value), "")
     kernels = {line.node.get_name() for line in lines if isinstance(line, wrapper_code.ExternKernelAllocLine)}
     passed: list[str] | None = None  # while a graph within this one is called: what it is handed, and frees itself
     for line in lines:

@@ -65,7 +65,21 @@ class Wide(nn.Module):
         return x + self.second(nn.functional.gelu(self.first(self.norm(x)), approximate="tanh"))
 
 
-def test_generated_code_holds_what_is_planned_where_recompute_could_fuse(monkeypatch: pytest.MonkeyPatch) -> None:
+class Gated(Wide):
+    """The gradients of gate and value are one storage, which is there as soon as the first of them is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = nn.Linear(256, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        value, gate = self.first(self.norm(x)).chunk(2, dim=-1)
+        return x + self.second(value * nn.functional.gelu(gate))
+
+
+@pytest.mark.parametrize(("kind", "budget"), [(Wide, 0.4), (Gated, 0.5)], ids=["wide", "gated"])
+def test_generated_code_holds_what_is_planned(kind: type[nn.Module], budget: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Inductor would fuse what is recomputed with what runs later."""
     planned = []
     ours = Compilation._peak_bytes
 
@@ -74,13 +88,33 @@ def test_generated_code_holds_what_is_planned_where_recompute_could_fuse(monkeyp
         return ours(self, task)
 
     monkeypatch.setattr(Compilation, "_peak_bytes", peak_bytes)
-    model = nn.Sequential(*(Wide() for _ in range(4)))
-    outcome = run_step(module := compiled(model, 0.4), {"input": torch.randn(512, 64)})
+    model = nn.Sequential(*(kind() for _ in range(4)))
+    outcome = run_step(module := compiled(model, budget), {"input": torch.randn(512, 64)})
     (graph,) = remat.plans(module)
     assert graph.plan.dropped
     assert len(set(planned)) == 1
     assert graph.plan.budget_bytes is not None
     assert 0.99 * planned[0] <= outcome.peak_bytes <= graph.plan.peak_bytes <= graph.plan.budget_bytes
+
+
+class Tied(nn.Module):
+    """The embedding is the output head, whose gradient is a product with that of the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.blocks = nn.Embedding(1024, 64), nn.Sequential(Wide(), Wide())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits = nn.functional.linear(self.blocks(self.embedding(x)), self.embedding.weight)
+        return nn.functional.cross_entropy(logits, x)
+
+
+def test_gradients_of_logits_are_gone_when_that_of_the_embedding_is_summed_up() -> None:
+    run_step(module := compiled(Tied(), None), {"x": torch.arange(512)})
+    (graph,) = remat.plans(module)
+    logits = [storage for storage in graph.plan.storages if storage.bytes == 512 * 1024 * 4]
+    assert logits
+    assert all(storage.dies < len(graph.plan.timeline) * 0.8 for storage in logits)
 
 
 def test_dropout_is_replayed() -> None:
@@ -117,6 +151,21 @@ def test_inputs_that_inductor_copies_for_a_convolution_count() -> None:
     outcome = run_step(module := compiled(model, None), {"input": images})
     (graph,) = remat.plans(module)
     assert abs(graph.plan.peak_bytes / outcome.peak_bytes - 1) <= 0.05
+
+
+def test_weights_of_convolutions_are_saved_as_they_are() -> None:
+    """Inductor would save copies with their channels last."""
+    model = nn.Sequential(
+        *(layer for c in (16, 64, 64) for layer in (nn.Conv2d(c, 64, 3, padding=1), nn.SiLU())), nn.Conv2d(64, 16, 1)
+    )
+    weights = {parameter.data_ptr() for parameter in model.parameters() if parameter.dim() == 4}
+    outcome = run_step(module := compiled(model, None), {"input": (images := torch.randn(2, 16, 10, 10))})
+    (graph,) = remat.plans(module)
+    assert abs(graph.plan.peak_bytes / outcome.peak_bytes - 1) <= 0.01
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        module(images)
+    assert weights <= {tensor.data_ptr() for tensor in saved}
 
 
 class NextBlock(nn.Module):

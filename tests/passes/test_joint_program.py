@@ -46,6 +46,30 @@ def test_a_long_chain_is_stored_now_and_then() -> None:
     assert 1 <= max(map(len, runs)) <= 3  # each adds a tensor to read, and four are the limit
 
 
+def test_what_a_reduction_and_its_reader_share_is_not_stored_however_much_it_reads() -> None:
+    """As in the gradient of a softmax, y ← g − Σ g with g ← Π xᵢ."""
+    graph = fx.Graph()
+    tensor = torch.empty(4, 4, device="meta")
+
+    def call(op: torch._ops.OpOverload, *args: object, value: torch.Tensor = tensor) -> fx.Node:
+        node = graph.call_function(op, args)
+        node.meta["val"] = value
+        return node
+
+    product, *factors = [graph.placeholder(f"primals_{i}") for i in range(6)]
+    for node in (product, *factors):
+        node.meta["val"] = tensor
+    for factor in factors:
+        product = call(aten.mul.Tensor, product, factor)
+    total = call(aten.sum.dim_IntList, product, [1], True, value=tensor[:, :1])
+    difference = call(aten.sub.Tensor, product, total)
+    output = graph.output((difference,))
+    assert product in split_joint(graph, 1, fuses=True).inlined
+    with graph.inserting_before(output):
+        output.args = ((difference, call(aten.add.Tensor, product, 1.0)),)
+    assert product not in split_joint(graph, 2, fuses=True).inlined
+
+
 def dropped_out(dtype: torch.dtype) -> tuple[fx.Graph, list[str]]:
     """y ← ([draw > 0.1] · tanh(x)) @ w, and two gradients, with Inductor's draw cast to `dtype`; the names of draw, mask and
     tanh."""
@@ -81,7 +105,7 @@ def test_what_a_draw_and_what_is_fused_cost(
     device: DeviceProfile, mask: Decision | None, tanh_costs: bool, dtype: torch.dtype
 ) -> None:
     graph, names = dropped_out(dtype)
-    program = joint_program(graph, split_joint(graph, 1, fuses=True), device, {}, fuses=True)
+    program = joint_program(graph, split_joint(graph, 1, fuses=True), device, {})
     ops = {op.name: op for op in program.forward}
     draw, comparison, tanh = (ops[name] for name in names)
     assert comparison.pin is mask

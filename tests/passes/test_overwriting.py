@@ -14,7 +14,9 @@ aten = torch.ops.aten
 Step = Callable[..., fx.Node]
 
 
-def taken(build: Callable[[Step, fx.Node], None], inlined: Collection[str] = (), kept: Collection[str] = ()) -> dict[str, str]:
+def taken(
+    build: Callable[[Step, fx.Node], None], inlined: Collection[str] = (), kept: Collection[str] = (), device: str = "meta"
+) -> dict[str, str]:
     """By name what the nodes take over that `build` makes of a product of 8 × 8 values. Views are read where they are."""
     graph = fx.Graph()
 
@@ -24,7 +26,7 @@ def taken(build: Callable[[Step, fx.Node], None], inlined: Collection[str] = (),
         return node
 
     x = graph.placeholder("x")
-    x.meta["val"] = torch.empty(8, 8, device="meta")
+    x.meta["val"] = torch.empty(8, 8, device=device)
     build(step, step(aten.mm.default, x, x, name="product"))
     nodes = [node for node in graph.nodes if node.op == "call_function"]
 
@@ -57,6 +59,7 @@ def test_one_that_runs_before_on_the_way_does_not_matter_and_one_beside_does() -
         step(aten.mul.Tensor, product, 2.0, name="result")
 
     assert taken(before) == {"result": "product"}
+    assert taken(before, device="cpu") == {}  # the loop over rows holds both, and writes over nothing
     assert taken(beside) == {}
 
 
