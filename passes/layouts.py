@@ -25,7 +25,8 @@ def prefers_channels_last(graph: fx.Graph, backward: Collection[fx.Node]) -> boo
     for node in graph.nodes:
         if node.op != "output" and node not in backward and all(source in copies for source in node.all_input_nodes):
             copies[node] = forward.node_copy(node, copies.__getitem__)
-    return GraphLowering.decide_layout_opt(fx.GraphModule(graph.owning_module or torch.nn.Module(), forward), is_inference=False)
+    module = fx.GraphModule(graph.owning_module or torch.nn.Module(), forward)
+    return GraphLowering.decide_layout_opt(module, is_inference=False)
 
 
 def is_convolution(node: fx.Node) -> bool:
