@@ -63,10 +63,15 @@ def stored_on_reuse(inlined: Iterable[fx.Node]) -> set[fx.Node]:
     and what is computed from these (`StorageBox.should_realize_on_reuse`). Their views belong to them."""
     found: set[fx.Node] = set()
     for node in inlined:
-        is_costly = op_name(node) in _COSTLY and node.meta["val"].device.type == "cpu"
-        if is_costly or not found.isdisjoint(map(owner, node.all_input_nodes)):
+        is_stored = is_costly(node) and node.meta["val"].device.type == "cpu"
+        if is_stored or not found.isdisjoint(map(owner, node.all_input_nodes)):
             found.add(node)
     return found
+
+
+def is_costly(node: fx.Node) -> bool:
+    """True for the pointwise ops that Inductor would rather store than compute for each reader on a CPU."""
+    return op_name(node) in _COSTLY
 
 
 def _is_within_a_loop(node: fx.Node) -> bool:

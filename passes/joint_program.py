@@ -123,10 +123,10 @@ def _lifetimes(
     readers = _storage_readers(graph, late)
     escaping = {owner(node) for node in halves.forward_outputs}
     grads = {owner(node) for node in halves.backward_outputs}
-    takes = overwritten(halves.backward, late, readers, grads) if halves.fuses else {}
+    over = _overwritten(graph, halves, escaping | grads) if halves.fuses else {}
     values: list[Value] = []
     fixed: list[Fixed] = []
-    where: dict[fx.Node, int] = {}  # storages of backward among `fixed`
+    where: dict[fx.Node, int] = {}  # storages of forward among `values`, of backward among `fixed`
     for node, born in position.items():
         if is_view(node) or node.target is operator.getitem or node in late:
             continue
@@ -137,12 +137,13 @@ def _lifetimes(
                 is_gradient = item in grads
                 dies = end if is_gradient else max([born, *uses])
                 made = Fixed(born, dies, size, "gradients" if is_gradient else "working set")
-                if item in takes:
-                    at = where[item] = where[takes[item]]
-                    fixed[at] = made._replace(born=fixed[at].born)
+                sources = [source for source in over.get(item, ()) if source in where]
+                own = [where[source] for source in sources if position[source] >= n_forward]
+                at = where[item] = next((at for at in own if fixed[at].dies == born), len(fixed))
+                if at < len(fixed):
+                    fixed[at] = made._replace(born=fixed[at].born, over=fixed[at].over)
                 else:
-                    where[item] = len(fixed)
-                    fixed.append(made)
+                    fixed.append(made._replace(over=tuple(where[s] for s in sources if position[s] < n_forward)))
                 continue
             held = item in escaping
             last_forward = end if held else max([born, *(p for p in uses if p < n_forward)])
@@ -150,8 +151,16 @@ def _lifetimes(
             release = after[-1] if after else -1
             pin = HELD if held else _pin(node, halves.fuses)
             passing = 0 if node in halves.inlined else None
-            values.append(Value(item.name, size, born, last_forward, after, release, pin, passing))
+            under = tuple(where[source] for source in over.get(item, ()) if source in where)
+            where[item] = len(values)
+            values.append(Value(item.name, size, born, last_forward, after, release, pin, passing, under))
     return values, fixed
+
+
+def _overwritten(graph: fx.Graph, halves: JointHalves, kept: set[fx.Node]) -> dict[fx.Node, tuple[fx.Node, ...]]:
+    readers = _storage_readers(graph, halves.inlined)
+    forward, backward = (overwritten(half, halves.inlined, readers, kept) for half in (halves.forward, halves.backward))
+    return {**forward, **backward}
 
 
 def _tangents(graph: fx.Graph, halves: JointHalves, position: Mapping[fx.Node, int], device: DeviceProfile) -> Iterator[Fixed]:

@@ -11,6 +11,7 @@ from torch import fx
 from remat.passes.aliasing import is_view, results, storage_roots
 from remat.passes.fusion import stored_on_reuse
 
+_COPIES = 64  # of nodes, for one that reads them
 _CASTS = (torch.ops.aten._to_copy.default, torch.ops.prims.convert_element_type.default)
 
 
@@ -83,7 +84,7 @@ def just_in_time(module: fx.GraphModule, repeats: Mapping[str, int] | None = Non
     for node in graph.nodes:
         if node is not output and (node not in late or node in fused or node in copied):
             continue
-        group = _missing(node, placed)
+        group = _missing(node, placed, copied)
         order += group
         used = {roots[source] for member in group for source in (member, *member.all_input_nodes)}
         for repeated in [node for node in left if node in used and left[node]]:
@@ -117,10 +118,12 @@ def _computed_with(node: fx.Node, roots: Mapping[fx.Node, fx.Node], fused: Colle
     return found
 
 
-def _missing(root: fx.Node, placed: set[fx.Node]) -> list[fx.Node]:
+def _missing(root: fx.Node, placed: set[fx.Node], copied: Collection[fx.Node] = ()) -> list[fx.Node]:
     """What has to be placed with a node, in order, up to itself; it is placed then. Items come with the op of several results
-    that they are of: as long as one is missing, all of them are held."""
-    order = []
+    that they are of: as long as one is missing, all of them are held. Each reader has its own of what is `copied`, unless that
+    is too many."""
+    order: list[fx.Node] = []
+    n_copied = 0
     stack = [root]
     while stack:
         node = stack[-1]
@@ -131,6 +134,9 @@ def _missing(root: fx.Node, placed: set[fx.Node]) -> list[fx.Node]:
         stack.pop()
         if node not in placed:
             items = [user for user in node.users if user.target is operator.getitem and user not in placed]
+            n_copied += node in copied
+            if n_copied < _COPIES:
+                placed.difference_update(source for source in node.all_input_nodes if source in copied)
             placed.update((node, *items))
             order += [node, *items]
     return order

@@ -37,6 +37,7 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.fx_passes import post_grad
 from torch._inductor.graph import GraphLowering, SubgraphLowering
+from torch._inductor.scheduler import Scheduler
 from torch._inductor.virtualized import V
 from torch._logging._internal import trace_structured
 from torch._subclasses.fake_tensor import (
@@ -93,6 +94,7 @@ __all__ = [
     "fake_modes",
     "flop_registry",
     "frame_id",
+    "freeing_before",
     "functorch_config",
     "has_graph_break",
     "in_functorch",
@@ -243,6 +245,24 @@ def adding_products(can_wait: Callable[[fx.Node, fx.Node], bool]) -> Iterator[No
         yield
     finally:
         post_grad.should_prefer_unfused_addmm = is_unfused
+
+
+@contextlib.contextmanager
+def freeing_before(is_needed: Callable[[Any, Any], bool]) -> Iterator[None]:
+    """Inductor lets go of what the kernels between two library calls have read when the second is due, and a C++ function holds
+    all of them. Now also before a scheduler's node of which `is_needed` says so."""
+    enter = Scheduler.enter_context
+
+    def enter_context(scheduler: Any, node: Any) -> None:
+        if is_needed(scheduler, node):
+            scheduler.flush()
+        enter(scheduler, node)
+
+    Scheduler.enter_context = enter_context  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        Scheduler.enter_context = enter  # type: ignore[method-assign]
 
 
 def buffer_bytes(buffer: Any) -> int:

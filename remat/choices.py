@@ -45,9 +45,10 @@ class LocalFusion(_torch.InductorChoices):
 
     def __init__(self, room: Mapping[str, int] | None = None) -> None:
         self.room = {} if room is None else room
+        self._of, self._in_order = None, list[float]()
 
     def uuid(self) -> str:
-        return f"remat.LocalFusion.5.{_REACH}"  # what room says is with the partition (`remat.inductor`)
+        return f"remat.LocalFusion.6.{_REACH}"  # what room says is with the partition (`remat.inductor`)
 
     def can_fuse_horizontal(self, scheduler: Any, node1: Any, node2: Any, shared_data_score: int) -> bool:  # type: ignore[override]
         distance = max(abs(node1.min_order - node2.max_order), abs(node2.min_order - node1.max_order))
@@ -55,15 +56,38 @@ class LocalFusion(_torch.InductorChoices):
             return False
         if not _torch.InductorChoices.can_fuse_horizontal(scheduler, node1, node2, shared_data_score):
             return False
+        return self._has_room(scheduler, node1, node2)
+
+    def can_fuse_vertical(self, scheduler: Any, node1: Any, node2: Any, shared_data_score: int) -> bool:  # type: ignore[override]
+        if node2.min_order - node1.max_order > _REACH:
+            return False
+        needed = all(member.get_name() in node2.ancestors for member in node1.get_nodes())
+        return needed or self._has_room(scheduler, node1, node2)  # if not, a horizontal fusion grows
+
+    def _has_room(self, scheduler: Any, node1: Any, node2: Any) -> bool:
         if not self.room or not V.graph.is_backward:
             return True
         members = sorted((*node1.get_nodes(), *node2.get_nodes()), key=lambda member: member.min_order)
-        at = _moment(scheduler, members)
-        return _more_bytes(scheduler, members, at) <= self._room(at)
+        more = _more_bytes(scheduler, members, _moment(scheduler, members))
+        return not more or more <= min(self._rooms(scheduler)[members[0].min_order : members[-1].min_order + 1])
 
-    @staticmethod
-    def can_fuse_vertical(scheduler: Any, node1: Any, node2: Any, shared_data_score: int) -> bool:
-        return node2.min_order - node1.max_order <= _REACH
+    def is_full(self, scheduler: Any, node: Any) -> bool:
+        """Whether there is no room, while a scheduler's node runs, for what kernels before it were the last to read, and still
+        hold."""
+        if not self.room or not V.graph.is_backward:
+            return False
+        buffers = ChainMap(scheduler.name_to_buf, scheduler.name_to_donated_buffer)
+        waiting = [buffers[name].node for name in scheduler.buffer_names_to_free if name in buffers]
+        return sum(map(_torch.buffer_bytes, waiting)) > min(self._room(member) for member in node.get_nodes())
+
+    def _rooms(self, scheduler: Any) -> list[float]:
+        """The room while each node runs, in running order."""
+        if self._of is not scheduler:
+            self._of, nodes = scheduler, [node for node in scheduler.name_to_node.values() if hasattr(node, "min_order")]
+            self._in_order = [float("inf")] * (max(node.min_order for node in nodes) + 1)  # one that is not used has no place
+            for node in nodes:
+                self._in_order[node.min_order] = self._room(node)
+        return self._in_order
 
     def _room(self, member: Any) -> float:
         wholes = (reader for made in member.get_outputs() for reader in _readers(made) if _is_concatenation(reader))

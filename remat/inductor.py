@@ -93,8 +93,9 @@ def compile_graph(
     watch.clear()
     both = _torch.functorch_config.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True)
     patches = {"inductor_choices_class": fusion, "custom_partitioner_fn": _Partitioner(split, watch)}
-    handler = V.set_choices_handler(fusion(watch.room))  # the configured class is made only once in a process
-    with both, handler, _torch.adding_products(can_wait):
+    choices = fusion(watch.room)
+    handler = V.set_choices_handler(choices)  # the configured class is made only once in a process
+    with both, handler, _torch.adding_products(can_wait), _torch.freeing_before(choices.is_full):
         return _torch.compile_fx(gm, inputs, compile_half, config_patches=patches)  # type: ignore[return-value]
 
 

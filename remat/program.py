@@ -63,7 +63,8 @@ class Value(NamedTuple):
     which it is asked for; it is held until `release` (a position, -1 when backward never reads it). `pinned` says why it
     can only be saved, "" when it may be recomputed. `passing_bytes` is what it occupies where it is not kept for backward;
     None means `bytes`. A compiler that fuses its producer into its readers never stores it there: 0,
-    and they read its inputs instead.
+    and they read its inputs instead. `over` are values of as many bytes: it is written over the first of them that its op is
+    the last to read.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Value(NamedTuple):
     release: int = -1
     pinned: str = ""
     passing_bytes: int | None = None
+    over: tuple[int, ...] = ()
 
     @property
     def passing(self) -> int:
@@ -81,12 +83,14 @@ class Value(NamedTuple):
 
 
 class Fixed(NamedTuple):
-    """A storage that lives from position `born` to position `dies`, both included. `kind` is one of `KINDS`."""
+    """A storage that lives from position `born` to position `dies`, both included. `kind` is one of `KINDS`. `over` are values
+    of forward, as a value has them."""
 
     born: int
     dies: int
     bytes: int
     kind: str = "working set"
+    over: tuple[int, ...] = ()
 
 
 class Move(NamedTuple):

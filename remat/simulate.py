@@ -169,6 +169,7 @@ def simulate(
         for value, last in zip(program.values, _last_forward(program, kept), strict=True)
     ]
     trips: list[Trip] = []
+    open_to: dict[int, int] = {}  # by value its span, if something may be written over it
     for v, value in enumerate(program.values):
         born = when[value.op]
         move = moves.get(value.op) if kept[v] else None
@@ -185,8 +186,14 @@ def simulate(
         kept_until = stays.pop(0)[1] if stays and v not in drop else dies[v] if kept[v] else 0
         kind = "outputs" if value.pinned == HELD else "activations" if kept[v] else "working set"
         size = value.bytes if kept[v] else value.passing
+        if size:
+            _write_over(spans, open_to, value.over, born)
+            if not (kept[v] and (v in made.stays or v in again.last)):  # else what is recomputed reads it beside
+                open_to[v] = len(spans)
         spans.append(Span(born, max(when[last_forward[v]], kept_until), size, kind, v))
         spans += [Span(start, end, value.passing, "recomputed", v) for start, end in stays]
+    for fixed in program.fixed:
+        _write_over(spans, open_to, fixed.over, when[fixed.born])
     trips.sort(key=lambda trip: trip.use)
     clock = timing(program, schedule, trips) if trips else None
     recomputed = [program.forward[position] for position, is_again in schedule if is_again]
@@ -203,6 +210,15 @@ def simulate(
         tuple(trips),
         tuple(spans),
     )
+
+
+def _write_over(spans: list[Span], open_to: Mapping[int, int], over: Sequence[int], index: int) -> None:
+    """End the span that one of the values in `over` has, if that is where the op at an index reads it: as of then the storage
+    is the op's."""
+    for at in (open_to[v] for v in over if v in open_to):
+        if spans[at].dies == index:
+            spans[at] = spans[at]._replace(dies=index - 1)
+            return
 
 
 class _Again(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,26 +77,6 @@ class Gated(Wide):
         return x + self.second(value * nn.functional.gelu(gate))
 
 
-@pytest.mark.parametrize(("kind", "budget"), [(Wide, 0.4), (Gated, 0.5)], ids=["wide", "gated"])
-def test_generated_code_holds_what_is_planned(kind: type[nn.Module], budget: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where Inductor would fuse what is recomputed with what runs later."""
-    planned = []
-    ours = Compilation._peak_bytes
-
-    def peak_bytes(self: Compilation, task: Any) -> int:
-        planned.append(self._attempt.solution.replay.peak_bytes)
-        return ours(self, task)
-
-    monkeypatch.setattr(Compilation, "_peak_bytes", peak_bytes)
-    model = nn.Sequential(*(kind() for _ in range(4)))
-    outcome = run_step(module := compiled(model, budget), {"input": torch.randn(512, 64)})
-    (graph,) = remat.plans(module)
-    assert graph.plan.dropped
-    assert len(set(planned)) == 1
-    assert graph.plan.budget_bytes is not None
-    assert 0.99 * planned[0] <= outcome.peak_bytes <= graph.plan.peak_bytes <= graph.plan.budget_bytes
-
-
 class Tied(nn.Module):
     """The embedding is the output head, whose gradient is a product with that of the logits."""
 
@@ -107,6 +87,36 @@ class Tied(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         logits = nn.functional.linear(self.blocks(self.embedding(x)), self.embedding.weight)
         return nn.functional.cross_entropy(logits, x)
+
+
+def stacked(kind: type[nn.Module]) -> tuple[nn.Module, dict[str, Any]]:
+    return nn.Sequential(*(kind() for _ in range(4))), {"input": torch.randn(512, 64)}
+
+
+@pytest.mark.parametrize(
+    ("build", "budget"),
+    [(lambda: stacked(Wide), 0.4), (lambda: stacked(Gated), 0.5), (lambda: (Tied(), {"x": torch.arange(512)}), 0.8)],
+    ids=["wide", "gated", "tied"],
+)
+def test_generated_code_holds_what_is_planned(
+    build: Callable[[], tuple[nn.Module, dict[str, Any]]], budget: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where Inductor would fuse what is recomputed with what runs later, and where results lie over what they are made of."""
+    planned = []
+    ours = Compilation._peak_bytes
+
+    def peak_bytes(self: Compilation, task: Any) -> int:
+        planned.append(self._attempt.solution.replay.peak_bytes)
+        return ours(self, task)
+
+    monkeypatch.setattr(Compilation, "_peak_bytes", peak_bytes)
+    model, inputs = build()
+    outcome = run_step(module := compiled(model, budget), inputs)
+    (graph,) = remat.plans(module)
+    assert graph.plan.dropped
+    assert len(set(planned)) == 1
+    assert graph.plan.budget_bytes is not None
+    assert 0.99 * planned[0] <= outcome.peak_bytes <= graph.plan.peak_bytes <= graph.plan.budget_bytes
 
 
 def test_gradients_of_logits_are_gone_when_that_of_the_embedding_is_summed_up() -> None:
@@ -339,7 +349,7 @@ def test_fusion_is_ours_after_other_compilations_and_only_then(monkeypatch: pyte
         asked.append(args)
         return ours(*args)
 
-    monkeypatch.setattr(LocalFusion, "can_fuse_vertical", staticmethod(can_fuse_vertical))
+    monkeypatch.setattr(LocalFusion, "can_fuse_vertical", can_fuse_vertical)
     model, x = mlp(dropout=0.0, rows=8)
     plain = torch.compile(model, backend="inductor")
     plain(x).sum().backward()

@@ -233,6 +233,15 @@ def test_a_value_fused_into_its_readers_occupies_only_what_it_passes() -> None:
     assert [b for _, _, b in live(program, (0,))] == [0, 10, 10, 10]
 
 
+def test_a_result_is_written_over_what_its_op_is_the_last_to_read() -> None:
+    program = chain()
+    values = tuple(value._replace(over=(v - 1,) if v else ()) for v, value in enumerate(program.values))
+    program = dataclasses.replace(program, values=values, fixed=(Fixed(4, 5, 100, over=(1,)),))
+    assert [b for _, _, b in live(program, ())] == [100, 200, 300, 300, 200, 200]  # the gradient of b lies where b did
+    assert [b for _, _, b in live(program, (0,))] == [100, 100, 200, 200, 100, 200, 200]  # b lies where a did
+    assert [b for _, _, b in live(program, (1,))] == [100, 200, 200, 200, 200, 300, 200]  # c where b did; the other b stays
+
+
 def test_the_peak_is_named() -> None:
     moment = simulate(chain(), ()).peak_at
     assert (moment.phase, moment.name, moment.live_bytes) == ("forward", "c", 1300)

@@ -62,7 +62,8 @@ def block_keys(program: Program, cuts: Sequence[int], back: Sequence[int], reach
         for value in (program.values[v] for v in op.outputs):
             ends = (value.last_forward, *value.reads, *((value.release,) if value.release >= 0 else ()))
             marks = tuple(place(q, k) for q in ends)
-            outputs.append((value.bytes, value.passing_bytes, value.pinned, value.release >= 0, marks))
+            under = tuple(place(program.values[u].op, k) for u in value.over)
+            outputs.append((value.bytes, value.passing_bytes, value.pinned, value.release >= 0, marks, under))
         parts[k].append((op.cost_us, op.workspace_bytes, op.launch_us, op.state_bytes, op.pin, tuple(inputs), tuple(outputs)))
     for p, op in enumerate(program.backward, len(program.forward)):
         if p < back[0]:
@@ -70,7 +71,8 @@ def block_keys(program: Program, cuts: Sequence[int], back: Sequence[int], reach
     for fixed in sorted(program.fixed):
         for k in {places[fixed.born][0], places[fixed.dies][0]}:
             if k < len(parts):
-                parts[k].append((place(fixed.born, k), place(fixed.dies, k), fixed.bytes))
+                under = tuple(place(program.values[u].op, k) for u in fixed.over)
+                parts[k].append((place(fixed.born, k), place(fixed.dies, k), fixed.bytes, under))
     return [tuple(part) for part in parts]
 
 
@@ -122,6 +124,7 @@ def slice_program(program: Program, start: int, stop: int, back_start: int, back
                 place(value.release) if value.release >= 0 else (length + back_stop - back_start if leaves else -1),
                 value.pinned or (_LEAVES if leaves else ""),
                 value.passing_bytes,
+                tuple(index[u] for u in value.over if u in index),
             )
         )
     fixed: list[Fixed] = []
@@ -131,7 +134,9 @@ def slice_program(program: Program, start: int, stop: int, back_start: int, back
         fixed.append(Fixed(place(max(int(born[k]), start)), place(min(int(dies[k]), stop - 1)), int(size[k])))
     around = (born < back_start) & (dies >= back_stop)
     for k in np.flatnonzero((born < back_stop) & (dies >= max(back_start, len(program.forward))) & ~around):
-        fixed.append(Fixed(place(max(int(born[k]), back_start)), place(min(int(dies[k]), back_stop - 1)), int(size[k])))
+        over = tuple(index[u] for u in program.fixed[k].over if u in index) if born[k] >= back_start else ()
+        at = place(max(int(born[k]), back_start)), place(min(int(dies[k]), back_stop - 1))
+        fixed.append(Fixed(*at, int(size[k]), over=over))
     backward = tuple(Op("", 0.0, op.workspace_bytes) for op in _backward_ops(program, back_start, back_stop))
     return Program(ops, (*backward, Op("", 0.0, 0)), tuple(values), tuple(sorted(fixed)), 0)
 

@@ -122,7 +122,7 @@ def test_what_repeats_is_computed_for_each_node_that_reads_it() -> None:
         assert all(torch.equal(a, b) for a, b in zip(module(*values), backward()(*values), strict=True))
 
 
-def test_each_kernel_has_its_own_copy_of_what_a_compiler_would_store() -> None:
+def test_each_reader_has_its_own_copy_of_what_a_compiler_would_store() -> None:
     """A GELU's product with what comes after it reads the same tanh as its gradient does."""
     graph = fx.Graph()
     x, tangent = graph.placeholder("x"), graph.placeholder("tangents_1")
@@ -141,6 +141,24 @@ def test_each_kernel_has_its_own_copy_of_what_a_compiler_would_store() -> None:
     just_in_time(module, inlined=["tanh", "more", "slope"])
     assert lines(module)[2:] == [
         *("tanh x", "more tanh", "gelu x more", "first tangents_1 gelu"),
-        *("tanh_again x", "slope tanh_again tangents_1", "more_again tanh_again", "second slope more_again"),
+        *("tanh_again x", "slope tanh_again tangents_1"),
+        *("tanh_again_1 x", "more_again tanh_again_1", "second slope more_again"),
     ]
     assert all(torch.equal(a, b) for a, b in zip(module(*values), expected, strict=True))
+
+
+def test_copies_for_each_reader_end_where_they_would_be_too_many() -> None:
+    graph = fx.Graph()
+    x, tangent = graph.placeholder("x"), graph.placeholder("tangents_1")
+    y = graph.call_function(aten.exp.default, (x,))
+    for _ in range(20):  # twice as many ways to it each time
+        y = graph.call_function(aten.mul.Tensor, (graph.call_function(aten.add.Tensor, (y, 1.0)), y))
+    graph.output(graph.call_function(aten.mul.Tensor, (tangent, y)))
+    for node in graph.nodes:
+        node.meta["val"] = torch.empty(3, 3)
+    module = fx.GraphModule({}, graph)
+    values = torch.randn(3, 3), torch.randn(3, 3)
+    expected = module(*values)
+    just_in_time(module, inlined=[node.name for node in graph.nodes if node.op == "call_function" and tangent not in node.args])
+    assert len(module.graph.nodes) < 200
+    assert torch.equal(module(*values), expected)
