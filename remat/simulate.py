@@ -188,7 +188,7 @@ def simulate(
         size = value.bytes if kept[v] else value.passing
         if size:
             _write_over(spans, open_to, value.over, born)
-            if not (kept[v] and (v in made.stays or v in again.last)):  # else what is recomputed reads it beside
+            if not (kept[v] and (v in made.stays or v in again.beside)):
                 open_to[v] = len(spans)
         spans.append(Span(born, max(when[last_forward[v]], kept_until), size, kind, v))
         spans += [Span(start, end, value.passing, "recomputed", v) for start, end in stays]
@@ -222,17 +222,21 @@ def _write_over(spans: list[Span], open_to: Mapping[int, int], over: Sequence[in
 
 
 class _Again(NamedTuple):
-    """Of values in recomputed ops, indices of the schedule: where each is first and last read, and where it is made."""
+    """Of values in recomputed ops, indices of the schedule: where each is first and last read, and where it is made. `beside` are
+    those that stored ones are made of."""
 
     first: dict[int, int]
     last: dict[int, int]
     born: dict[int, int]
+    beside: set[int]
 
 
 def _again(program: Program, schedule: Sequence[tuple[int, bool]], when: Mapping[int, int]) -> _Again:
-    found = _Again({}, {}, {})
+    found = _Again({}, {}, {}, set())
     for index in reversed([i for i, (_, is_again) in enumerate(schedule) if is_again]):
         op, read = program.forward[schedule[index][0]], index
+        if any(program.values[v].passing or v in found.beside for v in op.outputs):
+            found.beside.update(op.inputs)
         for v in op.outputs:
             found.born[v] = index
             if program.values[v].passing == 0:  # computed inside each reader, which reads its inputs instead

@@ -242,6 +242,14 @@ def test_a_result_is_written_over_what_its_op_is_the_last_to_read() -> None:
     assert [b for _, _, b in live(program, (1,))] == [100, 200, 200, 200, 200, 300, 200]  # c where b did; the other b stays
 
 
+@pytest.mark.parametrize(("passing", "expected"), [(0, [100, 100, 100, 100, 100]), (None, [100, 200, 200, 300, 100])])
+def test_what_is_recomputed_and_stored_reads_beside(passing: int | None, expected: list[int]) -> None:
+    values = (Value("a", 100, 0, 1, (2,), 2), Value("b", 100, 1, 1, (2,), 2, passing_bytes=passing))
+    forward = (Op("a", 1.0, 0, (), (0,)), Op("b", 1.0, 0, (0,), (1,)))
+    program = Program(forward, (Op("b'", 1.0, 0), Op("end", 0.0, 0)), values, (Fixed(2, 3, 100, over=(0,)),), 0)
+    assert [b for _, _, b in live(program, (1,))] == expected
+
+
 def test_the_peak_is_named() -> None:
     moment = simulate(chain(), ()).peak_at
     assert (moment.phase, moment.name, moment.live_bytes) == ("forward", "c", 1300)
