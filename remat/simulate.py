@@ -222,8 +222,8 @@ def _write_over(spans: list[Span], open_to: Mapping[int, int], over: Sequence[in
 
 
 class _Again(NamedTuple):
-    """Of values in recomputed ops, indices of the schedule: where each is first and last read, and where it is made. Stored ones
-    are made of those in `beside`."""
+    """Of values in recomputed ops, indices of the schedule: where each is first and last read, and where it is made. Those in
+    `beside` are what stored ones are made of."""
 
     first: dict[int, int]
     last: dict[int, int]
