@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from remat.passes.aliasing import is_view, storage_bytes
 from remat.passes.fusion import is_costly, is_reduction, op_name
@@ -76,7 +77,7 @@ def _breaks(node: fx.Node, stored: fx.Node, inlined: Collection[fx.Node]) -> set
     over = node.args[0] if is_reduction(node) else node
     assert isinstance(over, fx.Node)
     shape = over.meta["val"].shape
-    rows = [dim for dim, size in enumerate(shape) if size != 1][:-1]
+    rows = [dim for dim, size in enumerate(shape) if not statically_known_true(size == 1)][:-1]
     found: set[int] = set()
     stack, seen = [node], {node}
     while stack:
@@ -90,7 +91,10 @@ def _breaks(node: fx.Node, stored: fx.Node, inlined: Collection[fx.Node]) -> set
                 stack.append(source)
             if not is_view(reader) and value.dim() <= len(shape):
                 same = [True] * (len(shape) - value.dim())
-                same += [size == 1 or stride == 0 for size, stride in zip(value.shape, value.stride(), strict=True)]
+                same += [
+                    statically_known_true(size == 1) or stride == 0
+                    for size, stride in zip(value.shape, value.stride(), strict=True)
+                ]
                 found.update(dim for dim, after in itertools.pairwise(rows) if same[dim] != same[after])
     return found
 
@@ -107,7 +111,9 @@ def _reads(node: fx.Node, inlined: Collection[fx.Node]) -> tuple[list[fx.Node], 
         reader, is_straight = stack.pop()
         for source in reader.all_input_nodes:
             value = source.meta.get("val")
-            fits = isinstance(value, torch.Tensor) and value.is_contiguous() and value.numel() == elements
+            fits = (
+                isinstance(value, torch.Tensor) and value.is_contiguous() and statically_known_true(value.numel() == elements)
+            )
             at = source, is_straight and fits and (is_view(reader) or _is_elementwise(reader))
             if at in seen:
                 continue

@@ -384,3 +384,12 @@ def test_a_rewritten_module_compiles_without_a_break() -> None:
     gradients = sum(g.nbytes for g in outcome.gradients.values())
     assert outcome.peak_bytes <= 1.1 * expected.peak_bytes + gradients
     assert outcome.peak_bytes < unconstrained.peak_bytes
+
+
+def test_a_model_that_is_compiled_for_another_shape_has_no_graph_break(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = mlp(rows=64)
+    module = torch.compile(model, backend="remat", options={"budget": 0.9, "compiler": "eager"}, dynamic=False)
+    run_step(module, {"x": x})
+    run_step(module, {"x": torch.cat((x, x))})
+    assert len(remat.plans(module)) == 2
+    assert "graph breaks" not in caplog.text
