@@ -45,7 +45,7 @@ ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "M
 @dataclass
 class Point:
     """One configuration of one model. Bytes include parameters and gradients; seconds are CPU time of one forward and backward,
-    `times` in the rounds; `setup_s` is wall time to the end of the first step."""
+    `times` in the rounds; `setup_s` is wall time to the end of the first step. `peaks`: remat's `CompiledPlan.peaks`."""
 
     name: str
     peak_bytes: int
@@ -54,6 +54,7 @@ class Point:
     setup_s: float
     budget_bytes: int | None = None
     predicted_us: float | None = None
+    peaks: list[list[int]] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
 
 
@@ -235,13 +236,15 @@ def work(model: str, name: str) -> None:
 
 def _prediction(call: Any) -> dict[str, Any]:
     """What remat promised; nothing for a peer."""
+    if isinstance(call, RematModule):
+        return {"budget_bytes": call.plan.budget_bytes, "predicted_us": call.plan.step_us} if call.plan else {}
     try:
-        found = [compiled.plan for compiled in remat.plans(call)]
+        found = remat.plans(call)
     except remat.RematError:
-        found = [call.plan] if isinstance(call, RematModule) else []
-    if not found:
         return {}
-    return {"budget_bytes": found[-1].budget_bytes, "predicted_us": sum(plan.step_us for plan in found)}
+    plans = [compiled.plan for compiled in found]
+    peaks = [peaks for compiled in found for peaks in compiled.peaks]
+    return {"budget_bytes": plans[-1].budget_bytes, "predicted_us": sum(plan.step_us for plan in plans), "peaks": peaks}
 
 
 @dataclass(frozen=True)

@@ -133,10 +133,15 @@ def bars_of(races: list[Data]) -> Table:
             ratios = {ratio(duel): f"{ratio(duel):.3f}, {duel['peer']['name']}" for duel in found}
             mean = math.exp(statistics.mean(map(math.log, map(ratio, found))))
             table.add_row(name, str(len(found)), f"{mean:.3f}", ratios[max(ratios)], bar)
+    compiled = [point for point in ours_of(races) if point.get("peaks")]
+    if compiled:
+        firsts = [(point["peaks"][0], point["name"]) for point in compiled]
+        off, name = max((generated / planned - 1, name) for (planned, generated), name in firsts)
+        most = f"{max(len(point['peaks']) for point in compiled)} plans at most"
+        table.add_row("code above its first plan", str(len(compiled)), "", f"{off:.1%}, {name}", most)
     for race in races:
         for door in ("remat", "remat-compiled"):
-            ours = [d["ours"] for d in race["duels"] if family(d["ours"]["name"]) == door]
-            ours += [point for point in race["smallest"] if family(point["name"]) == door]
+            ours = [point for point in ours_of([race]) if family(point["name"]) == door]
             if len(ours) > 2:
                 rank = spearmanr([point["predicted_us"] for point in ours], [median(point) for point in ours]).statistic
                 table.add_row(
@@ -149,6 +154,11 @@ def bars_of(races: list[Data]) -> Table:
             share = f"{min(least) / MIB:.1f} of {min(peers) / MIB:.1f} MiB"
             table.add_row(f"{race['model']}: lowest peak, of the ratio budgets'", "", share, "", "below")
     return table
+
+
+def ours_of(races: Iterable[Data]) -> list[Data]:
+    """Everything of remat's that was measured."""
+    return [point for race in races for point in (*(duel["ours"] for duel in race["duels"]), *race["smallest"])]
 
 
 def unreached(race: Data) -> list[int]:

@@ -280,13 +280,13 @@ def _op(
         return Op(node.name, 0.0, subgraph_bytes(node, device.allocated_bytes), tuple(reads), own)
     args, kwargs = pytree.tree_map_only(fx.Node, lambda n: n.meta.get("val"), (node.args, dict(node.kwargs)))
     result: Any = node.meta.get("val")
-    call = Call.of(node.target, args, kwargs)
     if extra is not None:
         arithmetic = float(arithmetic_us(node.target, result.numel(), device))  # sizes may be symbols
         cost = max(0.0, arithmetic + extra / device.bytes_per_us)
     else:
         cost = float(op_cost_us(node.target, tuple(args), dict(kwargs), result, device))
-        cost = cost if times is None or call is None else times.time_us(call, cost)
+        if times is not None and (call := Call.of(node.target, args, kwargs)) is not None:
+            cost = times.time_us(call, cost)
     scratch = _scratch_bytes(node, args, kwargs, halves, device)
     if not own:
         return Op(node.name, cost, scratch)

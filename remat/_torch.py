@@ -1,4 +1,4 @@
-"""Everything private of torch that remat uses, in one place. A new torch release touches this file only."""
+"""Everything private of torch that remat uses, in one place. A new torch release touches this file, and `remat.patches`."""
 
 from __future__ import annotations
 
@@ -76,11 +76,13 @@ __all__ = [
     "ParamAOTInput",
     "PlainAOTInput",
     "PlainAOTOutput",
+    "PythonWrapperCodegen",
+    "Scheduler",
+    "SubgraphLowering",
     "TangentAOTInput",
     "TorchDispatchMode",
     "V",
     "WeakTensorKeyDictionary",
-    "adding_products",
     "aot_eager",
     "backward_start_ns",
     "buffer_bytes",
@@ -94,7 +96,6 @@ __all__ = [
     "fake_modes",
     "flop_registry",
     "frame_id",
-    "freeing_before",
     "functorch_config",
     "has_graph_break",
     "in_functorch",
@@ -104,20 +105,17 @@ __all__ = [
     "is_traceable_wrapper_subclass",
     "joint_graph",
     "memory_events",
-    "native_upsampling",
     "no_dispatch",
     "no_dispatch_modes",
     "outermost_module",
     "past_dynamo",
+    "post_grad",
     "profiler_is_running",
     "publish",
     "pytree",
-    "reading_wrapper_code",
     "running_sequence_number",
     "sequence_number",
-    "specializing",
     "storage_key",
-    "watch_for_opaque_autograd",
     "without_autocast",
     "wrapper_code",
 ]
@@ -197,72 +195,6 @@ def extract_forward_backward(
     return _extract_fwd_bwd_modules(
         joint, tensors, symbols, num_fwd_outputs=num_fwd_outputs, static_lifetime_input_nodes=static, **more
     )
-
-
-@contextlib.contextmanager
-def reading_wrapper_code(
-    estimate: Callable[[Sequence[Any]], Any],
-    read: Callable[[Sequence[Any]], list[str]],
-    read_subgraph: Callable[[Sequence[Any]], None],
-) -> Iterator[None]:
-    """Inductor hands the lines of its wrapper code to `read` once it has planned their allocations, and puts the comments that
-    come back into the code. It reuses buffers by what `estimate` makes of the lines without reuse, which stands in for its own
-    `EfficientPeakEstimate`. `read_subgraph` gets the lines of graphs within the graph, before its own are planned."""
-    plan = PythonWrapperCodegen.memory_plan_reuse
-
-    def plan_and_read(self: PythonWrapperCodegen) -> None:
-        if isinstance(V.graph, SubgraphLowering):
-            plan(self)
-            read_subgraph(self.lines)
-            return
-        with inductor_config.patch(allow_buffer_reuse=False):
-            plan(self)
-        self.estimate_peak = estimate(self.lines)  # type: ignore[has-type]
-        plan(self)
-        for comment in read(self.lines):
-            self.header.writeline(f"{self.comment} {comment}")
-
-    PythonWrapperCodegen.memory_plan_reuse = plan_and_read  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        PythonWrapperCodegen.memory_plan_reuse = plan  # type: ignore[method-assign]
-
-
-@contextlib.contextmanager
-def adding_products(can_wait: Callable[[fx.Node, fx.Node], bool]) -> Iterator[None]:
-    """Inductor makes one op of a matrix product and a sum that it is a term of only where `can_wait` says of the two that the
-    product may run as late as the sum."""
-    is_unfused = post_grad.should_prefer_unfused_addmm
-
-    def is_apart(match: Any) -> bool:
-        total = match.output_node()
-        products = [node for node in match.nodes if node is not total]
-        return is_unfused(match) or not all(can_wait(product, total) for product in products)
-
-    post_grad.should_prefer_unfused_addmm = is_apart
-    try:
-        yield
-    finally:
-        post_grad.should_prefer_unfused_addmm = is_unfused
-
-
-@contextlib.contextmanager
-def freeing_before(is_needed: Callable[[Any, Any], bool]) -> Iterator[None]:
-    """Inductor lets go of what the kernels between two library calls have read when the second is due, and a C++ function holds
-    all of them. Now also before a scheduler's node of which `is_needed` says so."""
-    enter = Scheduler.enter_context
-
-    def enter_context(scheduler: Any, node: Any) -> None:
-        if is_needed(scheduler, node):
-            scheduler.flush()
-        enter(scheduler, node)
-
-    Scheduler.enter_context = enter_context  # type: ignore[assignment,method-assign]
-    try:
-        yield
-    finally:
-        Scheduler.enter_context = enter  # type: ignore[method-assign]
 
 
 def buffer_bytes(buffer: Any) -> int:
@@ -370,104 +302,6 @@ def in_functorch() -> bool:
 def clear_library_workspaces() -> None:
     """Let cuBLAS give back the workspaces that it keeps; it takes them again when needed."""
     torch._C._cuda_clearCublasWorkspaces()
-
-
-class OpaqueAutograd(Exception):
-    """A model used what an exported graph would silently drop: `what` names it."""
-
-    def __init__(self, what: str) -> None:
-        super().__init__(what)
-        self.what = what
-
-
-@contextlib.contextmanager
-def specializing(single: Sequence[bool]) -> Iterator[None]:
-    """Let a model take its eager paths while it is exported.
-
-    Libraries ask `torch.compiler.is_exporting()` to choose slower code that serves any input (transformers: explicit causal
-    masks, repeated key and value heads). A captured graph here serves one kind of call and is never deployed. Dynamo, which
-    export runs on the branches of `torch.cond`, is told the truth.
-
-    single: for each look that transformers takes at positions, whether it would find one sequence in each row whatever the
-    inputs are. It needs values for that, and takes rows for packed without.
-    """
-    masks = sys.modules.get("transformers.masking_utils")
-    asked, looked = torch.compiler.is_exporting, getattr(masks, "find_packed_sequence_indices", None)
-    honest = asked.__code__
-    asked.__code__ = _is_dynamo_exporting.__code__  # another function in its place would get into tables that Dynamo makes once
-    coming = iter(single)
-    if looked is not None:
-        masks.find_packed_sequence_indices = lambda ids: None if next(coming, False) else looked(ids)  # type: ignore[union-attr]
-    try:
-        yield
-    finally:
-        asked.__code__ = honest
-        if looked is not None:
-            masks.find_packed_sequence_indices = looked  # type: ignore[union-attr]
-
-
-def _is_dynamo_exporting() -> bool:
-    """What `torch.compiler.is_exporting` does meanwhile. It has only the names of that module."""
-    import sys
-
-    import torch
-
-    return torch.compiler._is_exporting_flag and sys._getframe(1).f_globals["__name__"].startswith("torch._dynamo")
-
-
-@contextlib.contextmanager
-def native_upsampling() -> Iterator[None]:
-    """Keep torch's kernels for upsampling in what is traced. Its Python decompositions of them into gathers and products, which
-    tracing takes by default, need several times the memory in a step that runs them one by one."""
-    packets = [getattr(torch.ops.aten, name) for name in _UPSAMPLING]
-    ops = [getattr(packet, overload) for packet in packets for overload in packet.overloads()]
-    removed = [(op, key, op.py_kernels.pop(key, None)) for op in ops for key in _COMPOSITE]
-    for op, _, _ in removed:
-        op._dispatch_cache.clear()
-    try:
-        yield
-    finally:
-        for op, key, kernel in removed:
-            op._dispatch_cache.clear()
-            if kernel is not None:
-                op.py_kernels[key] = kernel
-
-
-_UPSAMPLING = [
-    *(f"{kind}nearest{exact}{size}d" for kind, exact in (("upsample_", ""), ("_upsample_", "_exact")) for size in (1, 2, 3)),
-    *("upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d"),
-    *("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"),
-]
-_COMPOSITE = (torch._C.DispatchKey.CompositeImplicitAutograd, torch._C.DispatchKey.Autograd)
-
-
-@contextlib.contextmanager
-def watch_for_opaque_autograd() -> Iterator[None]:
-    """Raise OpaqueAutograd where a model checkpoints itself or calls its own autograd.Function.
-
-    Non-strict export runs through both and keeps neither the checkpoint nor the custom backward.
-    """
-    from torch.utils import checkpoint
-
-    generator, apply = checkpoint._checkpoint_without_reentrant_generator, torch.autograd.Function.__dict__["apply"]
-
-    def no_checkpoint(*_: Any, **__: Any) -> Any:
-        raise OpaqueAutograd("torch.utils.checkpoint")
-
-    def no_function(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if cls is checkpoint.CheckpointFunction:
-            raise OpaqueAutograd("torch.utils.checkpoint")
-        if not cls.__module__.startswith("torch."):
-            raise OpaqueAutograd(f"{cls.__module__}.{cls.__qualname__}")
-        return apply.__func__(cls, *args, **kwargs)
-
-    checkpoint._checkpoint_without_reentrant_generator = no_checkpoint
-    torch.autograd.Function.apply = classmethod(no_function)  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        checkpoint._checkpoint_without_reentrant_generator = generator
-        torch.autograd.Function.apply = apply  # type: ignore[method-assign]
 
 
 class ShardedParameter(NamedTuple):

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from remat.assembly import Region
 from remat.backend import plans
 from remat.errors import RematError
-from remat.module import Region, RematModule
+from remat.module import RematModule
 from remat.passes.provenance import module_path
 from remat.plan import Plan
 from remat.views.dot import to_dot

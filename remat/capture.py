@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from remat import _torch
+from remat import _torch, patches
 from remat._torch import pytree
 from remat.errors import CaptureError
 from remat.export import DOOR_2, export
@@ -71,7 +71,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], blo
         raise
 
 
-@_torch.native_upsampling()
+@patches.native_upsampling()
 def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
     kwargs = dict(sorted(kwargs.items()))
     flat, in_spec = pytree.tree_flatten((args, kwargs))

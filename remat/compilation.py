@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.utils import _pytree as pytree
 
 from remat import _torch
 from remat.budget import memory_of, parse_budget, resolve_budget, resolve_host_budget
 from remat.describe import describe
 from remat.devices import profile_of
-from remat.errors import BudgetError, RematError
+from remat.errors import BudgetError, CaptureError, RematError
 from remat.generated import as_generated
 from remat.inductor import Watch, compile_graph
 from remat.ladder import Attempt, Ladder
@@ -28,6 +30,7 @@ from remat.passes.aliasing import results, storage_roots
 from remat.passes.joint_program import JointHalves, joint_program, largest_value, split_joint
 from remat.passes.ordering import parameters_first
 from remat.passes.partition import partition
+from remat.passes.provenance import source_line
 from remat.pins import pinned, with_must
 from remat.planner import Solution, fastest_solution, smallest_solution, solve
 from remat.policies import check_fits, check_host, is_planned, policy_solution
@@ -70,6 +73,7 @@ class Compilation:
         self._attempt: Attempt
         self._halves: tuple[fx.GraphModule, fx.GraphModule]
         self._planning_s = 0.0
+        self._peaks: list[tuple[int, int]] = []
 
     def run(self, gm: fx.GraphModule) -> Callable[..., Any]:
         """The compiled graph. Its plan is added to the session."""
@@ -77,7 +81,8 @@ class Compilation:
         while self._task is not None:
             start = time.perf_counter()
             try:
-                self._attempt = self._attempts.send(self._peak_bytes(self._task))
+                self._peaks.append((self._attempt.solution.replay.peak_bytes, self._peak_bytes(self._task)))
+                self._attempt = self._attempts.send(self._peaks[-1][1])
             except StopIteration:
                 break
             self._planning_s += time.perf_counter() - start
@@ -124,6 +129,7 @@ class Compilation:
         **_: Any,
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         """AOTAutograd's partition function, called for each compilation."""
+        _check_sizes(joint.graph)
         parameters_first(joint.graph, num_fwd_outputs)
         halves = split_joint(joint.graph, num_fwd_outputs, self._fuses)
         task = self._task
@@ -217,7 +223,7 @@ class Compilation:
         _torch.publish("remat_plan", "json", plan.to_json)
         _torch.publish("remat_plan_table", "string", plan.summary)
         announce(plan)
-        self.session.graphs.append(CompiledPlan(plan, *self._halves, _torch.frame_id()))
+        self.session.graphs.append(CompiledPlan(plan, *self._halves, _torch.frame_id(), tuple(self._peaks)))
 
     def _policy_solution(self, joint: fx.GraphModule, task: _Task, num_fwd_outputs: int) -> Solution:
         gradients = results(joint.graph)[num_fwd_outputs:]
@@ -270,6 +276,16 @@ class Compilation:
                 continue
             rest += parameter.nbytes * (2 if self.more_graphs and parameter.requires_grad else 1)
         return rest
+
+
+def _check_sizes(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        tensors = [leaf for leaf in pytree.tree_leaves(node.meta.get("val")) if isinstance(leaf, torch.Tensor)]
+        if any(map(free_unbacked_symbols, tensors)):
+            raise CaptureError(
+                f"the size of {node.name} ({source_line(node)}) depends on data, so that no plan can keep a budget; turn off "
+                "capture_dynamic_output_shape_ops and capture_scalar_outputs in torch._dynamo.config, to end the graph there"
+            )
 
 
 def _names(halves: JointHalves) -> list[str]:

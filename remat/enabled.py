@@ -11,11 +11,12 @@ import torch
 from torch import fx, nn
 
 from remat import _torch
+from remat.assembly import runnable
 from remat.blocks import check_blockwise, trace_blocks
 from remat.capture import Captured
 from remat.errors import BudgetError, RematError
 from remat.export import without_cache
-from remat.module import ADDS, RematModule, call_key, device_type, flatten_call, leaves_key, runnable
+from remat.module import ADDS, RematModule, call_key, device_type, flatten_call, leaves_key
 from remat.plan import Plan
 from remat.ranks import agreed
 from remat.settings import Settings

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from remat import _torch
+from remat import _torch, patches
 from remat._torch import pytree
 from remat.errors import CaptureError
 from remat.twin import Twin
@@ -30,16 +30,16 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     """The model as it runs eagerly; where that cannot be exported, as its libraries would have it exported."""
     own = _torch.fake_modes((*model.parameters(), *model.buffers(), *pytree.tree_leaves((args, kwargs))))
     errors: list[Exception] = []
-    for way in (_torch.specializing(_single_sequences(model, args, kwargs)), contextlib.nullcontext()):
+    for way in (patches.specializing(_single_sequences(model, args, kwargs)), contextlib.nullcontext()):
         try:
-            with _torch.watch_for_opaque_autograd(), way, without_cache(model), warnings.catch_warnings():
+            with patches.watch_for_opaque_autograd(), way, without_cache(model), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", _SWAPPED)
                 exported = torch.export.export(model, args, kwargs, strict=False)
             if _torch.fake_modes(exported.constants.values()) - own:  # export does not look where inputs are fake
                 raise CaptureError("an intermediate result became a constant")
             return exported
         except Exception as error:  # export raises many types, none of them documented
-            cause = _find(error, _torch.OpaqueAutograd)
+            cause = _find(error, patches.OpaqueAutograd)
             if cause is not None:
                 raise CaptureError(_opaque_message(cause.what)) from error
             log.debug("%s: cannot be exported as it is: %s", type(model).__name__, error)
@@ -112,7 +112,7 @@ def _opaque_message(what: str) -> str:
     return f"the model calls the custom autograd function {what}, whose backward an exported graph does not keep; {DOOR_2}"
 
 
-def _find(error: BaseException | None, kind: type[_torch.OpaqueAutograd]) -> _torch.OpaqueAutograd | None:
+def _find(error: BaseException | None, kind: type[patches.OpaqueAutograd]) -> patches.OpaqueAutograd | None:
     while error is not None:
         if isinstance(error, kind):
             return error

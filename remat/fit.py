@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -89,39 +89,68 @@ def fit(
     kwargs = kwargs or {}
     axes = named_axes(model, args, kwargs, dynamic_shapes)
     start = max(round(size_of(args, kwargs, axes, dim) / multiple_of), 1)
-    known: dict[int, tuple[TracedModel, int, int]] = {}
 
-    def room(units: int) -> int:
-        """Bytes that the smallest plan leaves of the budget; negative if it does not fit."""
-        if units not in known:
-            inputs = resized(args, kwargs, axes, {dim: units * multiple_of})
-            traced = trace(model, *inputs, optimizer, device, costs)
-            limit = resolve_budget(read, traced.memory, traced.program.resident_bytes, 0)
-            assert limit is not None
-            other = traced.worth_sharing(limit, settings)
-            least = min(each.least_bytes(settings) for each in (traced, other) if each is not None)
-            known[units] = traced, limit, least
-        _, limit, least = known[units]
-        return limit - least
+    def trial(units: int) -> _Trial:
+        traced = trace(model, *resized(args, kwargs, axes, {dim: units * multiple_of}), optimizer, device, costs)
+        limit = resolve_budget(read, traced.memory, traced.program.resident_bytes, 0)
+        assert limit is not None
+        other = traced.worth_sharing(limit, settings)
+        return _Trial(traced, limit, min(each.least_bytes(settings) for each in (traced, other) if each is not None))
 
-    low, high, limit = _bracket(room, start, dim)
+    trials = _Trials(trial)
+    low, high, limit = _largest(trials, start, dim)
     if not low:
-        known[1][0].planned(settings)  # which raises
+        trials.at[1].traced.planned(settings)  # which raises
+    best, following = trials.at[low], trials.at.get(high)
+    tried = {units * multiple_of: found.least_bytes for units, found in sorted(trials.at.items())}
+    return Fit(
+        dim,
+        low * multiple_of,
+        best.budget_bytes,
+        best.traced.planned(settings)[1],
+        high * multiple_of,
+        following.least_bytes if following else None,
+        "" if following else limit,
+        tried,
+    )
+
+
+class _Trial(NamedTuple):
+    """The model at one size: what it may use, and what its smallest plan needs."""
+
+    traced: TracedModel
+    budget_bytes: int
+    least_bytes: int
+
+
+class _Trials:
+    """Those made so far, by size in units of `multiple_of`."""
+
+    def __init__(self, make: Callable[[int], _Trial]) -> None:
+        self.make = make
+        self.at: dict[int, _Trial] = {}
+
+    def room(self, units: int) -> int:
+        """Bytes that the smallest plan leaves of the budget; negative if it does not fit."""
+        if units not in self.at:
+            self.at[units] = self.make(units)
+        return self.at[units].budget_bytes - self.at[units].least_bytes
+
+
+def _largest(trials: _Trials, start: int, dim: str) -> tuple[int, int, str]:
+    """The largest size that fits (0: none) and the next, and why where it is the model that does not take that."""
+    low, high, limit = _bracket(trials.room, start, dim)
     while high - low > 1:
         middle = (low + high) // 2
-        if high in known and len(known) % 3:  # now and then by halves: a curve may be bent
-            share = room(low) / (room(low) - room(high))
+        if high in trials.at and len(trials.at) % 3:  # now and then by halves: a curve may be bent
+            share = trials.room(low) / (trials.room(low) - trials.room(high))
             middle = min(max(low + int(share * (high - low)), low + 1), high - 1)
         try:
-            fits = room(middle) >= 0
+            fits = trials.room(middle) >= 0
         except CaptureError as error:
             fits, limit = False, str(error).splitlines()[0]
         low, high = (middle, high) if fits else (low, middle)
-    traced, budget_bytes, _ = known[low]
-    tried = {units * multiple_of: least for units, (_, _, least) in sorted(known.items())}
-    following = known[high][2] if high in known else None
-    plan, size, next_size = traced.planned(settings)[1], low * multiple_of, high * multiple_of
-    return Fit(dim, size, budget_bytes, plan, next_size, following, "" if following else limit, tried)
+    return low, high, limit
 
 
 def _bracket(room: Callable[[int], int], start: int, dim: str) -> tuple[int, int, str]:

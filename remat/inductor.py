@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import fx
 
-from remat import _torch
+from remat import _torch, patches
 from remat._torch import V
 from remat.choices import LocalFusion, SparingFusion, can_wait
 from remat.errors import RematError
@@ -92,11 +92,11 @@ def compile_graph(
 
     watch.clear()
     both = _torch.functorch_config.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True)
-    patches = {"inductor_choices_class": fusion, "custom_partitioner_fn": _Partitioner(split, watch)}
+    configured = {"inductor_choices_class": fusion, "custom_partitioner_fn": _Partitioner(split, watch)}
     choices = fusion(watch.room)
     handler = V.set_choices_handler(choices)  # the configured class is made only once in a process
-    with both, handler, _torch.adding_products(can_wait), _torch.freeing_before(choices.is_full):
-        return _torch.compile_fx(gm, inputs, compile_half, config_patches=patches)  # type: ignore[return-value]
+    with both, handler, patches.adding_products(can_wait), patches.freeing_before(choices.is_full):
+        return _torch.compile_fx(gm, inputs, compile_half, config_patches=configured)  # type: ignore[return-value]
 
 
 def _compile_half(module: fx.GraphModule, inputs: Sequence[Any], watch: Watch, **kwargs: Any) -> Any:
@@ -118,7 +118,7 @@ def _compile_half(module: fx.GraphModule, inputs: Sequence[Any], watch: Watch, *
         _torch.forget_output_strides()
         with (
             _torch.inductor_config.patch(config),
-            _torch.reading_wrapper_code(reading.estimate, reading.read, reading.read_subgraph),
+            patches.reading_wrapper_code(reading.estimate, reading.read, reading.read_subgraph),
         ):
             code = _torch.compile_fx_inner(module, inputs, **kwargs)
         if not reading.is_done:

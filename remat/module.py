@@ -13,89 +13,23 @@ import copy
 import functools
 import inspect
 import logging
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import fx, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from remat._torch import pytree
+from remat.assembly import Region, adopt, recompile_text_only, runnable
 from remat.capture import Captured
 from remat.errors import BudgetError, RematError
-from remat.passes.aliasing import is_view
 from remat.passes.regions import RegionGraph
-from remat.passes.transfers import is_mark, without_transfers
 from remat.plan import Plan
-from remat.runtime import one_step, run_region
-from remat.steps import compile_region
+from remat.runtime import one_step
 from remat.table import announce
 
 log = logging.getLogger("remat")
 ADDS = "Gradients are there already, to which this step adds."
-aten = torch.ops.aten
-
-
-class Region(fx.GraphModule):
-    """A checkpoint region: `runtime.run_region` in eager, `torch.utils.checkpoint` under torch.compile (AOT honours it)."""
-
-    def __init__(self, region: RegionGraph) -> None:
-        self.region_name = region.name
-        super().__init__({}, region.graph, "Region")
-        self.region_name = region.name
-        self.dropped = region.dropped
-        self.program = compile_region(region.graph, region.dropped, region.repeats)
-        self.saved = _saved_calls(region)
-        self.body = fx.GraphModule({}, without_transfers(region.graph))
-
-    def recompile(self) -> Any:
-        return _recompile_text_only(self)
-
-    def forward(self, *inputs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return _checkpointed(self, inputs)
-        if not torch.is_grad_enabled():
-            return self.body(*inputs)
-        return run_region(self.program, inputs)
-
-
-def _checkpointed(region: Region, inputs: tuple[Any, ...]) -> Any:
-    contexts = functools.partial(_selective_contexts, region.saved)
-    return checkpoint(region.body, *inputs, use_reentrant=False, context_fn=contexts)
-
-
-def _selective_contexts(saved: frozenset[tuple[str, int]]) -> Any:
-    """Contexts for `checkpoint` that save the given calls, as (op, how many of that op ran before), and recompute the rest."""
-    seen: Counter[tuple[bool, str]] = Counter()
-
-    def policy(context: Any, op: Any, *_: Any, **__: Any) -> CheckpointPolicy:
-        call = (context.is_recompute, str(op))
-        seen[call] += 1
-        keep = (str(op), seen[call] - 1) in saved
-        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
-
-    return create_selective_checkpoint_contexts(policy)
-
-
-def _saved_calls(region: RegionGraph) -> frozenset[tuple[str, int]]:
-    seen: Counter[str] = Counter()
-    saved = set()
-    for node in region.graph.nodes:
-        if node.op == "call_function" and not is_mark(node):
-            if node.name not in region.dropped and not is_view(node):
-                saved.add((str(node.target), seen[str(node.target)]))
-            seen[str(node.target)] += 1
-    return frozenset(saved)
-
-
-def _recompile_text_only(module: fx.GraphModule) -> Any:
-    """GraphModule.recompile without installing the generated forward: `.code` and `print_readable` show it."""
-    code = module._graph.python_code(root_module="self")
-    module._code = code.src
-    module._lineno_map = code._lineno_map
-    module._prologue_start = code._prologue_start
-    return code
 
 
 def flatten_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
@@ -119,17 +53,6 @@ def call_key(model: nn.Module, flat: list[Any], spec: Any) -> Any:
     trains = tuple(p.requires_grad for p in model.parameters())
     modes = tuple(m.training for m in model.modules())
     return leaves_key(flat, spec), autocast, trains, modes
-
-
-def adopt(owner: nn.Module, original: nn.Module) -> None:
-    """Give `owner` the original's parameters, buffers and submodules: the same objects, by the same names."""
-    owner._parameters = original._parameters
-    owner._buffers = original._buffers
-    owner._non_persistent_buffers_set = original._non_persistent_buffers_set
-    owner._state_dict_hooks = original._state_dict_hooks
-    owner._load_state_dict_pre_hooks = original._load_state_dict_pre_hooks
-    for name, child in original._modules.items():
-        owner._modules[name] = child
 
 
 @dataclass(frozen=True)
@@ -170,7 +93,7 @@ class RematModule(fx.GraphModule):
         type(self).forward = _with_signature(type(self).forward, signature)  # type: ignore[method-assign]
 
     def recompile(self) -> Any:
-        return _recompile_text_only(self)
+        return recompile_text_only(self)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -286,38 +209,3 @@ def device_type(module: nn.Module) -> str:
     """Of the device that the model is on."""
     parameter = next(module.parameters(), None)
     return parameter.device.type if parameter is not None else "cpu"
-
-
-def runnable(original: nn.Module, captured: Captured, outer: fx.Graph, regions: tuple[RegionGraph, ...]) -> fx.GraphModule:
-    """The outer graph as a module over the flat tensor inputs: parameters are attributes, buffers are written back."""
-    root = nn.Module()
-    adopt(root, original)
-    for region in regions:
-        root._modules[region.name] = Region(region)
-    root.__dict__.update(captured.constants)
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    nodes = list(outer.nodes)
-    placeholders = [node for node in nodes if node.op == "placeholder"]
-    by_input = sorted(
-        (source.index, node) for node, source in zip(placeholders, captured.sources, strict=True) if source.kind == "input"
-    )
-    for _, node in by_input:
-        copies[node] = graph.node_copy(node)
-    for node, source in zip(placeholders, captured.sources, strict=True):
-        if source.kind != "input":
-            copies[node] = graph.get_attr(source.name)
-            copies[node].meta.update(node.meta)
-    sources = {source: node for node, source in zip(placeholders, captured.sources, strict=True)}
-    for node in nodes:
-        if node.op == "output":
-            results = [copies[n] for n in node.args[0]]
-            for index, source in captured.mutations:
-                graph.call_function(aten.copy_.default, (copies[sources[source]], results[index]))
-            graph.output(tuple(results))
-        elif node.op != "placeholder":
-            copies[node] = graph.node_copy(node, lambda n: copies[n])
-    runnable = fx.GraphModule(root, graph, "Step")
-    adopt(runnable, original)
-    runnable.__dict__.update(captured.constants)
-    return runnable

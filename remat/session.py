@@ -54,12 +54,14 @@ class Options:
 
 @dataclass
 class CompiledPlan:
-    """One graph of a compiled model: its plan, and the forward and backward graphs that run it."""
+    """One graph of a compiled model: its plan, and the forward and backward graphs that run it. `peaks` are of every plan that
+    was compiled for it, the last one's last: bytes as planned, and as the code allocates them."""
 
     plan: Plan
     forward: fx.GraphModule
     backward: fx.GraphModule
     frame: int
+    peaks: tuple[tuple[int, int], ...]
 
 
 @dataclass

@@ -18,7 +18,7 @@ import numpy as np
 
 from remat.link import Timing, Trip, timing
 from remat.program import HELD, KINDS, RESIDENT, Move, Program
-from remat.schedule import make_schedule
+from remat.schedule import Stay, make_schedule
 
 
 class Moment(NamedTuple):
@@ -154,62 +154,97 @@ def simulate(
     `repeats` says of ops how often their results are let go of before their last reader (`remat.schedule`).
     """
     moves = moves or {}
-    drop = {v for op in dropped for v in program.forward[op].outputs}
-    made = make_schedule(program, dropped, repeats or {})
-    schedule = made.entries
-    when = {position: index for index, (position, again) in enumerate(schedule) if not again}
-    n_forward = len(program.forward)
-    spans = [Span(when[f.born], when[f.dies], f.bytes, f.kind) for f in program.fixed]
-    again = _again(program, schedule, when)
-    spans += _random_states(program, schedule, when)
+    step = _lives(program, dropped, regions, repeats or {})
+    travelling = [v for v, value in enumerate(program.values) if step.kept[v] and value.op in moves]
+    trips = {v: _trip(step, v, moves[program.values[v].op]) for v in travelling}
+    spans = _spans(step, trips)
+    in_order = sorted(trips.values(), key=lambda trip: trip.use)
+    recomputed = [program.forward[position] for position, is_again in step.entries if is_again]
+    host_bytes = sum(program.values[v].bytes for v in trips)
+    return Replay(
+        program,
+        tuple(step.entries),
+        tuple(_live_bytes(program, step.entries, spans)),
+        sum(value.bytes for value, is_kept in zip(program.values, step.kept, strict=True) if is_kept) - host_bytes,
+        sum(op.cost_us + op.launch_us for op in recomputed),
+        host_bytes,
+        timing(program, step.entries, in_order).lost_us if trips else 0.0,
+        tuple(v for v, is_kept in enumerate(step.kept) if is_kept),
+        tuple(in_order),
+        tuple(spans),
+    )
+
+
+class _Lives(NamedTuple):
+    """What becomes of each value: `dies` is where backward last reads what forward made of it, -1 for never; `kept` whether it
+    stays for that; `leaves` where forward is done with it; `stays` those of repeated values. All are indices of the schedule's
+    `entries`, and `when` has that of each position."""
+
+    program: Program
+    dropped: frozenset[int]
+    entries: list[tuple[int, bool]]
+    stays: dict[int, list[Stay]]
+    when: dict[int, int]
+    again: _Again
+    dies: list[int]
+    kept: list[bool]
+    leaves: list[int]
+
+
+def _lives(
+    program: Program, dropped: Collection[int], regions: Sequence[tuple[int, int]], repeats: Mapping[int, int]
+) -> _Lives:
+    gone = frozenset(v for op in dropped for v in program.forward[op].outputs)
+    made = make_schedule(program, dropped, repeats)
+    when = {position: index for index, (position, is_again) in enumerate(made.entries) if not is_again}
+    again = _again(program, made.entries, when)
     dies = [max(when.get(value.release, -1), again.last.get(v, -1)) for v, value in enumerate(program.values)]
-    kept = [v not in drop and last >= n_forward for v, last in enumerate(dies)]
-    last_forward = [
-        held_until(program, regions, value.op, last)
-        for value, last in zip(program.values, _last_forward(program, kept), strict=True)
-    ]
-    trips: list[Trip] = []
+    kept = [v not in gone and last >= len(program.forward) for v, last in enumerate(dies)]
+    readers = zip(program.values, _last_forward(program, kept), strict=True)
+    leaves = [when[held_until(program, regions, value.op, last)] for value, last in readers]
+    return _Lives(program, gone, made.entries, made.stays, when, again, dies, kept, leaves)
+
+
+def _trip(step: _Lives, v: int, move: Move) -> Trip:
+    """A value's way to the host and back."""
+    value, when = step.program.values[v], step.when
+    first_use = min([step.again.first.get(v, len(step.entries)), *(when[p] for p in value.reads)])
+    back = first_use if move.reload < 0 else min(first_use, when[move.reload - 1] + 1)
+    return Trip(v, when[value.op], max(when[move.release], step.leaves[v]), back, first_use)
+
+
+def _spans(step: _Lives, trips: Mapping[int, Trip]) -> list[Span]:
+    """Every storage's stays on the device."""
+    program, when = step.program, step.when
+    spans = [Span(when[f.born], when[f.dies], f.bytes, f.kind) for f in program.fixed]
+    spans += _random_states(program, step.entries, when)
     open_to: dict[int, int] = {}  # by value its span, if something may be written over it
     for v, value in enumerate(program.values):
-        born = when[value.op]
-        move = moves.get(value.op) if kept[v] else None
-        if move is not None:
-            first_use = min([again.first.get(v, len(schedule)), *(when[p] for p in value.reads)])
-            back = first_use if move.reload < 0 else min(first_use, when[move.reload - 1] + 1)
-            trips.append(Trip(v, born, max(when[move.release], when[last_forward[v]]), back, first_use))
-            spans.append(Span(born, trips[-1].release, value.bytes, "activations", v))
-            spans.append(Span(back, dies[v], value.bytes, "activations", v))
+        if v in trips:
+            spans.append(Span(trips[v].born, trips[v].release, value.bytes, "activations", v))
+            spans.append(Span(trips[v].reload, step.dies[v], value.bytes, "activations", v))
             continue
-        stays = [(s.born, max(s.last, dies[v]) if s.is_last else s.last) for s in made.stays.get(v, ())]
-        if not stays and v in again.born:
-            stays = [(again.born[v], max(dies[v], again.born[v]))]
-        kept_until = stays.pop(0)[1] if stays and v not in drop else dies[v] if kept[v] else 0
-        kind = "outputs" if value.pinned == HELD else "activations" if kept[v] else "working set"
-        size = value.bytes if kept[v] else value.passing
+        born, is_kept, stays = when[value.op], step.kept[v], _stays(step, v)
+        kept_until = stays.pop(0)[1] if stays and v not in step.dropped else step.dies[v] if is_kept else 0
+        kind = "outputs" if value.pinned == HELD else "activations" if is_kept else "working set"
+        size = value.bytes if is_kept else value.passing
         if size:
             _write_over(spans, open_to, value.over, born)
-            if not (kept[v] and (v in made.stays or v in again.beside)):
+            if not (is_kept and (v in step.stays or v in step.again.beside)):
                 open_to[v] = len(spans)
-        spans.append(Span(born, max(when[last_forward[v]], kept_until), size, kind, v))
+        spans.append(Span(born, max(step.leaves[v], kept_until), size, kind, v))
         spans += [Span(start, end, value.passing, "recomputed", v) for start, end in stays]
     for fixed in program.fixed:
         _write_over(spans, open_to, fixed.over, when[fixed.born])
-    trips.sort(key=lambda trip: trip.use)
-    clock = timing(program, schedule, trips) if trips else None
-    recomputed = [program.forward[position] for position, is_again in schedule if is_again]
-    host_bytes = sum(program.values[trip.value].bytes for trip in trips)
-    return Replay(
-        program,
-        tuple(schedule),
-        tuple(_live_bytes(program, schedule, spans)),
-        sum(value.bytes for value, stays in zip(program.values, kept, strict=True) if stays) - host_bytes,
-        sum(op.cost_us + op.launch_us for op in recomputed),
-        host_bytes,
-        clock.lost_us if clock else 0.0,
-        tuple(v for v, stays in enumerate(kept) if stays),
-        tuple(trips),
-        tuple(spans),
-    )
+    return spans
+
+
+def _stays(step: _Lives, v: int) -> list[tuple[int, int]]:
+    """First and last index of each of a value's stays in backward."""
+    dies, born = step.dies[v], step.again.born.get(v)
+    if repeated := step.stays.get(v):
+        return [(stay.born, max(stay.last, dies) if stay.is_last else stay.last) for stay in repeated]
+    return [] if born is None else [(born, max(dies, born))]
 
 
 def _write_over(spans: list[Span], open_to: Mapping[int, int], over: Sequence[int], index: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -393,3 +394,27 @@ def test_a_model_that_is_compiled_for_another_shape_has_no_graph_break(caplog: p
     run_step(module, {"x": torch.cat((x, x))})
     assert len(remat.plans(module)) == 2
     assert "graph breaks" not in caplog.text
+
+
+class Selecting(Mlp):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x[x.sum(1) > 0])  # as many rows as the data say
+
+
+def test_sizes_that_depend_on_data_are_refused_with_the_line_unless_dynamo_ends_the_graph_there() -> None:
+    model, x = Selecting().train(), torch.randn(64, 32)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        error = refused(compiled(model, budget=0.9), x=x)
+    assert isinstance(error, remat.CaptureError)
+    assert re.search(r"the size of index \(test_door2.py:\d+\) depends on data.*capture_dynamic_output_shape_ops", str(error))
+    torch._dynamo.reset()
+    expected = run_step(model, {"x": x})
+    assert_same_gradients(run_step(compiled(model, budget=0.9), {"x": x}).gradients, expected.gradients)
+
+
+def test_a_factor_that_depends_on_data_is_no_size() -> None:
+    model, x = mlp(rows=64)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        module = compiled(lambda x: model(x) / x.abs().max().item(), budget=0.9)
+        module(x).backward()
+    assert len(remat.plans(module)) == 1
