@@ -8,6 +8,7 @@ half of the room above its own smallest peak.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -49,9 +50,20 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Mapping
             "two; turn that off, or compile the model without the call of backward()"
         )
     inline_regions(gm)
-    key = options if options is not None else _torch.compile_call()
-    session = _sessions.setdefault(id(key), Session(key))
-    return Compilation(read, session, example_inputs, _torch.has_graph_break(gm)).run(gm)
+    return Compilation(read, _session(options), example_inputs, _torch.has_graph_break(gm)).run(gm)
+
+
+def _session(options: Any) -> Session:
+    call, model = _torch.compile_call(), _torch.outermost_module()
+    key = id(call if call is not None else options)
+    if key not in _sessions:
+        made = Session(call, options, weakref.ref(model) if model is not None else None)
+        for other in _sessions.values():
+            if made.shares_with(other):
+                made.beside.append(other)
+                other.beside.append(made)
+        _sessions[key] = made
+    return _sessions[key]
 
 
 def _reset() -> None:
@@ -65,10 +77,10 @@ def plans(compiled: Any) -> list[CompiledPlan]:
     """The plans of a model compiled with backend "remat", one per graph, with the rewritten forward and backward graphs.
 
     Empty before its first call, and for a second model of the same class compiled with equal options: Dynamo runs the first
-    one's code for it. Raises RematError for anything else.
+    one's code for it. Raises RematError for what was compiled otherwise, or not at all.
     """
     call = _torch.compile_call_of(compiled)
     if call is None or call.compiler_fn is not remat_backend:
         raise RematError('this was not compiled with torch.compile(..., backend="remat")')
-    session = _sessions.get(id(call.kwargs.get("options", call)))
+    session = _sessions.get(id(call))
     return list(session.graphs) if session is not None else []

@@ -209,7 +209,7 @@ class Compilation:
     @property
     def _shares(self) -> bool:
         """True where the model is known to have more than this graph."""
-        return self.more_graphs or any(graph.frame != _torch.frame_id() for graph in self.session.graphs)
+        return self.more_graphs or bool(self.session.others(_torch.frame_id()))
 
     def _keep_plan(self, task: _Task) -> None:
         solution, peak = self._attempt.solution, self._peak_bytes(task)

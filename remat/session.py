@@ -1,9 +1,10 @@
-"""What the graphs of one compiled model share: the options they are compiled with, and the plans made so far."""
+"""What the graphs of a compiled model share: the options they are compiled with, and the plans made so far."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,11 +67,21 @@ class CompiledPlan:
 
 @dataclass
 class Session:
-    """All graphs compiled with one options object, or by one `torch.compile` call without; they share the budget."""
+    """The graphs that one `torch.compile` call led to. They share its budget, also with those of other calls with the same
+    options object in the same model: its blocks, say, compiled one by one."""
 
-    key: Any  # kept, so that its id stays its own
+    call: Any  # kept, so that its id stays its own
+    options: Any
+    model: weakref.ref[Any] | None
     graphs: list[CompiledPlan] = field(default_factory=list)
+    beside: list[Session] = field(default_factory=list)
     said_broken: bool = False
+
+    def shares_with(self, other: Session) -> bool:
+        """Whether the two are for parts of one model."""
+        if self.options is None or self.options is not other.options or self.model is None or other.model is None:
+            return False
+        return self.model() is not None and self.model() is other.model()
 
     def say_broken(self) -> None:
         """Once: what no plan counts."""
@@ -81,7 +92,11 @@ class Session:
             )
             self.said_broken = True
 
+    def others(self, frame: int) -> list[CompiledPlan]:
+        """The other graphs that share the budget, the latest of each Dynamo frame."""
+        graphs = [graph for session in (*self.beside, self) for graph in session.graphs]
+        return list({graph.frame: graph for graph in graphs if graph.frame != frame}.values())
+
     def held_bytes(self, frame: int) -> int:
         """What the graphs that run before `frame` keep for backward."""
-        latest = {graph.frame: graph for graph in self.graphs if graph.frame < frame}
-        return sum(graph.plan.saved_bytes for graph in latest.values())
+        return sum(graph.plan.saved_bytes for graph in self.others(frame) if graph.frame < frame)

@@ -210,16 +210,46 @@ def test_plans_of_a_compiled_function() -> None:
     assert len(remat.plans(loss)) == 1
 
 
-def test_models_that_share_their_options_have_their_own_plans() -> None:
-    options = {"budget": 0.8, "compiler": "eager"}
-    first, x = mlp()
-    second = copy.deepcopy(first)
-    modules = [torch.compile(model, backend="remat", options=options) for model in (first, second)]
+class Doubled(Mlp):
+    """Another class: Dynamo runs the code of one model for another of the same class."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def test_models_that_share_their_options_have_their_own_plans(caplog: pytest.LogCaptureFixture) -> None:
+    options, x = {"budget": 0.8, "compiler": "eager"}, torch.randn(64, 32)
+    alone = compiled(Doubled().train(), 0.8)
+    alone(x).backward()
+    peak = remat.plans(alone)[0].plan.peak_bytes
+    torch._dynamo.reset()
+    modules = [torch.compile(kind().train(), backend="remat", options=options) for kind in (Mlp, Doubled)]
     for module in modules:
         module(x).backward()
     plans = [remat.plans(module) for module in modules]
     assert [len(found) for found in plans] == [1, 1]
-    assert plans[0][0].plan.peak_bytes == plans[1][0].plan.peak_bytes
+    assert plans[1][0].plan.peak_bytes == peak
+    assert "graph breaks" not in caplog.text
+
+
+class Sum(nn.Module):
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return sum((part(x) for part in self.parts), torch.zeros(()))
+
+
+def test_blocks_compiled_one_by_one_share_the_budget_of_their_options() -> None:
+    options, x = {"budget": "1GiB", "compiler": "eager"}, torch.randn(64, 32)
+    first, second = Mlp().train(), Doubled().train()
+    for block in (first, second):
+        block.compile(backend="remat", options=options)
+    model = Sum(first, second)
+    model(x).backward()
+    (before,), (after,) = remat.plans(first), remat.plans(second)
+    assert after.plan.resident_bytes == before.plan.resident_bytes + before.plan.saved_bytes  # the blocks are of one size
 
 
 # ---- several graphs ----
