@@ -15,7 +15,7 @@ from remat.passes.provenance import common_module, module_path, source_line
 from remat.plan import FITS, PINNED, SOURCE, Activation, Block, Plan, PlannedCopy, Storage, Transfer
 from remat.planner import Solution, fastest_solution
 from remat.program import Decision, Program
-from remat.simulate import Replay
+from remat.replay import Replay
 
 
 @without_gc()

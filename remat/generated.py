@@ -14,7 +14,7 @@ from itertools import accumulate
 
 from remat.describe import resident_storages
 from remat.plan import Block, Plan, Storage
-from remat.simulate import Moment, Replay, Span, by_kind
+from remat.replay import Moment, Replay, Span, by_kind
 from remat.wrapper import Memory
 
 

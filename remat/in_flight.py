@@ -13,7 +13,8 @@ from remat.errors import BudgetError
 from remat.menus import Menus
 from remat.planner import Solution, smallest_solution, solve
 from remat.program import Fixed, Program
-from remat.simulate import Replay, simulate
+from remat.replay import Replay
+from remat.simulate import simulate
 
 _HALVINGS = 8
 

@@ -15,7 +15,7 @@ import torch
 
 from remat.errors import RematError
 from remat.program import KINDS, Decision, Link
-from remat.simulate import Moment
+from remat.replay import Moment
 
 FITS, SOURCE, PINNED = "it fits", "others are recomputed from it", "pinned"  # reasons that leave a choice
 

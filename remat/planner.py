@@ -15,7 +15,8 @@ from remat.budget import format_bytes
 from remat.errors import BudgetError
 from remat.menus import HOST_PRICE, Menus, without_gc
 from remat.program import Decision, Move, Program
-from remat.simulate import Replay, simulate
+from remat.replay import Replay
+from remat.simulate import simulate
 from remat.solvers.improve import improve, prune
 from remat.solvers.menu import Option
 from remat.solvers.moves import Found

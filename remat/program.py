@@ -14,6 +14,8 @@ No torch in here, and none needed to test what is built on it.
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -198,3 +200,15 @@ class Program:
         """The module of an op, or of the one whose gradient it is for; "" where unknown."""
         origin = position if position < len(self.forward) else self.op_at(position).origin
         return self.modules[origin] if 0 <= origin < len(self.modules) else ""
+
+
+def held_until(program: Program, regions: Sequence[tuple[int, int]], op: int, reader: int) -> int:
+    """The forward position to which the result of `op` stays, when `reader` is the last to read it: inputs of a region stay to
+    its end. A `reader` after forward says that it is never let go of there."""
+    if not program.regions_hold or reader >= len(program.forward):
+        return reader
+    index = bisect_right(regions, reader, key=lambda region: region[0]) - 1
+    if index < 0:
+        return reader
+    start, stop = regions[index]
+    return stop - 1 if op < start <= reader < stop else reader

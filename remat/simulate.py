@@ -8,138 +8,15 @@ more (`remat.schedule`).
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from remat.link import Timing, Trip, timing
-from remat.program import HELD, KINDS, RESIDENT, Move, Program
+from remat.link import Trip, timing
+from remat.program import HELD, Move, Program, held_until
+from remat.replay import Replay, Span
 from remat.schedule import Stay, make_schedule
-
-
-class Moment(NamedTuple):
-    """One op of the replay: `phase` is "forward", "recompute" or "backward"; `live_bytes` is allocated while it runs, and
-    `by_kind` says for what, in the order of `KINDS`. Times are in microseconds from the start of the step. `module` made the
-    value, or the one whose gradient this is for."""
-
-    phase: str
-    name: str
-    module: str
-    live_bytes: int
-    start_us: float
-    end_us: float
-    by_kind: tuple[int, ...]
-
-    def __str__(self) -> str:
-        of = f" of {self.module}" if self.module else ""
-        return f"{self.name}{of} ({self.phase})"
-
-
-class Span(NamedTuple):
-    """A storage's stay on the device, by indices of the schedule, both included. `value` is -1 for one that is not a value."""
-
-    born: int
-    dies: int
-    bytes: int
-    kind: str
-    value: int = -1
-
-
-@dataclass(frozen=True)
-class Replay:
-    """The outcome of one step: peaks and live bytes include what is resident.
-
-    `schedule` lists the ops in running order as (position, is it a recompute), `live_bytes` what is allocated during each.
-    `saved_bytes` lie on the device between forward and backward, `host_bytes` on the host. `recompute_us` is the time added by
-    computing again, `stall_us` by waiting for copies. `kept` are the values that lie on either, `trips` are in the order in
-    which backward wants them. `spans` add up to `live_bytes`, with what is resident and the scratch memory of kernels.
-    """
-
-    program: Program
-    schedule: tuple[tuple[int, bool], ...]
-    live_bytes: tuple[int, ...]
-    saved_bytes: int
-    recompute_us: float
-    host_bytes: int = 0
-    stall_us: float = 0.0
-    kept: tuple[int, ...] = ()
-    trips: tuple[Trip, ...] = ()
-    spans: tuple[Span, ...] = field(default=(), repr=False)
-
-    @property
-    def added_us(self) -> float:
-        return self.recompute_us + self.stall_us
-
-    @cached_property
-    def peak_bytes(self) -> int:
-        return max(self.live_bytes, default=self.program.resident_bytes)
-
-    def room(self, limit_bytes: int) -> dict[str, int]:
-        """Bytes between what is live and a limit, while each op of backward or recomputed there runs."""
-        found: dict[str, int] = {}
-        for (position, _), live in list(zip(self.schedule, self.live_bytes, strict=True))[len(self.program.forward) :]:
-            name = self.program.op_at(position).name
-            found[name] = min(limit_bytes - live, found.get(name, limit_bytes))
-        return found
-
-    @cached_property
-    def forward_peak_bytes(self) -> int:
-        return max(self.live_bytes[: len(self.program.forward)], default=self.program.resident_bytes)
-
-    @cached_property
-    def backward_peak_bytes(self) -> int:
-        return max(self.live_bytes[len(self.program.forward) :], default=self.program.resident_bytes)
-
-    @cached_property
-    def recomputed(self) -> tuple[int, ...]:
-        return tuple(position for position, again in self.schedule if again)
-
-    @cached_property
-    def timing(self) -> Timing:
-        return timing(self.program, self.schedule, self.trips)
-
-    @cached_property
-    def moments(self) -> tuple[Moment, ...]:
-        program, n = self.program, len(self.program.forward)
-        return tuple(
-            Moment(
-                "recompute" if again else "forward" if p < n else "backward",
-                program.op_at(p).name,
-                program.module_at(p),
-                live,
-                *times,
-                kinds,
-            )
-            for (p, again), live, times, kinds in zip(
-                self.schedule, self.live_bytes, self.timing.ops, self._by_kind(), strict=True
-            )
-        )
-
-    def _by_kind(self) -> list[tuple[int, ...]]:
-        """For each moment its bytes, in the order of `KINDS`."""
-        table = by_kind(self.spans, len(self.schedule))
-        table[:, : len(RESIDENT)] += [dict(self.program.resident).get(kind, 0) for kind in RESIDENT]
-        table[:, KINDS.index("others")] += self.program.resident_bytes - sum(size for _, size in self.program.resident)
-        table[:, -1] += np.array(self.live_bytes, dtype=np.int64) - table.sum(axis=1)  # scratch memory of kernels
-        return list(map(tuple, table.tolist()))
-
-    @property
-    def peak_at(self) -> Moment:
-        return self.moments[max(range(len(self.live_bytes)), key=self.live_bytes.__getitem__)]
-
-
-def by_kind(spans: Iterable[Span], length: int) -> np.ndarray:
-    """Bytes at each of `length` moments: a row for each, a column for each of `KINDS`."""
-    table = np.zeros((length + 1, len(KINDS)), dtype=np.int64)
-    for span in spans:
-        column = KINDS.index(span.kind)
-        table[span.born, column] += span.bytes
-        table[span.dies + 1, column] -= span.bytes
-    return table.cumsum(axis=0)[:-1]
 
 
 def simulate(
@@ -176,12 +53,12 @@ def simulate(
 
 
 class _Lives(NamedTuple):
-    """What becomes of each value: `dies` is where backward last reads what forward made of it, -1 for never; `kept` whether it
-    stays for that; `leaves` where forward is done with it; `stays` those of repeated values. All are indices of the schedule's
-    `entries`, and `when` has that of each position."""
+    """The values of a step under some decisions. Those in `gone` are of dropped ops. By value: `dies` is where backward last
+    reads what forward made, -1 for never; `kept` whether it is held for that; `leaves` where forward is done with it; `stays`
+    when a repeated one is there. All are indices of the schedule's `entries`; `when` has the index of each position."""
 
     program: Program
-    dropped: frozenset[int]
+    gone: frozenset[int]
     entries: list[tuple[int, bool]]
     stays: dict[int, list[Stay]]
     when: dict[int, int]
@@ -225,7 +102,7 @@ def _spans(step: _Lives, trips: Mapping[int, Trip]) -> list[Span]:
             spans.append(Span(trips[v].reload, step.dies[v], value.bytes, "activations", v))
             continue
         born, is_kept, stays = when[value.op], step.kept[v], _stays(step, v)
-        kept_until = stays.pop(0)[1] if stays and v not in step.dropped else step.dies[v] if is_kept else 0
+        kept_until = stays.pop(0)[1] if stays and v not in step.gone else step.dies[v] if is_kept else 0
         kind = "outputs" if value.pinned == HELD else "activations" if is_kept else "working set"
         size = value.bytes if is_kept else value.passing
         if size:
@@ -248,8 +125,8 @@ def _stays(step: _Lives, v: int) -> list[tuple[int, int]]:
 
 
 def _write_over(spans: list[Span], open_to: Mapping[int, int], over: Sequence[int], index: int) -> None:
-    """End the span that one of the values in `over` has, if that is where the op at an index reads it: as of then the storage
-    is the op's."""
+    """The op at `index` may be written over the first of the values in `over` that it is the last to read: that value's span
+    then ends one moment earlier."""
     for at in (open_to[v] for v in over if v in open_to):
         if spans[at].dies == index:
             spans[at] = spans[at]._replace(dies=index - 1)
@@ -301,18 +178,6 @@ def _live_bytes(program: Program, schedule: Sequence[tuple[int, bool]], spans: S
     scratch = program.scratch_bytes[[position for position, _ in schedule]]
     live: list[int] = (np.cumsum(delta[:-1]) + scratch + program.resident_bytes).tolist()
     return live
-
-
-def held_until(program: Program, regions: Sequence[tuple[int, int]], op: int, reader: int) -> int:
-    """The forward position to which the result of `op` stays, when `reader` is the last to read it: inputs of a region stay to
-    its end. A `reader` after forward says that it is never let go of there."""
-    if not program.regions_hold or reader >= len(program.forward):
-        return reader
-    index = bisect_right(regions, reader, key=lambda region: region[0]) - 1
-    if index < 0:
-        return reader
-    start, stop = regions[index]
-    return stop - 1 if op < start <= reader < stop else reader
 
 
 def _last_forward(program: Program, kept: Sequence[bool]) -> list[int]:

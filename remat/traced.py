@@ -25,8 +25,9 @@ from remat.plan import Input, Plan
 from remat.planner import Solution, frontier_solutions, smallest_solution, solve
 from remat.policies import check_fits, check_host, is_planned, policy_solution
 from remat.program import Move, Program
+from remat.replay import Replay
 from remat.settings import Settings
-from remat.simulate import Replay, simulate
+from remat.simulate import simulate
 
 
 @dataclass(frozen=True)

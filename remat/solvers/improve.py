@@ -11,7 +11,8 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 
 from remat.program import Move, Program
-from remat.simulate import Replay, simulate
+from remat.replay import Replay
+from remat.simulate import simulate
 
 _ROUNDS = 4
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from remat.program import Op, Program
+from remat.replay import Replay
 from remat.schedule import unpacking
-from remat.simulate import Replay
 
 _DEPTH = 4  # how many ops back a group may reach
 

@@ -12,8 +12,9 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Sequence
 from itertools import accumulate
 
-from remat.program import Move, Program
-from remat.simulate import Replay, held_until, simulate
+from remat.program import Move, Program, held_until
+from remat.replay import Replay
+from remat.simulate import simulate
 
 
 def timetable(

@@ -12,7 +12,7 @@ from remat.budget import format_bytes
 from remat.errors import RematError
 from remat.plan import Plan
 from remat.program import KINDS, Decision
-from remat.simulate import Moment
+from remat.replay import Moment
 from remat.verify import Verification
 
 try:
