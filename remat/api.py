@@ -44,7 +44,8 @@ def optimize(
         kwargs: those given by name.
         budget: peak of memory allocated on the device during forward and backward, resident memory included: bytes as an
             int, "24GiB" / "24GB", "80%" of the device, a float in (0, 1] (that share of the unoptimized step's peak above
-            what is resident), "auto" (what the device has free), or None (the fastest plan).
+            what is resident), "auto" (what the device has free, and what the step holds there already), or None (the
+            fastest plan).
         policy: "auto" plans for the budget; "none" saves everything; "blocks", "every-k", "sqrt", "selective", "offload" and
             "offload-all" are the fixed rules of remat/policies.py, for which the budget is checked but changes nothing; a
             function from `Activation` to a `Decision` (None: save) decides for each activation.

@@ -238,7 +238,8 @@ class Compilation:
         self, program: Program, menus: Menus, device: torch.device, baseline_bytes: int
     ) -> tuple[int | None, int | None]:
         """The budget in bytes, and what this graph may use of it."""
-        limit = resolve_budget(parse_budget(self.options.budget), memory_of(device), program.resident_bytes, baseline_bytes)
+        resident = program.resident_bytes
+        limit = resolve_budget(parse_budget(self.options.budget), memory_of(device, resident), resident, baseline_bytes)
         if limit is None or self.options.policy == "none":
             return limit, None
         if self._shares:

@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx
 
-from remat.budget import BudgetLike, memory_of, parse_budget, resolve_host_budget
+from remat.budget import BudgetLike, parse_budget, parse_host_budget
 from remat.errors import RematError
 from remat.op_times import check_costs
 from remat.pins import Pins, check_pins
@@ -43,7 +42,7 @@ class Options:
                 raise RematError(f"unknown option {name!r} of backend 'remat'; there are {', '.join(map(repr, known))}")
         read = cls(**dict(options or {}))
         parse_budget(read.budget)
-        resolve_host_budget(read.host_budget, memory_of(torch.device("cpu")))
+        parse_host_budget(read.host_budget)
         if read.compiler not in COMPILERS:
             raise RematError(f"compiler={read.compiler!r} is unknown; there are {', '.join(map(repr, COMPILERS))}")
         check_policy(read.policy)

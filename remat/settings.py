@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from remat.budget import BudgetLike, memory_of, parse_budget, resolve_host_budget
+from remat.budget import BudgetLike, parse_budget, parse_host_budget
 from remat.errors import RematError
 from remat.op_times import check_costs
 from remat.pins import Pins, check_pins
@@ -33,7 +33,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         parse_budget(self.budget)
-        resolve_host_budget(self.host_budget, memory_of(torch.device("cpu")))
+        parse_host_budget(self.host_budget)
         check_policy(self.policy)
         check_pins(self.pin)
         check_costs(self.costs)

@@ -26,7 +26,7 @@ from remat.passes.regions import RegionGraph, form_regions
 from remat.passes.transfers import Transfers
 from remat.plan import Input, Plan
 from remat.record import record
-from remat.resident import resident_memory
+from remat.resident import resident_memory, there_bytes
 from remat.settings import Settings
 from remat.simulate import simulate
 from remat.traced import Traced, fingerprint_of, with_baseline
@@ -132,6 +132,8 @@ def trace(
     """Capture one call of `model` and record its training step, as on the device it is on or on a well-known one by name.
     Allocates nothing on the device. adds: as a step that adds to gradients, whether there are any yet or not."""
     profile = None
+    given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    real = given, list(model.parameters()), list(model.buffers())
     if device is not None:
         if costs == "measured":
             raise RematError(f"costs='measured' needs the device itself; without device={device!r} this machine's is measured")
@@ -148,7 +150,9 @@ def trace(
     resident = resident_memory(tensors, list(model.parameters()), list(model.buffers()), optimizer, adds)
     times = op_times(place) if costs == "measured" else None
     resident = {**resident, "libraries": libraries}
-    return _traced(captured, type(model).__name__, inputs_of(args, kwargs), tensors, place, profile, resident, times, adds)
+    there = libraries + there_bytes(*real, optimizer, place)
+    about = type(model).__name__, inputs_of(args, kwargs), there
+    return _traced(captured, *about, tensors, place, profile, resident, times, adds)
 
 
 def check_training(model: nn.Module) -> None:
@@ -168,6 +172,7 @@ def _traced(
     captured: Captured,
     model: str,
     inputs: tuple[Input, ...],
+    there: int,
     tensors: Sequence[torch.Tensor],
     place: torch.device,
     profile: DeviceProfile,
@@ -179,11 +184,15 @@ def _traced(
     if times is not None:
         times.save()
     fingerprint = fingerprint_of([captured.graph])
-    about = {"model": model, "inputs": inputs, "tensors": tensors, "place": place, "profile": profile, "resident": resident}
-    again = partial(_traced, **about, times=times, adds=adds)  # type: ignore[arg-type]
+    about = model, inputs, there, tensors, place, profile, resident, times, adds
     nodes = tuple(node for node in captured.graph.nodes if node.op == "call_function")
     trains = training(captured, tensors)
-    return TracedModel(program, nodes, place, profile, fingerprint, trains, model, inputs, captured, again)
+    again = partial(_again, about)
+    return TracedModel(program, nodes, place, profile, fingerprint, trains, model, inputs, there, captured, again)
+
+
+def _again(about: tuple[Any, ...], captured: Captured) -> TracedModel:
+    return _traced(captured, *about)
 
 
 def training(captured: Captured, tensors: Sequence[torch.Tensor]) -> frozenset[int]:
