@@ -95,13 +95,14 @@ def plan(
     device: str | None = None,
     in_flight: int = 1,
 ) -> Plan:
-    """Plan one training step without running it. Arguments and errors as in `optimize`.
+    """Plan one training step without running it. Kernels whose scratch memory is not known yet run once, by themselves, if the
+    device has room for them. Arguments and errors as in `optimize`.
 
     dynamic_shapes: which axes may change, as in `torch.export.export`, or by name: `{"input_ids": {0: "batch", 1: "seq"}}`. The
         plan then has formulas: `plan.peak_bytes_at(batch=8, seq=4096)` is its peak at other sizes, `plan.peak_formula` the
         sympy expression. The step is recorded at three sizes of each axis for it.
     device: plan for a well-known device, which need not be there ("h100"; remat/devices.py has them), whatever the model and
-        its inputs lie on, `meta` included. Nothing is allocated. "auto" and "80%" are of that device's memory.
+        its inputs lie on, `meta` included. Nothing is run or allocated. "auto" and "80%" are of that device's memory.
     """
     settings = Settings(budget, policy, trainable_only, host_budget, plan, optimizer, pin, costs, in_flight)
     _, found = trace(model, args, kwargs or {}, optimizer, device, costs, adds=in_flight > 1).planned(settings)

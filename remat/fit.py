@@ -1,6 +1,6 @@
 """The inverse question: the largest batch or the longest sequence that a budget has room for, found by planning.
 
-Nothing runs and nothing runs out of memory: each size that is tried is captured and planned, as `remat.plan` does. The smallest
+No step runs and nothing runs out of memory: each size that is tried is captured and planned, as `remat.plan` does. The smallest
 peak grows almost linearly with a size, so that a few steps of regula falsi find the last one that fits.
 """
 
@@ -66,7 +66,8 @@ def fit(
     costs: str = "analytic",
     device: str | None = None,
 ) -> Fit:
-    """The largest batch (or `dim`) whose training step fits in `budget`, and the plan for it. Nothing is run.
+    """The largest batch (or `dim`) whose training step fits in `budget`, and the plan for it. No step is run; single kernels as
+    in `remat.plan`, at the sizes that are tried.
 
     The example inputs say where to start. Arguments not told here are as in `remat.plan`.
 

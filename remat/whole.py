@@ -130,7 +130,10 @@ def trace(
     adds: bool = False,
 ) -> TracedModel:
     """Capture one call of `model` and record its training step, as on the device it is on or on a well-known one by name.
-    Allocates nothing on the device. adds: as a step that adds to gradients, whether there are any yet or not."""
+    Keeps nothing on the device; kernels run there for their scratch memory (remat/workspace.py).
+
+    adds: as a step that adds to gradients, whether there are any yet or not.
+    """
     profile = None
     given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     real = given, list(model.parameters()), list(model.buffers())
