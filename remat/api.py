@@ -70,7 +70,7 @@ def optimize(
     """
     module = RematModule(
         model,
-        Rewriting(Settings(budget, policy, trainable_only, host_budget, plan, optimizer, pin, costs, in_flight)),
+        Rewriting(Settings(budget, policy, trainable_only, host_budget, pin, costs, plan, optimizer, in_flight)),
         quiet=dynamic_shapes is not None,
     )
     if args or kwargs:
@@ -104,7 +104,7 @@ def plan(
     device: plan for a well-known device, which need not be there ("h100"; remat/devices.py has them), whatever the model and
         its inputs lie on, `meta` included. Nothing is run or allocated. "auto" and "80%" are of that device's memory.
     """
-    settings = Settings(budget, policy, trainable_only, host_budget, plan, optimizer, pin, costs, in_flight)
+    settings = Settings(budget, policy, trainable_only, host_budget, pin, costs, plan, optimizer, in_flight)
     _, found = trace(model, args, kwargs or {}, optimizer, device, costs, adds=in_flight > 1).planned(settings)
     if dynamic_shapes is None:
         return found
@@ -130,7 +130,7 @@ def frontier(
 ) -> list[Plan]:
     """The trade-off between memory and time: plans from the fastest to the smallest, each smaller and slower than the one
     before. With a budget, only those within it. Arguments and errors as in `plan`."""
-    settings = Settings(budget, policy, trainable_only, host_budget, plan, optimizer, pin, costs)
+    settings = Settings(budget, policy, trainable_only, host_budget, pin, costs, plan, optimizer)
     traced = trace(model, args, kwargs or {}, optimizer, device, costs)
     plans = list(traced.frontier(settings, points))
     limit = resolve_budget(parse_budget(budget), traced.memory, traced.program.resident_bytes, plans[0].peak_bytes)

@@ -20,7 +20,7 @@ from remat import _torch
 from remat.budget import memory_of, parse_budget, resolve_budget, resolve_host_budget
 from remat.describe import describe
 from remat.devices import profile_of
-from remat.errors import BudgetError, CaptureError, RematError
+from remat.errors import BudgetError, CaptureError, HostBudgetError, RematError
 from remat.generated import as_generated
 from remat.inductor import Watch, compile_graph
 from remat.ladder import Attempt, Ladder
@@ -44,12 +44,14 @@ _PASSES = 50  # one part of so many of the budget is for what passes between the
 
 @dataclass(frozen=True)
 class _Task:
-    """A joint graph as numbers, and what may be done with it. Bytes; `target` is what the graph may use of `limit`."""
+    """A joint graph as numbers, and what may be done with it. Bytes; `target` is what the graph may use of `limit`, `host` what
+    its values may take of the host, None where nobody says."""
 
     halves: JointHalves
     fingerprint: str
     device: torch.device
     program: Program
+    host: int | None
     menus: Menus
     everything: Solution
     limit: int | None
@@ -142,8 +144,8 @@ class Compilation:
         solution, program = self._attempt.solution, task.program
         if self._fuses and task.target is not None and solution is not task.everything:
             self._watch.room.update(solution.replay.room(max(task.target, solution.replay.peak_bytes)))
-        if self.options.host_budget:
-            check_host(solution, task.menus.host_bytes, self.options.policy)
+        if task.host is not None:
+            check_host(solution, task.host, self.options.policy)
         dropped = frozenset(halves.forward[p].name for p in solution.dropped)
         repeats = {halves.forward[p].name: times for p, times in solution.repeats.items()}
         starts = dict(program.moments)
@@ -166,13 +168,15 @@ class Compilation:
         if times is not None:
             times.save()
         program = pinned(with_must(program, halves.forward), halves.forward, self.options.pin)
-        menus = make_menus(program, resolve_host_budget(self.options.host_budget, memory_of(device)))
+        asked = self.options.host_budget
+        host = None if asked is None else resolve_host_budget(asked, memory_of(device))
+        menus = make_menus(program, host or 0)
         everything = fastest_solution(program, menus)
         limit, target = self._limits(program, menus, device, everything.replay.peak_bytes)
         text = "\n".join(f"{n.name} {n.target}" for n in joint.graph.nodes)
         fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
         slack = profile.slack_bytes(largest_value(program.values))
-        return _Task(halves, fingerprint, device, program, menus, everything, limit, target, slack)
+        return _Task(halves, fingerprint, device, program, host, menus, everything, limit, target, slack)
 
     def _chosen(self, task: _Task, joint: fx.GraphModule, num_fwd_outputs: int) -> Generator[Attempt, int, None]:
         """Plans to compile, each answered with its peak in bytes; the last one is the one to take."""
@@ -187,7 +191,7 @@ class Compilation:
             try:
                 yield from self._within(task, task.target)
             except BudgetError as error:
-                if error.minimum_bytes is None or not self._shares:
+                if isinstance(error, HostBudgetError) or error.minimum_bytes is None or not self._shares:
                     raise
                 raise self._of_all_graphs(error, error.minimum_bytes, task) from None
 

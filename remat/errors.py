@@ -2,6 +2,7 @@
 
 RematError
 ├── BudgetError     no plan fits the budget, or the budget cannot be read (also a ValueError)
+│   └── HostBudgetError   with more host memory one would
 ├── CaptureError    the model cannot be captured as one graph
 └── RewriteError    a step used the rewritten graph in a way it cannot serve
 
@@ -36,6 +37,10 @@ class BudgetError(RematError, ValueError):
         self.budget_bytes = budget_bytes
         self.minimum_bytes = minimum_bytes
         self.where = where
+
+
+class HostBudgetError(BudgetError):
+    """The host memory allowed is not enough. `budget_bytes` and `minimum_bytes` are of `host_budget=`, not of `budget=`."""
 
 
 class CaptureError(RematError):

@@ -81,7 +81,7 @@ def fit(
         BudgetError: not even the smallest size fits.
         RematError: no such axis, or the step does not grow with it.
     """
-    settings = Settings(budget, policy, trainable_only, host_budget, None, optimizer, pin, costs)
+    settings = Settings(budget, policy, trainable_only, host_budget, pin, costs, optimizer=optimizer)
     read = parse_budget(budget)
     if budget is None or read.share_of_activations is not None:
         raise RematError(f"budget={budget!r} grows with the step; fit() needs bytes, '24GiB', '80%' or 'auto'")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -17,7 +18,7 @@ from remat.absent import LIBRARY_BYTES, stand_in
 from remat.budget import parse_budget, resolve_budget
 from remat.capture import Captured, capture
 from remat.devices import DeviceProfile, device_profile, profile_of
-from remat.errors import BudgetError, RematError
+from remat.errors import BudgetError, HostBudgetError, RematError
 from remat.export import without_outer_hooks
 from remat.op_times import OpTimes, op_times
 from remat.passes.aliasing import storage_bytes, storage_roots
@@ -82,7 +83,7 @@ class TracedModel(Traced):
             if found and not found[0][1].recompute_us + found[0][1].stall_us:
                 break
         if not found:
-            raise min(errors, key=lambda error: error.minimum_bytes or 0)
+            raise min(errors, key=_shortage)
         traced, plan = min(found, key=lambda pair: pair[1].step_us)
         return traced, with_baseline(plan, everything)
 
@@ -105,6 +106,11 @@ class TracedModel(Traced):
             return None
         kept = sum(storage_bytes(loss.all_input_nodes[0].meta["val"]) for loss in find_losses(self.captured.graph))
         return self.sharing if kept > _MUCH * (peak_bytes - self.program.resident_bytes) else None
+
+
+def _shortage(error: BudgetError) -> tuple[bool, float]:
+    """In which order errors are worth telling: those that name a budget, the smallest first, before those of the host."""
+    return isinstance(error, HostBudgetError), math.inf if error.minimum_bytes is None else error.minimum_bytes
 
 
 def transfers_of(plan: Plan) -> Transfers:

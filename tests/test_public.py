@@ -23,6 +23,7 @@ def test_names() -> None:
         "DeviceProfile",
         "Fit",
         "Formula",
+        "HostBudgetError",
         "Measurement",
         "Plan",
         "Preparation",
@@ -99,6 +100,7 @@ def test_the_error_tree() -> None:
     for error in (remat.BudgetError, remat.CaptureError, remat.RewriteError):
         assert issubclass(error, remat.RematError)
     assert issubclass(remat.BudgetError, ValueError)
+    assert issubclass(remat.HostBudgetError, remat.BudgetError)
     error = remat.BudgetError("text", budget_bytes=1, minimum_bytes=2, where="mm")
     assert (error.budget_bytes, error.minimum_bytes, error.where) == (1, 2, "mm")
 
