@@ -20,7 +20,7 @@ from remat import _torch
 from remat.budget import memory_of, parse_budget, resolve_budget, resolve_host_budget
 from remat.describe import describe
 from remat.devices import profile_of
-from remat.errors import BudgetError, CaptureError, HostBudgetError, RematError
+from remat.errors import BudgetError, CaptureError, HostBudgetError, RematError, find_cause
 from remat.generated import as_generated
 from remat.inductor import Watch, compile_graph
 from remat.ladder import Attempt, Ladder
@@ -102,8 +102,8 @@ class Compilation:
             return _torch.aot_eager(gm, self.inputs, _run_as_is, self.split)
         try:
             return compile_graph(gm, self.inputs, self.split, self._watch, is_sparing)
-        except Exception:  # ours, wrapped by whatever Inductor wraps it in, or another
-            if self._task is None or not self._exceeds(self._task):
+        except Exception as error:  # ours, wrapped by whatever Inductor wraps it in, or another
+            if find_cause(error, _Exceeded) is None:
                 raise
             return None
 

@@ -11,6 +11,10 @@ A user's mistake raises one of these, with the rule, the number and the way out.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+Kind = TypeVar("Kind", bound=BaseException)
+
 
 class RematError(Exception):
     """Base of everything remat raises on purpose."""
@@ -49,3 +53,12 @@ class CaptureError(RematError):
 
 class RewriteError(RematError, RuntimeError):
     """A step asked something of the rewritten graph that would give a wrong number."""
+
+
+def find_cause(error: BaseException | None, kind: type[Kind]) -> Kind | None:
+    """The error of a kind that another one was raised for, or is; None where there is none."""
+    while error is not None:
+        if isinstance(error, kind):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
