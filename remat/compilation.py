@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-from torch.utils import _pytree as pytree
 
 from remat import _torch
+from remat._torch import pytree
 from remat.budget import memory_of, parse_budget, resolve_budget, resolve_host_budget
 from remat.describe import describe
 from remat.devices import profile_of
@@ -286,7 +285,7 @@ class Compilation:
 def _check_sizes(graph: fx.Graph) -> None:
     for node in graph.nodes:
         tensors = [leaf for leaf in pytree.tree_leaves(node.meta.get("val")) if isinstance(leaf, torch.Tensor)]
-        if any(map(free_unbacked_symbols, tensors)):
+        if any(map(_torch.free_unbacked_symbols, tensors)):
             raise CaptureError(
                 f"the size of {node.name} ({source_line(node)}) depends on data, so that no plan can keep a budget; turn off "
                 "capture_dynamic_output_shape_ops and capture_scalar_outputs in torch._dynamo.config, to end the graph there"

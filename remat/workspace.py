@@ -90,7 +90,7 @@ class Call:
     @classmethod
     def of(cls, op: Any, args: Any, kwargs: Any) -> Call | None:
         """None for what cannot be run by itself: what is no op of torch's, and collectives, which wait for other ranks."""
-        if not isinstance(op, torch._ops.OpOverload) or is_collective(op):
+        if not isinstance(op, _torch.OpOverload) or is_collective(op):
             return None
         leaves, spec = pytree.tree_flatten((args, kwargs))
         return cls(op, tuple(TensorLike.of(x) if isinstance(x, torch.Tensor) else x for x in leaves), spec)
