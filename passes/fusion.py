@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import fx
 
+from remat._torch import OpOverload
 from remat.passes.aliasing import is_view, owner
 from remat.passes.randomness import is_random
 
@@ -90,14 +91,14 @@ def _fuses_into(user: fx.Node, outputs: set[fx.Node]) -> bool:
 
 def is_pointwise(node: fx.Node) -> bool:
     """True if Inductor computes each element of the result on its own."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         return False
     return torch.Tag.pointwise in node.target.tags or op_name(node) in _POINTWISE_ANYWAY
 
 
 def is_reduction(node: fx.Node) -> bool:
     """True if Inductor computes the result as a reduction."""
-    return isinstance(node.target, torch._ops.OpOverload) and op_name(node) in _REDUCTIONS
+    return isinstance(node.target, OpOverload) and op_name(node) in _REDUCTIONS
 
 
 def op_name(node: fx.Node) -> str:

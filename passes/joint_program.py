@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
-from remat._torch import TANGENTS_GO
+from remat._torch import TANGENTS_GO, OpOverload, pytree
 from remat.cost import arithmetic_us, op_cost_us
 from remat.devices import DeviceProfile
 from remat.op_times import OpTimes
@@ -276,7 +275,7 @@ def _op(
     """extra: for what is inlined, the memory traffic in bytes that this adds (`extra_bytes`)."""
     if is_view(node) or node.target is operator.getitem:
         return Op(node.name, 0.0, 0)
-    if not isinstance(node.target, torch._ops.OpOverload):  # a higher-order op, never recomputed
+    if not isinstance(node.target, OpOverload):  # a higher-order op, never recomputed
         return Op(node.name, 0.0, subgraph_bytes(node, device.allocated_bytes), tuple(reads), own)
     args, kwargs = pytree.tree_map_only(fx.Node, lambda n: n.meta.get("val"), (node.args, dict(node.kwargs)))
     result: Any = node.meta.get("val")

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
-from remat._torch import GraphLowering
+from remat._torch import GraphLowering, pytree
 from remat.passes.aliasing import storage_bytes
 
 _CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)

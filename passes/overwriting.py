@@ -7,8 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from remat._torch import statically_known_true
 from remat.passes.aliasing import is_view, storage_bytes
 from remat.passes.fusion import is_costly, is_reduction, op_name
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from remat._torch import HigherOrderOperator, OpOverload
 from remat.passes.randomness import is_random
 
 aten = torch.ops.aten
@@ -33,15 +34,15 @@ _BATCH_NORM = {aten._native_batch_norm_legit_functional.default}  # recomputed w
 
 def is_collective(op: Any) -> bool:
     """True for ops that other ranks have to run too, and as often."""
-    return isinstance(op, torch._ops.OpOverload) and op.namespace in ("_c10d_functional", "c10d_functional", "_dtensor", "c10d")
+    return isinstance(op, OpOverload) and op.namespace in ("_c10d_functional", "c10d_functional", "_dtensor", "c10d")
 
 
 def why_pinned(node: fx.Node, mutated: frozenset[fx.Node]) -> str:
     """Why the node may not be recomputed; "" if it may. `mutated` are the inputs that the step writes to."""
     target = node.target
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if isinstance(target, HigherOrderOperator):
         return "higher-order op"
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, OpOverload):
         return ""
     if target in _ROUTING:
         return "routing: a tie could fall the other way"

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from remat._torch import OpOverload
+
 
 def is_random(node: fx.Node) -> bool:
     """True if running the node advances a random number generator.
@@ -14,17 +16,12 @@ def is_random(node: fx.Node) -> bool:
     An op tagged `nondeterministic_seeded` that takes a drop probability draws only when that is above zero
     (`scaled_dot_product_attention(dropout_p=0.0)` does not).
     """
-    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+    if not isinstance(node.target, OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
         return False
     probability = argument(node, "dropout_p")
     if probability is None:
         probability = argument(node, "dropout")
     return not (isinstance(probability, int | float) and probability == 0)
-
-
-def find_random(graph: fx.Graph) -> frozenset[fx.Node]:
-    """All nodes of the graph that draw random numbers."""
-    return frozenset(node for node in graph.nodes if node.op == "call_function" and is_random(node))
 
 
 def argument(node: fx.Node, name: str) -> Any:

@@ -7,9 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import fx
-from torch.utils import _pytree as pytree
 
-from remat._torch import invoke_subgraph
+from remat._torch import invoke_subgraph, pytree
 from remat.passes.aliasing import storage_bytes, storage_roots
 
 

@@ -18,7 +18,7 @@ from remat.api import explain, frontier, optimize, plan
 from remat.backend import plans
 from remat.bundle import report
 from remat.devices import DeviceProfile, profile_device
-from remat.errors import BudgetError, CaptureError, RematError, RewriteError
+from remat.errors import BudgetError, CaptureError, HostBudgetError, RematError, RewriteError
 from remat.fit import Fit, fit
 from remat.inplace import disable, enable, optimize_blocks, plan_of
 from remat.measure import Measurement, measure
@@ -42,6 +42,7 @@ __all__ = [
     "DeviceProfile",
     "Fit",
     "Formula",
+    "HostBudgetError",
     "Measurement",
     "Plan",
     "Preparation",

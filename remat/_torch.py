@@ -40,12 +40,14 @@ from torch._inductor.graph import GraphLowering, SubgraphLowering
 from torch._inductor.scheduler import Scheduler
 from torch._inductor.virtualized import V
 from torch._logging._internal import trace_structured
+from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
 )
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 from torch.utils import _pytree as pytree
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._ordered_set import OrderedSet
@@ -71,13 +73,17 @@ __all__ = [
     "ForwardTokenAOTInput",
     "GradAOTOutput",
     "GraphLowering",
+    "HigherOrderOperator",
     "InductorChoices",
     "InputMutationAOTOutput",
+    "OpOverload",
     "ParamAOTInput",
     "PlainAOTInput",
     "PlainAOTOutput",
     "PythonWrapperCodegen",
     "Scheduler",
+    "ShardedGroup",
+    "ShardedParameter",
     "SubgraphLowering",
     "TangentAOTInput",
     "TorchDispatchMode",
@@ -95,26 +101,34 @@ __all__ = [
     "extract_forward_backward",
     "fake_modes",
     "flop_registry",
+    "forget_output_strides",
     "frame_id",
+    "free_unbacked_symbols",
     "functorch_config",
     "has_graph_break",
     "in_functorch",
     "inductor_config",
     "inductor_ir",
     "invoke_subgraph",
+    "is_fake",
     "is_traceable_wrapper_subclass",
     "joint_graph",
+    "local",
     "memory_events",
+    "meta_like",
     "no_dispatch",
     "no_dispatch_modes",
     "outermost_module",
     "past_dynamo",
+    "plain_type",
     "post_grad",
     "profiler_is_running",
     "publish",
     "pytree",
     "running_sequence_number",
     "sequence_number",
+    "sharded_groups",
+    "statically_known_true",
     "storage_key",
     "without_autocast",
     "wrapper_code",

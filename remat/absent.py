@@ -16,7 +16,7 @@ from torch import nn
 from remat import _torch
 from remat._torch import pytree
 from remat.loss import SHARES, cross_entropy, cross_entropy_backward
-from remat.workspace import Call, TensorLike
+from remat.workspace import Call
 
 aten = torch.ops.aten
 
@@ -52,7 +52,7 @@ def scratch_bytes(call: Call | None) -> int:
     the size of log-sum-exp; a convolution is given what its largest tensor takes."""
     if call is None:
         return 0
-    tensors = [leaf for leaf in call.leaves if isinstance(leaf, TensorLike)]
+    tensors = call.tensors
     if call.op in _ATTENTION_BACKWARD:
         query = tensors[1]
         elements = query.bytes // query.dtype.itemsize

@@ -44,7 +44,8 @@ def optimize(
         kwargs: those given by name.
         budget: peak of memory allocated on the device during forward and backward, resident memory included: bytes as an
             int, "24GiB" / "24GB", "80%" of the device, a float in (0, 1] (that share of the unoptimized step's peak above
-            what is resident), "auto" (what the device has free), or None (the fastest plan).
+            what is resident), "auto" (what the device has free, and what the step holds there already), or None (the
+            fastest plan).
         policy: "auto" plans for the budget; "none" saves everything; "blocks", "every-k", "sqrt", "selective", "offload" and
             "offload-all" are the fixed rules of remat/policies.py, for which the budget is checked but changes nothing; a
             function from `Activation` to a `Decision` (None: save) decides for each activation.
@@ -69,7 +70,7 @@ def optimize(
     """
     module = RematModule(
         model,
-        Rewriting(Settings(budget, policy, trainable_only, host_budget, plan, optimizer, pin, costs, in_flight)),
+        Rewriting(Settings(budget, policy, trainable_only, host_budget, pin, costs, plan, optimizer, in_flight)),
         quiet=dynamic_shapes is not None,
     )
     if args or kwargs:
@@ -94,15 +95,16 @@ def plan(
     device: str | None = None,
     in_flight: int = 1,
 ) -> Plan:
-    """Plan one training step without running it. Arguments and errors as in `optimize`.
+    """Plan one training step without running it. Kernels whose scratch memory is not known yet run once, by themselves, if the
+    device has room for them. Arguments and errors as in `optimize`.
 
     dynamic_shapes: which axes may change, as in `torch.export.export`, or by name: `{"input_ids": {0: "batch", 1: "seq"}}`. The
         plan then has formulas: `plan.peak_bytes_at(batch=8, seq=4096)` is its peak at other sizes, `plan.peak_formula` the
         sympy expression. The step is recorded at three sizes of each axis for it.
     device: plan for a well-known device, which need not be there ("h100"; remat/devices.py has them), whatever the model and
-        its inputs lie on, `meta` included. Nothing is allocated. "auto" and "80%" are of that device's memory.
+        its inputs lie on, `meta` included. Nothing is run or allocated. "auto" and "80%" are of that device's memory.
     """
-    settings = Settings(budget, policy, trainable_only, host_budget, plan, optimizer, pin, costs, in_flight)
+    settings = Settings(budget, policy, trainable_only, host_budget, pin, costs, plan, optimizer, in_flight)
     _, found = trace(model, args, kwargs or {}, optimizer, device, costs, adds=in_flight > 1).planned(settings)
     if dynamic_shapes is None:
         return found
@@ -128,7 +130,7 @@ def frontier(
 ) -> list[Plan]:
     """The trade-off between memory and time: plans from the fastest to the smallest, each smaller and slower than the one
     before. With a budget, only those within it. Arguments and errors as in `plan`."""
-    settings = Settings(budget, policy, trainable_only, host_budget, plan, optimizer, pin, costs)
+    settings = Settings(budget, policy, trainable_only, host_budget, pin, costs, plan, optimizer)
     traced = trace(model, args, kwargs or {}, optimizer, device, costs)
     plans = list(traced.frontier(settings, points))
     limit = resolve_budget(parse_budget(budget), traced.memory, traced.program.resident_bytes, plans[0].peak_bytes)

@@ -31,7 +31,7 @@ from remat.plan import Plan
 from remat.program import HELD, Program
 from remat.record import backward_from, mutated_inputs, write_program
 from remat.recorder import Recorder, fake_like
-from remat.resident import resident_memory
+from remat.resident import resident_memory, there_bytes
 from remat.settings import Settings
 from remat.sharding import ShardedStep, local_parameters
 from remat.traced import Traced, fingerprint_of
@@ -108,7 +108,7 @@ def trace_blocks(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], blocks: Mapping[str, nn.Module], settings: Settings
 ) -> TracedBlocks:
     """Capture each block of one call of `model`, and record the whole step. Allocates nothing on the device but masks and
-    positions, at whose values the code between blocks may look."""
+    positions, at whose values the code between blocks may look, and what kernels take that run for their scratch memory."""
     groups = _torch.sharded_groups(model)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         whole = any(tensor is p.shard and not p.is_split for g in groups for p in g.parameters)
@@ -131,7 +131,7 @@ def trace_blocks(
         raise RematError("nothing in the blocks requires grad, so there is nothing to plan there; unfreeze something first")
     fingerprint = fingerprint_of(graphs)
     nodes = tuple(ran.node for ran in recording.recorder.ran)
-    about = type(model).__name__, inputs_of(args, kwargs), tuple(recording.calls)
+    about = type(model).__name__, inputs_of(args, kwargs), recording.there_bytes, tuple(recording.calls)
     return TracedBlocks(program, nodes, recording.place, recording.profile, fingerprint, frozenset(recording.trains), *about)
 
 
@@ -171,6 +171,7 @@ class _Recording:
         self.pins: dict[int, str] = {}
         self.parts: list[tuple[int, int]] = []
         self.trains: set[int] = set()
+        self.there_bytes = 0
         for tensor in self.twin.tensors():
             self.recorder.know(tensor)
         inside = {id(module) for block in blocks.values() for module in block.modules()}
@@ -199,6 +200,7 @@ class _Recording:
         given, buffers = [*_tensors(args, kwargs), *constants], list(self.model.buffers())
         libraries = library_bytes(self.place) if self.profile.is_here else LIBRARY_BYTES if self.profile.is_gpu else 0
         resident = resident_memory(given, self.parameters, buffers, settings.optimizer, settings.in_flight > 1)
+        self.there_bytes = libraries + there_bytes(given, self.parameters, buffers, settings.optimizer, self.place)
         times = op_times(self.place) if settings.costs == "measured" else None
         found = write_program(recorder, self.pins, {**resident, "libraries": libraries}, times, tuple(self.parts))
         if times is not None:

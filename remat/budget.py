@@ -2,20 +2,20 @@
 
 `budget=` takes an int (bytes), "24GiB" / "24GB" (binary / decimal), "80%" of the device's memory, a float in (0, 1]
 (that share of the unoptimized step's peak above what is resident), None (fastest plan) or "auto" (what the device has
-free).
+free, with what of the step is there already). `host_budget=` takes bytes and percentages, of what the host has free.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import os
 import re
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NoReturn, TypeAlias
 
 import torch
 
+from remat import host_memory
 from remat.errors import BudgetError
 
 log = logging.getLogger("remat")
@@ -27,7 +27,10 @@ _UNITS |= {f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")}
 _UNITS |= {f"{p}IB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*")
 _PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
-_FORMS = 'use bytes as an int, "24GiB", "24GB", "80%", a float in (0, 1], "auto" or None'
+_FORMS = {
+    "budget": 'use bytes as an int, "24GiB", "24GB", "80%", a float in (0, 1], "auto" or None',
+    "host_budget": 'use bytes as an int, "64GiB", "64GB", "50%" of what the host has free, or None',
+}
 
 
 @dataclass(frozen=True)
@@ -41,56 +44,67 @@ class Budget:
 
 
 def parse_budget(budget: BudgetLike) -> Budget:
-    """Read a budget in any of its forms. Raises BudgetError when it is none of them."""
+    """Read a budget in any of its forms. Raises BudgetError when it is none of them, or not above zero."""
     if budget is None:
         return Budget()
-    if isinstance(budget, bool):
-        raise BudgetError(f"budget={budget!r} is not an amount of memory; {_FORMS}")
-    if isinstance(budget, int):
-        return Budget(bytes=_positive(budget))
     if isinstance(budget, float):
         if math.isnan(budget) or not 0.0 < budget <= 1.0:
-            raise BudgetError(f"budget={budget!r}: a float is a share of the step's activation memory in (0, 1]; {_FORMS}")
+            _refuse("budget", budget, "is not a share of the step's activation memory in (0, 1]")
         return Budget(share_of_activations=budget)
-    if isinstance(budget, str):
-        return _parse_text(budget)
-    raise BudgetError(f"budget={budget!r} has type {type(budget).__name__}; {_FORMS}")
-
-
-def _parse_text(text: str) -> Budget:
-    if text.strip().lower() == "auto":
+    if isinstance(budget, str) and budget.strip().lower() == "auto":
         return Budget(auto=True)
-    if match := _PERCENT.fullmatch(text):
+    found = _read_amount("budget", budget)
+    if not (found.bytes or found.share_of_device):
+        _refuse("budget", budget, "must be above zero")
+    return found
+
+
+def parse_host_budget(host_budget: int | str | None) -> Budget:
+    """Read an amount of host memory, which may be none: bytes, or a share of what the host has free. Raises BudgetError when it
+    is neither."""
+    return Budget() if host_budget is None else _read_amount("host_budget", host_budget)
+
+
+def _read_amount(name: str, amount: object) -> Budget:
+    """Bytes, or a percentage; `name` is the argument's."""
+    if isinstance(amount, int) and not isinstance(amount, bool):
+        if amount < 0:
+            _refuse(name, amount, "is below zero")
+        return Budget(bytes=amount)
+    if not isinstance(amount, str):
+        _refuse(name, amount, f"is a {type(amount).__name__}, and no amount of memory")
+    if match := _PERCENT.fullmatch(amount):
         share = float(match[1]) / 100
-        if not share > 0.0:
-            raise BudgetError(f"budget={text!r} must be above 0%; {_FORMS}")
+        if share > 1.0:
+            _refuse(name, amount, "is more than all of it")
         return Budget(share_of_device=share)
-    match = _SIZE.fullmatch(text)
+    match = _SIZE.fullmatch(amount)
     if match is None or match[2].upper() not in _UNITS:
-        raise BudgetError(f"budget={text!r} is not a size; {_FORMS}")
-    return Budget(bytes=_positive(int(float(match[1]) * _UNITS[match[2].upper()])))
+        _refuse(name, amount, "is not a size")
+    return Budget(bytes=int(float(match[1]) * _UNITS[match[2].upper()]))
 
 
-def _positive(amount: int) -> int:
-    if amount <= 0:
-        raise BudgetError(f"budget={amount} bytes must be above zero; {_FORMS}", budget_bytes=amount)
-    return amount
+def _refuse(name: str, given: object, why: str) -> NoReturn:
+    raise BudgetError(f"{name}={given!r} {why}; {_FORMS[name]}", budget_bytes=given if type(given) is int else None)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What a device has, in bytes, and what host memory values may wait in when nobody says how much."""
+    """What a device has, in bytes; what a step may take of it: all that is free, and what of it is there already; and what
+    host memory values may wait in when nobody says how much."""
 
     name: str
     total_bytes: int
-    free_bytes: int
+    usable_bytes: int
     host_bytes: int
 
 
-def memory_of(device: torch.device) -> Memory:
-    """The memory of a device of this machine. Half of the host's free memory is for a GPU's values, and none for a CPU's."""
-    host = free_bytes(torch.device("cpu")) // 2 if device.type not in ("cpu", "meta") else 0
-    return Memory(str(device), device_bytes(device), free_bytes(device), host)
+def memory_of(device: torch.device, there_bytes: int = 0) -> Memory:
+    """The memory of a device of this machine, on which `there_bytes` of the step are allocated. Half of the host's free memory
+    is for a GPU's values, and none for a CPU's."""
+    host = host_memory.available_bytes() // 2 if device.type not in ("cpu", "meta") else 0
+    total = device_bytes(device)
+    return Memory(str(device), total, min(total, free_bytes(device) + there_bytes), host)
 
 
 def resolve_budget(budget: Budget, memory: Memory, resident_bytes: int, baseline_peak_bytes: int) -> int | None:
@@ -105,30 +119,24 @@ def resolve_budget(budget: Budget, memory: Memory, resident_bytes: int, baseline
     if budget.share_of_activations is not None:
         return resident_bytes + int(budget.share_of_activations * (baseline_peak_bytes - resident_bytes))
     if budget.auto:
-        return memory.free_bytes + resident_bytes
+        return memory.usable_bytes
     return None
 
 
 def resolve_host_budget(host_budget: int | str | None, memory: Memory) -> int:
     """Bytes of host memory that values may lie in: given, a share of what is free ("50%"), or the default for the device.
     Raises BudgetError when it cannot be read."""
-    if host_budget is None:
-        return memory.host_bytes
-    if isinstance(host_budget, int) and not isinstance(host_budget, bool) and host_budget == 0:
-        return 0
-    budget = parse_budget(host_budget)
-    if budget.bytes is not None:
-        return budget.bytes
+    budget = parse_host_budget(host_budget)
     if budget.share_of_device is not None:
-        return int(budget.share_of_device * free_bytes(torch.device("cpu")))
-    raise BudgetError(f'host_budget={host_budget!r} is not an amount of host memory; use bytes as an int, "64GiB" or "50%"')
+        return int(budget.share_of_device * host_memory.available_bytes())
+    return memory.host_bytes if budget.bytes is None else budget.bytes
 
 
 def device_bytes(device: torch.device) -> int:
     """All memory of the device, in bytes."""
     if device.type not in ("cpu", "meta"):
         return torch.accelerator.get_memory_info(device)[1]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return host_memory.total_bytes()
 
 
 def free_bytes(device: torch.device) -> int:
@@ -136,7 +144,7 @@ def free_bytes(device: torch.device) -> int:
     if device.type not in ("cpu", "meta"):
         free, _ = torch.accelerator.get_memory_info(device)
         return free + torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    return host_memory.available_bytes()
 
 
 def format_bytes(amount: int) -> str:

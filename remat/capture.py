@@ -118,7 +118,7 @@ def _flat_module(exported: torch.export.ExportedProgram, flat: list[Any]) -> tup
 def _refuse_stacked_dropout(graph: fx.Graph) -> None:
     """`nn.LSTM`, `nn.GRU` and `nn.RNN` lose the dropout between their layers when torch decomposes them."""
     for node in graph.nodes:
-        if not isinstance(node.target, torch._ops.OpOverload):
+        if not isinstance(node.target, _torch.OpOverload):
             continue
         layers, dropout, trains = (argument(node, name) for name in ("num_layers", "dropout", "train"))
         if layers is not None and layers > 1 and dropout and trains:

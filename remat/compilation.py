@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-from torch.utils import _pytree as pytree
 
 from remat import _torch
+from remat._torch import pytree
 from remat.budget import memory_of, parse_budget, resolve_budget, resolve_host_budget
 from remat.describe import describe
 from remat.devices import profile_of
-from remat.errors import BudgetError, CaptureError, RematError
+from remat.errors import BudgetError, CaptureError, HostBudgetError, RematError, find_cause
 from remat.generated import as_generated
 from remat.inductor import Watch, compile_graph
 from remat.ladder import Attempt, Ladder
@@ -44,12 +43,14 @@ _PASSES = 50  # one part of so many of the budget is for what passes between the
 
 @dataclass(frozen=True)
 class _Task:
-    """A joint graph as numbers, and what may be done with it. Bytes; `target` is what the graph may use of `limit`."""
+    """A joint graph as numbers, and what may be done with it. Bytes; `target` is what the graph may use of `limit`, `host` what
+    its values may take of the host, None where nobody says."""
 
     halves: JointHalves
     fingerprint: str
     device: torch.device
     program: Program
+    host: int | None
     menus: Menus
     everything: Solution
     limit: int | None
@@ -100,8 +101,8 @@ class Compilation:
             return _torch.aot_eager(gm, self.inputs, _run_as_is, self.split)
         try:
             return compile_graph(gm, self.inputs, self.split, self._watch, is_sparing)
-        except Exception:  # ours, wrapped by whatever Inductor wraps it in, or another
-            if self._task is None or not self._exceeds(self._task):
+        except Exception as error:  # ours, wrapped by whatever Inductor wraps it in, or another
+            if find_cause(error, _Exceeded) is None:
                 raise
             return None
 
@@ -142,8 +143,8 @@ class Compilation:
         solution, program = self._attempt.solution, task.program
         if self._fuses and task.target is not None and solution is not task.everything:
             self._watch.room.update(solution.replay.room(max(task.target, solution.replay.peak_bytes)))
-        if self.options.host_budget:
-            check_host(solution, task.menus.host_bytes, self.options.policy)
+        if task.host is not None:
+            check_host(solution, task.host, self.options.policy)
         dropped = frozenset(halves.forward[p].name for p in solution.dropped)
         repeats = {halves.forward[p].name: times for p, times in solution.repeats.items()}
         starts = dict(program.moments)
@@ -166,13 +167,15 @@ class Compilation:
         if times is not None:
             times.save()
         program = pinned(with_must(program, halves.forward), halves.forward, self.options.pin)
-        menus = make_menus(program, resolve_host_budget(self.options.host_budget, memory_of(device)))
+        asked = self.options.host_budget
+        host = None if asked is None else resolve_host_budget(asked, memory_of(device))
+        menus = make_menus(program, host or 0)
         everything = fastest_solution(program, menus)
         limit, target = self._limits(program, menus, device, everything.replay.peak_bytes)
         text = "\n".join(f"{n.name} {n.target}" for n in joint.graph.nodes)
         fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
         slack = profile.slack_bytes(largest_value(program.values))
-        return _Task(halves, fingerprint, device, program, menus, everything, limit, target, slack)
+        return _Task(halves, fingerprint, device, program, host, menus, everything, limit, target, slack)
 
     def _chosen(self, task: _Task, joint: fx.GraphModule, num_fwd_outputs: int) -> Generator[Attempt, int, None]:
         """Plans to compile, each answered with its peak in bytes; the last one is the one to take."""
@@ -187,7 +190,7 @@ class Compilation:
             try:
                 yield from self._within(task, task.target)
             except BudgetError as error:
-                if error.minimum_bytes is None or not self._shares:
+                if isinstance(error, HostBudgetError) or error.minimum_bytes is None or not self._shares:
                     raise
                 raise self._of_all_graphs(error, error.minimum_bytes, task) from None
 
@@ -238,7 +241,8 @@ class Compilation:
         self, program: Program, menus: Menus, device: torch.device, baseline_bytes: int
     ) -> tuple[int | None, int | None]:
         """The budget in bytes, and what this graph may use of it."""
-        limit = resolve_budget(parse_budget(self.options.budget), memory_of(device), program.resident_bytes, baseline_bytes)
+        resident = program.resident_bytes
+        limit = resolve_budget(parse_budget(self.options.budget), memory_of(device, resident), resident, baseline_bytes)
         if limit is None or self.options.policy == "none":
             return limit, None
         if self._shares:
@@ -281,7 +285,7 @@ class Compilation:
 def _check_sizes(graph: fx.Graph) -> None:
     for node in graph.nodes:
         tensors = [leaf for leaf in pytree.tree_leaves(node.meta.get("val")) if isinstance(leaf, torch.Tensor)]
-        if any(map(free_unbacked_symbols, tensors)):
+        if any(map(_torch.free_unbacked_symbols, tensors)):
             raise CaptureError(
                 f"the size of {node.name} ({source_line(node)}) depends on data, so that no plan can keep a budget; turn off "
                 "capture_dynamic_output_shape_ops and capture_scalar_outputs in torch._dynamo.config, to end the graph there"

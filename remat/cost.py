@@ -49,7 +49,7 @@ def arithmetic_us(op: Any, elements: int, device: DeviceProfile) -> float:
     """Time of what an op does to each element of its result beyond reading and writing it: all that the op costs where a
     compiler fuses it into its reader."""
     name = op.__name__.split(".")[0] if hasattr(op, "__name__") else str(op)
-    if isinstance(op, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in op.tags:
+    if isinstance(op, _torch.OpOverload) and torch.Tag.nondeterministic_seeded in op.tags:
         nanoseconds = device.random_ns_per_element
     elif name == "inductor_random":
         nanoseconds = device.fused_random_ns_per_element

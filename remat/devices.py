@@ -115,22 +115,34 @@ DEVICES = {
 
 
 def device_profile(name: str) -> DeviceProfile:
-    """A well-known device by name. Raises RematError with the names there are."""
+    """A well-known device by name; with the figures that `profile_device` measured, if this machine has one. Raises RematError
+    with the names there are."""
     found = DEVICES.get(name.lower().replace(" ", "")) if isinstance(name, str) else None
     if found is None:
         raise RematError(f"device={name!r} is unknown; there are {', '.join(DEVICES)}")
+    for device in {torch.device("cpu"), _accelerator()}:
+        measured = _read(cache_file(device))
+        if measured is not None and measured.name == found.name:
+            return dataclasses.replace(measured, is_here=False)
     return found
 
 
 def profile_of(device: torch.device) -> DeviceProfile:
     """The profile that costs on a device of this machine are computed with: measured, if `profile_device` did; else known by
     its name; else a typical one."""
-    measured = _read(cache_file(device))
-    if measured is not None:
-        return measured
+    return _read(cache_file(device)) or _assumed(device)
+
+
+def _assumed(device: torch.device) -> DeviceProfile:
+    """What is known of a device without measuring it."""
     if device.type in ("cpu", "meta"):
         return CPU
     return _known_gpu(_full_name(device)) or CUDA
+
+
+def _accelerator() -> torch.device:
+    """The current one, or the CPU where there is none."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def _known_gpu(full_name: str) -> DeviceProfile | None:
@@ -146,7 +158,7 @@ def profile_device(device: torch.device | str | None = None, *, again: bool = Fa
 
     device: by default the current accelerator, or the CPU where there is none. again: measure even if there are figures.
     """
-    here = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    here = _accelerator()
     chosen = torch.device(device if device is not None else here)
     if chosen.type not in ("cpu", here.type):
         raise RematError(f"device={chosen} cannot be measured; there are 'cpu' and {here.type!r}")
@@ -183,7 +195,7 @@ def _read(path: Path) -> DeviceProfile | None:
 
 def _measure(device: torch.device) -> DeviceProfile:
     on_gpu = device.type != "cpu"
-    base = CUDA if on_gpu else CPU
+    base = _assumed(device)
     side, size = (8192, 1 << 28) if on_gpu else (1024, 1 << 24)
 
     def matmul_flop_per_us(dtype: torch.dtype) -> float:

@@ -2,6 +2,7 @@
 
 RematError
 ├── BudgetError     no plan fits the budget, or the budget cannot be read (also a ValueError)
+│   └── HostBudgetError   with more host memory one would
 ├── CaptureError    the model cannot be captured as one graph
 └── RewriteError    a step used the rewritten graph in a way it cannot serve
 
@@ -9,6 +10,10 @@ A user's mistake raises one of these, with the rule, the number and the way out.
 """
 
 from __future__ import annotations
+
+from typing import TypeVar
+
+Kind = TypeVar("Kind", bound=BaseException)
 
 
 class RematError(Exception):
@@ -38,9 +43,22 @@ class BudgetError(RematError, ValueError):
         self.where = where
 
 
+class HostBudgetError(BudgetError):
+    """The host memory allowed is not enough. `budget_bytes` and `minimum_bytes` are of `host_budget=`, not of `budget=`."""
+
+
 class CaptureError(RematError):
     """The model could not be captured as one graph; the message names the place and the way out."""
 
 
 class RewriteError(RematError, RuntimeError):
     """A step asked something of the rewritten graph that would give a wrong number."""
+
+
+def find_cause(error: BaseException | None, kind: type[Kind]) -> Kind | None:
+    """The error of a kind that another one was raised for, or is; None where there is none."""
+    while error is not None:
+        if isinstance(error, kind):
+            return error
+        error = error.__cause__ or error.__context__
+    return None

@@ -16,7 +16,7 @@ from torch import nn
 
 from remat import _torch, patches
 from remat._torch import pytree
-from remat.errors import CaptureError
+from remat.errors import CaptureError, find_cause
 from remat.twin import Twin
 
 log = logging.getLogger("remat")
@@ -39,7 +39,7 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
                 raise CaptureError("an intermediate result became a constant")
             return exported
         except Exception as error:  # export raises many types, none of them documented
-            cause = _find(error, patches.OpaqueAutograd)
+            cause = find_cause(error, patches.OpaqueAutograd)
             if cause is not None:
                 raise CaptureError(_opaque_message(cause.what)) from error
             log.debug("%s: cannot be exported as it is: %s", type(model).__name__, error)
@@ -110,14 +110,6 @@ def _opaque_message(what: str) -> str:
             "(transformers: model.activation_checkpointing_disable(), gradient_checkpointing_disable() before 5.23)"
         )
     return f"the model calls the custom autograd function {what}, whose backward an exported graph does not keep; {DOOR_2}"
-
-
-def _find(error: BaseException | None, kind: type[patches.OpaqueAutograd]) -> patches.OpaqueAutograd | None:
-    while error is not None:
-        if isinstance(error, kind):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def _user_line(error: BaseException) -> str:

@@ -1,6 +1,6 @@
 """The inverse question: the largest batch or the longest sequence that a budget has room for, found by planning.
 
-Nothing runs and nothing runs out of memory: each size that is tried is captured and planned, as `remat.plan` does. The smallest
+No step runs and nothing runs out of memory: each size that is tried is captured and planned, as `remat.plan` does. The smallest
 peak grows almost linearly with a size, so that a few steps of regula falsi find the last one that fits.
 """
 
@@ -66,7 +66,8 @@ def fit(
     costs: str = "analytic",
     device: str | None = None,
 ) -> Fit:
-    """The largest batch (or `dim`) whose training step fits in `budget`, and the plan for it. Nothing is run.
+    """The largest batch (or `dim`) whose training step fits in `budget`, and the plan for it. No step is run; single kernels as
+    in `remat.plan`, at the sizes that are tried.
 
     The example inputs say where to start. Arguments not told here are as in `remat.plan`.
 
@@ -80,7 +81,7 @@ def fit(
         BudgetError: not even the smallest size fits.
         RematError: no such axis, or the step does not grow with it.
     """
-    settings = Settings(budget, policy, trainable_only, host_budget, None, optimizer, pin, costs)
+    settings = Settings(budget, policy, trainable_only, host_budget, pin, costs, optimizer=optimizer)
     read = parse_budget(budget)
     if budget is None or read.share_of_activations is not None:
         raise RematError(f"budget={budget!r} grows with the step; fit() needs bytes, '24GiB', '80%' or 'auto'")

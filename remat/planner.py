@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from remat.budget import format_bytes
-from remat.errors import BudgetError
+from remat.errors import BudgetError, HostBudgetError
 from remat.menus import HOST_PRICE, Menus, without_gc
 from remat.program import Decision, Move, Program
 from remat.replay import Replay
@@ -64,7 +64,7 @@ def solve(program: Program, menus: Menus, budget_bytes: int | None) -> Solution:
 
 
 def _check_host(program: Program, menus: Menus, budget_bytes: int) -> None:
-    """Raises BudgetError if more host memory would do."""
+    """Raises HostBudgetError if more host memory would do."""
     if not menus.host_bytes:
         return
     unbounded = dataclasses.replace(menus, host_bytes=sum(value.bytes for value in program.values))
@@ -72,7 +72,7 @@ def _check_host(program: Program, menus: Menus, budget_bytes: int) -> None:
     if solution is None:
         return
     needed = solution.replay.host_bytes
-    raise BudgetError(
+    raise HostBudgetError(
         f"no plan fits in {format_bytes(budget_bytes)} with {format_bytes(menus.host_bytes)} of host memory; with "
         f"{format_bytes(needed)} ({needed} bytes) one does. Raise host_budget=, or budget=.",
         budget_bytes=menus.host_bytes,

@@ -24,7 +24,7 @@ from torch import fx
 
 from remat.budget import format_bytes
 from remat.describe import activation_of
-from remat.errors import BudgetError, RematError
+from remat.errors import BudgetError, HostBudgetError, RematError
 from remat.passes.provenance import module_path
 from remat.plan import Activation
 from remat.planner import Solution, solution_of
@@ -109,10 +109,10 @@ def check_fits(solution: Solution, peak_bytes: int, limit: int | None, policy: P
 
 
 def check_host(solution: Solution, limit: int, policy: Policy) -> None:
-    """Raises BudgetError when a policy needs more host memory than the limit, in bytes."""
+    """Raises HostBudgetError when a policy needs more host memory than the limit, in bytes."""
     needed = solution.replay.host_bytes
     if needed > limit:
-        raise BudgetError(
+        raise HostBudgetError(
             f"policy={policy!r} needs {format_bytes(needed)} ({needed} bytes) of host memory, more than host_budget "
             f"({format_bytes(limit)}). Raise host_budget=.",
             budget_bytes=limit,

@@ -41,7 +41,8 @@ def agreed(make: Callable[[], Plan], group: dist.ProcessGroup | None) -> tuple[P
 def _portable(error: Exception) -> RematError:
     """The same error without what it came from, which may not travel between processes; others' errors as ours."""
     if isinstance(error, BudgetError):
-        return BudgetError(str(error), budget_bytes=error.budget_bytes, minimum_bytes=error.minimum_bytes, where=error.where)
+        about = {"budget_bytes": error.budget_bytes, "minimum_bytes": error.minimum_bytes}
+        return type(error)(str(error), **about, where=error.where)
     return type(error)(str(error)) if isinstance(error, RematError) else RematError(f"{type(error).__name__}: {error}")
 
 

@@ -187,7 +187,7 @@ class Recorder(_torch.TorchDispatchMode):
         if self.in_forward and not self.in_graph:
             self.position = len(self.ran)
         out = func(*args, **kwargs)
-        counts = not _is_free(func) and isinstance(func, torch._ops.OpOverload) and func.namespace != "prim"
+        counts = not _is_free(func) and isinstance(func, _torch.OpOverload) and func.namespace != "prim"
         if not self.in_forward:
             if not counts:
                 return out
@@ -276,7 +276,7 @@ def _is_free(func: Any) -> bool:
 
 
 def _node_cost(node: fx.Node, values: list[Any], out: Any, device: DeviceProfile) -> tuple[float, Call | None]:
-    if not isinstance(node.target, torch._ops.OpOverload) or _is_free(node.target):
+    if not isinstance(node.target, _torch.OpOverload) or _is_free(node.target):
         return 0.0, None
     filled = iter(values)
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda _: next(filled))

@@ -9,15 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx
 
-from remat.budget import BudgetLike, memory_of, parse_budget, resolve_host_budget
+from remat.budget import BudgetLike
 from remat.errors import RematError
-from remat.op_times import check_costs
-from remat.pins import Pins, check_pins
 from remat.plan import Plan
-from remat.policies import Policy, check_policy
+from remat.settings import Common
 
 log = logging.getLogger("remat")
 
@@ -25,16 +22,16 @@ COMPILERS = ("inductor", "eager")
 
 
 @dataclass(frozen=True)
-class Options:
-    """The backend's options, checked when made."""
+class Options(Common):
+    """The backend's options. Without `host_budget` the planner moves nothing, and policies and pins what they like."""
 
     budget: BudgetLike = None
     compiler: str = "inductor"
-    policy: Policy = "auto"
-    trainable_only: bool = True
-    host_budget: int | str | None = 0
-    pin: Pins = None
-    costs: str = "analytic"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.compiler not in COMPILERS:
+            raise RematError(f"compiler={self.compiler!r} is unknown; there are {', '.join(map(repr, COMPILERS))}")
 
     @classmethod
     def read(cls, options: Mapping[str, Any] | None) -> Options:
@@ -42,15 +39,7 @@ class Options:
         for name in options or {}:
             if name not in known:
                 raise RematError(f"unknown option {name!r} of backend 'remat'; there are {', '.join(map(repr, known))}")
-        read = cls(**dict(options or {}))
-        parse_budget(read.budget)
-        resolve_host_budget(read.host_budget, memory_of(torch.device("cpu")))
-        if read.compiler not in COMPILERS:
-            raise RematError(f"compiler={read.compiler!r} is unknown; there are {', '.join(map(repr, COMPILERS))}")
-        check_policy(read.policy)
-        check_pins(read.pin)
-        check_costs(read.costs)
-        return read
+        return cls(**dict(options or {}))
 
 
 @dataclass

@@ -1,4 +1,5 @@
-"""How to plan: the arguments of `optimize` and of its kin, checked when given."""
+"""How to plan: the arguments of `optimize` and of its kin, and what the options of the backend share with them, checked when
+given."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from remat.budget import BudgetLike, memory_of, parse_budget, resolve_host_budget
+from remat.budget import BudgetLike, parse_budget, parse_host_budget
 from remat.errors import RematError
 from remat.op_times import check_costs
 from remat.pins import Pins, check_pins
@@ -18,25 +19,34 @@ from remat.policies import Policy, check_policy
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What `remat.optimize` documents. It travels without its optimizer."""
+class Common:
+    """What both doors take, as `remat.optimize` documents it."""
 
     budget: BudgetLike
     policy: Policy = "auto"
     trainable_only: bool = True
     host_budget: int | str | None = None
-    plan: Plan | None = None
-    optimizer: torch.optim.Optimizer | None = None
     pin: Pins = None
     costs: str = "analytic"
-    in_flight: int = 1
 
     def __post_init__(self) -> None:
         parse_budget(self.budget)
-        resolve_host_budget(self.host_budget, memory_of(torch.device("cpu")))
+        parse_host_budget(self.host_budget)
         check_policy(self.policy)
         check_pins(self.pin)
         check_costs(self.costs)
+
+
+@dataclass(frozen=True)
+class Settings(Common):
+    """What door 1 takes. It travels without its optimizer."""
+
+    plan: Plan | None = None
+    optimizer: torch.optim.Optimizer | None = None
+    in_flight: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if not isinstance(self.in_flight, int) or self.in_flight < 1:
             raise RematError(f"in_flight={self.in_flight!r} is not a number of forwards")
 

@@ -32,7 +32,8 @@ from remat.simulate import simulate
 
 @dataclass(frozen=True)
 class Traced:
-    """A step as numbers. `nodes[p]` is forward op p of `program`; `trains` are those that read a trainable parameter."""
+    """A step as numbers. `nodes[p]` is forward op p of `program`; `trains` are those that read a trainable parameter; of what
+    is resident, `there_bytes` are allocated already."""
 
     program: Program
     nodes: tuple[fx.Node, ...]
@@ -42,6 +43,7 @@ class Traced:
     trains: frozenset[int]
     model: str
     inputs: tuple[Input, ...]
+    there_bytes: int
 
     def plan(self, settings: Settings) -> Plan:
         """Plan for a budget, or take the plan given. Raises BudgetError when nothing fits."""
@@ -115,11 +117,11 @@ class Traced:
 
     @cached_property
     def memory(self) -> Memory:
-        """What the device has; one that is not there is taken to be empty but for the model, on a host with as much again."""
+        """What the device has; one that is not there is taken to be empty, on a host with as much again."""
         total = self.profile.memory_bytes
         if self.profile.is_here or not total:
-            return memory_of(self.device)
-        return Memory(self.profile.name, total, total - self.program.resident_bytes, total)
+            return memory_of(self.device, self.there_bytes)
+        return Memory(self.profile.name, total, total, total)
 
     @cached_property
     def structure(self) -> str:

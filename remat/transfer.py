@@ -11,15 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-import random
 import threading
-import time
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from functools import cache
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -108,44 +105,30 @@ class HostPool:
             self.bytes = self.in_use_bytes
 
 
+class Lane(Protocol):
+    """Copies in one direction."""
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, *after: Event | None) -> Event: ...
+
+
 class _HostLane:
-    """Copies within host memory, at once. Under `delay_s` on a thread, each after a random pause: a test of the ordering."""
-
-    delay_s = 0.0
-
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1)
+    """Copies within host memory, at once."""
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, *after: Event | None) -> Event:
-        def run() -> None:
-            if self.delay_s:
-                time.sleep(random.uniform(0, self.delay_s))
-            for event in after:
-                if event is not None:
-                    event.wait()
-            with torch.no_grad():
-                target.copy_(source)
-
-        done: Future[None] = self._thread.submit(run) if self.delay_s else _run_now(run)
-        return _Done(done)
-
-
-def _run_now(call: Callable[[], None]) -> Future[None]:
-    done: Future[None] = Future()
-    call()
-    done.set_result(None)
-    return done
+        for event in after:
+            if event is not None:
+                event.wait()
+        with torch.no_grad():
+            target.copy_(source)
+        return _Done()
 
 
 class _Done:
-    def __init__(self, future: Future[None]) -> None:
-        self.wait: Callable[[], Any] = future.result
+    def wait(self) -> None: ...
 
 
 class _StreamLane:
     """Copies on a stream of their own."""
-
-    delay_s = 0.0
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.Stream(device)
@@ -157,8 +140,6 @@ class _StreamLane:
             for event in after:
                 if event is not None:
                     event.wait()  # on this stream, which is the current one here
-            if self.delay_s:
-                torch.cuda._sleep(int(random.uniform(0, self.delay_s) * 1e9))
             target.copy_(source, non_blocking=True)
             event = torch.Event(self._stream.device)
             event.record()
@@ -171,8 +152,8 @@ class HostTier:
     def __init__(self, device: torch.device) -> None:
         self.pool = HostPool(device)
         on_host = device.type == "cpu"
-        self.out: Any = _HostLane() if on_host else _StreamLane(device)
-        self.back: Any = _HostLane() if on_host else _StreamLane(device)
+        self.out: Lane = _HostLane() if on_host else _StreamLane(device)
+        self.back: Lane = _HostLane() if on_host else _StreamLane(device)
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -17,7 +18,7 @@ from remat.absent import LIBRARY_BYTES, stand_in
 from remat.budget import parse_budget, resolve_budget
 from remat.capture import Captured, capture
 from remat.devices import DeviceProfile, device_profile, profile_of
-from remat.errors import BudgetError, RematError
+from remat.errors import BudgetError, HostBudgetError, RematError
 from remat.export import without_outer_hooks
 from remat.op_times import OpTimes, op_times
 from remat.passes.aliasing import storage_bytes, storage_roots
@@ -26,7 +27,7 @@ from remat.passes.regions import RegionGraph, form_regions
 from remat.passes.transfers import Transfers
 from remat.plan import Input, Plan
 from remat.record import record
-from remat.resident import resident_memory
+from remat.resident import resident_memory, there_bytes
 from remat.settings import Settings
 from remat.simulate import simulate
 from remat.traced import Traced, fingerprint_of, with_baseline
@@ -82,7 +83,7 @@ class TracedModel(Traced):
             if found and not found[0][1].recompute_us + found[0][1].stall_us:
                 break
         if not found:
-            raise min(errors, key=lambda error: error.minimum_bytes or 0)
+            raise min(errors, key=_shortage)
         traced, plan = min(found, key=lambda pair: pair[1].step_us)
         return traced, with_baseline(plan, everything)
 
@@ -105,6 +106,11 @@ class TracedModel(Traced):
             return None
         kept = sum(storage_bytes(loss.all_input_nodes[0].meta["val"]) for loss in find_losses(self.captured.graph))
         return self.sharing if kept > _MUCH * (peak_bytes - self.program.resident_bytes) else None
+
+
+def _shortage(error: BudgetError) -> tuple[bool, float]:
+    """In which order errors are worth telling: those that name a budget, the smallest first, before those of the host."""
+    return isinstance(error, HostBudgetError), math.inf if error.minimum_bytes is None else error.minimum_bytes
 
 
 def transfers_of(plan: Plan) -> Transfers:
@@ -130,8 +136,13 @@ def trace(
     adds: bool = False,
 ) -> TracedModel:
     """Capture one call of `model` and record its training step, as on the device it is on or on a well-known one by name.
-    Allocates nothing on the device. adds: as a step that adds to gradients, whether there are any yet or not."""
+    Keeps nothing on the device; kernels run there for their scratch memory (remat/workspace.py).
+
+    adds: as a step that adds to gradients, whether there are any yet or not.
+    """
     profile = None
+    given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    real = given, list(model.parameters()), list(model.buffers())
     if device is not None:
         if costs == "measured":
             raise RematError(f"costs='measured' needs the device itself; without device={device!r} this machine's is measured")
@@ -148,7 +159,9 @@ def trace(
     resident = resident_memory(tensors, list(model.parameters()), list(model.buffers()), optimizer, adds)
     times = op_times(place) if costs == "measured" else None
     resident = {**resident, "libraries": libraries}
-    return _traced(captured, type(model).__name__, inputs_of(args, kwargs), tensors, place, profile, resident, times, adds)
+    there = libraries + there_bytes(*real, optimizer, place)
+    about = type(model).__name__, inputs_of(args, kwargs), there
+    return _traced(captured, *about, tensors, place, profile, resident, times, adds)
 
 
 def check_training(model: nn.Module) -> None:
@@ -168,6 +181,7 @@ def _traced(
     captured: Captured,
     model: str,
     inputs: tuple[Input, ...],
+    there: int,
     tensors: Sequence[torch.Tensor],
     place: torch.device,
     profile: DeviceProfile,
@@ -179,11 +193,15 @@ def _traced(
     if times is not None:
         times.save()
     fingerprint = fingerprint_of([captured.graph])
-    about = {"model": model, "inputs": inputs, "tensors": tensors, "place": place, "profile": profile, "resident": resident}
-    again = partial(_traced, **about, times=times, adds=adds)  # type: ignore[arg-type]
+    about = model, inputs, there, tensors, place, profile, resident, times, adds
     nodes = tuple(node for node in captured.graph.nodes if node.op == "call_function")
     trains = training(captured, tensors)
-    return TracedModel(program, nodes, place, profile, fingerprint, trains, model, inputs, captured, again)
+    again = partial(_again, about)
+    return TracedModel(program, nodes, place, profile, fingerprint, trains, model, inputs, there, captured, again)
+
+
+def _again(about: tuple[Any, ...], captured: Captured) -> TracedModel:
+    return _traced(captured, *about)
 
 
 def training(captured: Captured, tensors: Sequence[torch.Tensor]) -> frozenset[int]:

@@ -2,8 +2,8 @@
 
 It is in no graph (attention and convolution backward, norm backward on strided inputs), so each distinct op is run once
 under the meter, on zeros of its real shapes, strides and dtypes, and remembered for the life of the process. Ops that
-cannot have any (the common pointwise ops, views, copies, a CPU's matrix products in full precision) are not run. What cuBLAS
-keeps from its first product on is no op's own: `library_bytes`.
+cannot have any (the common pointwise ops, views, copies, a CPU's matrix products in full precision) are not run, nor those for
+which there is no room. What cuBLAS keeps from its first product on is no op's own: `library_bytes`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ import torch
 
 from remat import _torch
 from remat._torch import pytree
+from remat.budget import free_bytes
 from remat.measure import measure_accelerator, measure_cpu
 from remat.passes.pinning import is_collective
 
 log = logging.getLogger("remat")
 aten = torch.ops.aten
 
+_TIMES = 4  # what an op takes for its run, in sizes of its inputs: results and scratch memory are mostly no larger than those
 _PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
 _OPAQUE = {  # they read what only their forward can write, and zeros in its place crash the process
     aten.mkldnn_rnn_layer_backward.default, aten._cudnn_rnn_backward.default, aten.miopen_rnn_backward.default,
@@ -88,14 +90,18 @@ class Call:
     @classmethod
     def of(cls, op: Any, args: Any, kwargs: Any) -> Call | None:
         """None for what cannot be run by itself: what is no op of torch's, and collectives, which wait for other ranks."""
-        if not isinstance(op, torch._ops.OpOverload) or is_collective(op):
+        if not isinstance(op, _torch.OpOverload) or is_collective(op):
             return None
         leaves, spec = pytree.tree_flatten((args, kwargs))
         return cls(op, tuple(TensorLike.of(x) if isinstance(x, torch.Tensor) else x for x in leaves), spec)
 
     @property
+    def tensors(self) -> list[TensorLike]:
+        return [leaf for leaf in self.leaves if isinstance(leaf, TensorLike)]
+
+    @property
     def devices(self) -> set[torch.device]:
-        return {leaf.device for leaf in self.leaves if isinstance(leaf, TensorLike)}
+        return {tensor.device for tensor in self.tensors}
 
     @contextlib.contextmanager
     def ready(self, random: bool = False) -> Iterator[Callable[[], Any]]:
@@ -112,14 +118,13 @@ class Call:
     def has_scratch(self) -> bool:
         """False for an op that allocates its results and nothing else."""
         if self.op in _PRODUCTS:  # a CPU's have some in half precision, and where it copies a matrix first
-            tensors = [leaf for leaf in self.leaves if isinstance(leaf, TensorLike)]
-            return any(x.device.type != "cpu" or x.dtype.itemsize < 4 or x.has_gaps for x in tensors)
+            return any(x.device.type != "cpu" or x.dtype.itemsize < 4 or x.has_gaps for x in self.tensors)
         return self.op not in _EXACT or self._converts
 
     @property
     def _converts(self) -> bool:
         """True where an elementwise op or a sum reads types that differ, or are no floating point: a CPU copies those first."""
-        types = {leaf.dtype for leaf in self.leaves if isinstance(leaf, TensorLike) and leaf.shape}
+        types = {tensor.dtype for tensor in self.tensors if tensor.shape}
         if self.op in _SUMS:
             types |= {leaf for leaf in self.leaves if isinstance(leaf, torch.dtype)}
             return len(types) > 1 or not all(dtype.is_floating_point for dtype in types)
@@ -136,26 +141,33 @@ _known: dict[tuple[str, str], int] = {}
 def workspace_bytes(call: Call | None) -> int:
     """Bytes that the op allocates at its peak beyond what it returns; 0 on devices that allocate nothing (meta).
 
-    An op that cannot be run by itself counts with its largest input, and so does one not measured before while somebody else's
-    profiler runs.
+    An op that cannot be run by itself counts with its largest input. So does, for now, one not measured before while somebody
+    else's profiler runs, and one that the device has no room to run.
     """
-    if call is None or not call.has_scratch:
+    if call is None or not call.has_scratch or any(device.type == "meta" for device in call.devices):
         return 0
     if call.key not in _known:
-        if call.op in _OPAQUE or _torch.profiler_is_running():  # the meter is a profiler too, and two cannot run at once
-            return max((leaf.bytes for leaf in call.leaves if isinstance(leaf, TensorLike)), default=0)
-        _known[call.key] = _measured(call)
+        found = _measured(call) if _can_run(call) else None
+        if found is None:
+            return max((tensor.bytes for tensor in call.tensors), default=0)
+        _known[call.key] = found
     return _known[call.key]
 
 
-def _measured(call: Call) -> int:
-    if any(device.type == "meta" for device in call.devices):
-        return 0
+def _can_run(call: Call) -> bool:
+    if call.op in _OPAQUE or _torch.profiler_is_running():  # the meter is a profiler too, and two cannot run at once
+        return False
+    needed = _TIMES * sum(tensor.bytes for tensor in call.tensors)
+    return all(needed <= free_bytes(device) for device in call.devices)
+
+
+def _measured(call: Call) -> int | None:
+    """None where it failed."""
     try:
         return _run_once(call)
-    except (RuntimeError, IndexError) as error:  # zeros are no valid input for a few ops
+    except (RuntimeError, IndexError) as error:  # out of memory, and zeros are no valid input for a few ops
         log.debug("workspace of %s is unknown: %s", call.op, error)
-        return 0
+        return None
 
 
 @cache
@@ -181,4 +193,4 @@ def _run_once(call: Call) -> int:
         keep = lambda: results.append(run())  # noqa: E731
         peak = measure_cpu(keep)[0] if accelerator is None else measure_accelerator(keep, accelerator).above_resident_bytes
     outputs = [t for t in pytree.tree_leaves(results) if isinstance(t, torch.Tensor)]
-    return max(0, peak - sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in outputs}.values()))
+    return max(0, peak - sum({_torch.storage_key(t): t.untyped_storage().nbytes() for t in outputs}.values()))

@@ -10,10 +10,9 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from remat import _torch
-from remat._torch import V, inductor_ir, wrapper_code
+from remat._torch import V, inductor_ir, pytree, wrapper_code
 from remat.devices import cuda_block_bytes
 from remat.ops import OFFLOAD, RELEASE, RELOAD, WAIT
 from remat.passes.aliasing import results, storage_bytes
@@ -260,8 +259,7 @@ def _scratch_bytes(kernel: Any) -> int:
     call = Call.of(node.target, args, kwargs)
     if call is None:
         return 0
-    tensors = [leaf for leaf in call.leaves if isinstance(leaf, TensorLike)]
-    if len(tensors) == len(kernel.inputs):
+    if len(call.tensors) == len(kernel.inputs):
         buffers = iter(kernel.inputs)
         leaves = tuple(_restrided(leaf, next(buffers)) if isinstance(leaf, TensorLike) else leaf for leaf in call.leaves)
         call = dataclasses.replace(call, leaves=leaves)

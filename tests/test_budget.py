@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +11,9 @@ from hypothesis import strategies as st
 
 import remat
 from remat import budget as budgets
-from remat.budget import Budget, format_bytes, memory_of, parse_budget, resolve_budget
+from remat import host_memory
+from remat.budget import Budget, format_bytes, memory_of, parse_budget, parse_host_budget, resolve_budget
+from remat.session import Options
 
 CPU = torch.device("cpu")
 GIB = 1024**3
@@ -77,7 +81,49 @@ def test_a_percentage_is_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_auto_is_what_is_free_and_what_is_there_already(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budgets, "free_bytes", lambda device: 1000)
-    assert resolve_budget(Budget(auto=True), memory_of(CPU), 50, 20) == 1050
+    assert resolve_budget(Budget(auto=True), memory_of(CPU, 50), 80, 20) == 1050
+    monkeypatch.setattr(budgets, "device_bytes", lambda device: 1020)
+    assert resolve_budget(Budget(auto=True), memory_of(CPU, 50), 80, 20) == 1020
+
+
+@pytest.mark.parametrize("through", ["whole", "blocks"])
+def test_auto_does_not_count_what_is_yet_to_come(through: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither an optimizer's state nor gradients of forwards in flight are there before the first step."""
+    monkeypatch.setattr(budgets, "free_bytes", lambda device: 10**6)
+    model = torch.nn.Sequential(*(torch.nn.Linear(16, 16) for _ in range(3)))
+    x = torch.randn(4, 16)
+    parameters, inputs = sum(p.nbytes for p in model.parameters()), x.nbytes
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def budget(**settings: Any) -> int | None:
+        if through == "whole":
+            return remat.plan(model, (x,), budget="auto", **settings).budget_bytes
+        plan = remat.plan_of(remat.optimize_blocks(model, (x,), budget="auto", **settings))
+        remat.disable(model)
+        return plan.budget_bytes if plan is not None else None
+
+    assert budget() == budget(in_flight=2) == budget(optimizer=optimizer) == 10**6 + parameters + inputs
+    model(x).sum().backward()
+    optimizer.step()
+    assert budget() == 10**6 + 2 * parameters + inputs
+    state = sum(t.nbytes for s in optimizer.state.values() for t in s.values())
+    assert budget(optimizer=optimizer) == 10**6 + 2 * parameters + inputs + state
+
+
+def test_a_model_without_memory_has_nothing_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budgets, "free_bytes", lambda device: 10**6)
+    with torch.device("meta"):
+        model, x = torch.nn.Linear(16, 16), torch.randn(4, 16)
+    assert remat.plan(model, (x,), budget="auto", device="cpu").budget_bytes == 10**6
+
+
+def test_settings_are_read_without_a_look_at_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> int:
+        raise AssertionError("asked for memory")
+
+    monkeypatch.setattr(host_memory, "available_bytes", fail)
+    remat.optimize(torch.nn.Linear(2, 2), budget="auto", host_budget="50%")
+    Options.read({"budget": "auto", "host_budget": "50%"})
 
 
 def test_none_allows_any_peak() -> None:
@@ -101,3 +147,30 @@ def test_what_is_printed_can_be_read(amount: int) -> None:
     read = parse_budget(format_bytes(amount)).bytes
     assert read is not None
     assert abs(read - amount) <= 0.006 * amount
+
+
+@pytest.mark.parametrize(
+    ("host_budget", "meaning"),
+    [
+        (None, Budget()),
+        (0, Budget(bytes=0)),
+        ("0GiB", Budget(bytes=0)),
+        ("1KiB", Budget(bytes=1024)),
+        ("100%", Budget(None, 1.0)),
+    ],
+)
+def test_host_budgets(host_budget: int | str | None, meaning: Budget) -> None:
+    assert parse_host_budget(host_budget) == meaning
+
+
+@pytest.mark.parametrize("host_budget", [-1, "8 potatoes", "150%", float("nan"), True, 0.5, "auto", [1]])
+def test_an_error_speaks_of_its_argument(host_budget: Any) -> None:
+    with pytest.raises(remat.BudgetError, match=r'^host_budget=.*; use bytes as an int, "64GiB", "64GB", "50%" of') as error:
+        parse_host_budget(host_budget)
+    assert "activation" not in str(error.value)
+
+
+def test_no_more_than_all_of_the_device() -> None:
+    assert parse_budget("100%") == Budget(share_of_device=1.0)
+    with pytest.raises(remat.BudgetError, match=r"^budget='150%' is more than all of it; use"):
+        parse_budget("150%")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import subprocess
@@ -11,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from torch import nn
 
 import remat
-from remat.cli.app import run
+from remat import devices
+from remat.cli.app import _device_here, run
 from remat.devices import DEVICES
 
 SIZES = ["--set", "hidden_size=64", "--set", "num_hidden_layers=3", "--set", "num_attention_heads=4", "--set", "vocab_size=96"]
@@ -163,6 +166,30 @@ def test_frontier(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert peaks == sorted(peaks, reverse=True)
     assert times == sorted(times)
     assert all(sum(row["at_peak"].values()) == row["peak_bytes"] for row in rows)
+
+
+def test_a_frontier_within_nothing_names_the_smallest(capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(answer(capsys, "frontier", "tests.cli_models:mlp", "--budget", "1000", "--json", code=1))
+    assert "the smallest needs" in found["error"]
+    least = str(found["minimum_bytes"])
+    (row,) = json.loads(answer(capsys, "frontier", "tests.cli_models:mlp", "--budget", least, "--points", "2", "--json"))
+    assert row["peak_bytes"] <= found["minimum_bytes"]
+
+
+def test_a_gpu_here_that_was_measured_is_planned_for_as_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
+    assert _device_here() == "h100"
+    measured = dataclasses.replace(devices._assumed(torch.device("cuda")), bytes_per_us=1.0)
+    path = devices.cache_file(torch.device("cuda"))
+    path.parent.mkdir()
+    path.write_text(json.dumps(dataclasses.asdict(measured)))
+    devices._read.cache_clear()
+    assert _device_here() == "h100"
+    assert devices.device_profile("h100") == dataclasses.replace(measured, is_here=False)
+    assert devices.device_profile("h200") is DEVICES["h200"]
 
 
 def test_fit(capsys: pytest.CaptureFixture[str]) -> None:

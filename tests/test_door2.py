@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import remat
+from remat import compilation
 from tests.models import MODELS, Mlp, build, mlp
 from tests.steps import (
     Outcome,
@@ -346,6 +347,17 @@ def test_a_graph_before_a_break_is_held_to_the_budget() -> None:
     assert run_step(module, {"x": x}).peak_bytes <= error.minimum_bytes
     (graph,) = remat.plans(module)
     assert graph.plan.dropped
+
+
+def test_too_little_host_memory_is_no_share_of_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(*_: object) -> None:
+        raise remat.HostBudgetError("so much", minimum_bytes=7, where="host memory")
+
+    monkeypatch.setattr(compilation, "solve", short)
+    error = refused(compiled(BrokenAtTheEnd(), 1), x=torch.randn(64, 32))
+    assert isinstance(error, remat.HostBudgetError)
+    assert error.minimum_bytes == 7
+    assert "a part of the budget" not in str(error)
 
 
 def test_gpt2_as_it_comes_breaks_at_its_loss() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch._dynamo.utils import counters
 from torch._inductor.kernel import conv
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,7 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import remat
 from remat._torch import wrapper_code
 from remat.choices import LocalFusion
+from remat.compilation import Compilation, _Exceeded
 from remat.inductor import _Reading
+from remat.session import Options, Session
 from remat.wrapper import Headroom
 from tests.models import llama, mlp
 from tests.steps import Outcome, assert_close_gradients, refused, run_step
@@ -316,6 +318,27 @@ def test_fusion_gives_way_where_nothing_else_fits(monkeypatch: pytest.MonkeyPatc
     outcome = run_step(compiled(model, least[1]), {"x": x})
     assert outcome.peak_bytes <= least[1]
     assert_close_gradients(outcome.gradients, expected.gradients, 1e-4)
+
+
+@pytest.mark.parametrize("given_up", [True, False])
+def test_only_code_that_was_too_large_is_given_up(given_up: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another failure is no matter of the budget, even where that is exceeded too."""
+
+    def failing(*_: Any) -> None:
+        try:
+            raise _Exceeded if given_up else KeyError("made up")
+        except Exception as error:
+            raise RuntimeError("lowering failed") from error
+
+    monkeypatch.setattr("remat.compilation.compile_graph", failing)
+    monkeypatch.setattr(Compilation, "_exceeds", lambda *_: True)
+    run = Compilation(Options.read(None), Session(None), (), False)
+    monkeypatch.setattr(run, "_task", object())
+    if given_up:
+        assert run._compiled(fx.GraphModule({}, fx.Graph())) is None
+        return
+    with pytest.raises(RuntimeError, match="lowering failed"):
+        run._compiled(fx.GraphModule({}, fx.Graph()))
 
 
 def test_cached_code_that_tells_of_another_graph_is_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:

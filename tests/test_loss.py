@@ -50,6 +50,12 @@ def test_gradients_are_the_same_and_the_peak_is_lower_than_without(dtype: torch.
     assert outcome.peak_bytes <= module.plan.peak_bytes <= budget
 
 
+def test_of_two_shortages_the_one_that_names_a_budget_is_told() -> None:
+    unknown, most, least = (remat.BudgetError("", minimum_bytes=n) for n in (None, 7, 5))
+    host = remat.HostBudgetError("", minimum_bytes=1)
+    assert sorted([host, unknown, most, least], key=whole._shortage) == [least, most, unknown, host]
+
+
 def test_the_frontier_fit_and_formulas_know_of_it() -> None:
     model, kwargs = wide()
     plans = remat.frontier(model, (), kwargs, points=4)

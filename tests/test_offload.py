@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -16,7 +16,8 @@ from remat import devices
 from remat.menus import make_menus
 from remat.planner import smallest_solution, solve
 from remat.program import Link, Op, Program
-from remat.transfer import _HostLane, host_tier
+from remat.transfer import host_tier
+from tests.lanes import slow_copies
 from tests.models import build
 from tests.programs import stack
 from tests.steps import Outcome, assert_same, run_step
@@ -218,9 +219,15 @@ def soon(true: Callable[[], bool]) -> bool:
     return true()
 
 
+@pytest.fixture
+def _slow() -> Iterator[None]:
+    with slow_copies(torch.device("cpu"), 0.05):
+        yield
+
+
 @pytest.mark.parametrize("released", [True, False])
-def test_a_tensor_stays_until_it_is_released(released: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_HostLane, "delay_s", 0.05)
+@pytest.mark.usefixtures("_slow")
+def test_a_tensor_stays_until_it_is_released(released: bool) -> None:
     x = torch.randn(1000)
     gone, expected = weakref.ref(x.untyped_storage()), x.clone()
     host = torch.ops.remat.offload(x, x.stride())

@@ -110,9 +110,24 @@ def test_pinned_values_count_against_a_host_budget() -> None:
     model, kwargs = build("llama")
     needed = remat.plan(model, (), kwargs, budget=None, pin={GATES: "OFFLOAD"}).host_bytes
     assert needed > 0
-    with pytest.raises(remat.BudgetError, match="host memory") as error:
+    with pytest.raises(remat.HostBudgetError, match="host memory") as error:
         remat.plan(model, (), kwargs, budget=None, pin={GATES: "OFFLOAD"}, host_budget=needed - 1)
     assert error.value.minimum_bytes == needed
+
+
+@pytest.mark.usefixtures("_dynamo")
+@pytest.mark.parametrize("host_budget", [0, "1KiB"])
+@pytest.mark.parametrize("door", [1, 2])
+def test_a_pin_does_not_raise_the_host_budget(door: int, host_budget: int | str) -> None:
+    model, x = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Tanh(), torch.nn.Linear(32, 32)), torch.randn(256, 32)
+    settings: Any = {"budget": None, "pin": {"::aten.tanh.default": "OFFLOAD"}, "host_budget": host_budget}
+    if door == 1:
+        step = remat.optimize(model, **settings)
+    else:
+        step = torch.compile(model, backend="remat", options={"compiler": "eager", **settings})
+    with pytest.raises(remat.HostBudgetError, match="Raise host_budget=") as error:
+        step(x)
+    assert error.value.minimum_bytes == 256 * 32 * 4
 
 
 @pytest.mark.usefixtures("_dynamo")

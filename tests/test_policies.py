@@ -12,8 +12,8 @@ from torch import nn
 import remat
 from remat import Activation, Decision
 from remat.settings import Settings
-from remat.transfer import _HostLane
 from remat.whole import trace
+from tests.lanes import slow_copies
 from tests.models import build, llama, mlp
 from tests.steps import Outcome, assert_same, run_step
 
@@ -172,17 +172,14 @@ def twenty_steps(door: int, policy: str, delay_s: float) -> list[float]:
     optimizer = torch.optim.AdamW(model.parameters())
     torch.manual_seed(3)
     seen = []
-    try:
-        for step in range(20):
-            _HostLane.delay_s = delay_s * (step % 3)
+    for step in range(20):
+        with slow_copies(torch.device("cpu"), delay_s * (step % 3)):
             loss = step_of(**kwargs).loss
             torch.rand(step)
             loss.backward()
-            optimizer.step()
-            seen += [loss.item(), *(p.grad.double().sum().item() for p in model.parameters() if p.grad is not None)]
-            optimizer.zero_grad()
-    finally:
-        _HostLane.delay_s = 0.0
+        optimizer.step()
+        seen += [loss.item(), *(p.grad.double().sum().item() for p in model.parameters() if p.grad is not None)]
+        optimizer.zero_grad()
     return seen
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import remat
+from remat import _torch
 
 
 def test_names() -> None:
@@ -23,6 +24,7 @@ def test_names() -> None:
         "DeviceProfile",
         "Fit",
         "Formula",
+        "HostBudgetError",
         "Measurement",
         "Plan",
         "Preparation",
@@ -99,12 +101,19 @@ def test_the_error_tree() -> None:
     for error in (remat.BudgetError, remat.CaptureError, remat.RewriteError):
         assert issubclass(error, remat.RematError)
     assert issubclass(remat.BudgetError, ValueError)
+    assert issubclass(remat.HostBudgetError, remat.BudgetError)
     error = remat.BudgetError("text", budget_bytes=1, minimum_bytes=2, where="mm")
     assert (error.budget_bytes, error.minimum_bytes, error.where) == (1, 2, "mm")
 
 
 def test_decisions_are_the_words_of_torch() -> None:
     assert [decision.name for decision in remat.Decision] == ["SAVE", "RECOMPUTE", "OFFLOAD"]
+
+
+def test_what_is_shared_of_torch_is_named() -> None:
+    """All that remat/_torch.py defines for others stands in its list."""
+    own = [name for name, value in vars(_torch).items() if getattr(value, "__module__", None) == _torch.__name__]
+    assert {name for name in own if not name.startswith("_")} <= set(_torch.__all__)
 
 
 def test_the_backend_is_registered() -> None:

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import remat
 from remat import transfer
-from remat.transfer import HostBuffer, HostPool, HostTier, Moved, _HostLane, host_tier
+from remat.transfer import HostBuffer, HostPool, HostTier, Moved, host_tier
+from tests.lanes import slow_copies
 from tests.models import build, mlp
 from tests.steps import loss_of
 
@@ -106,13 +107,13 @@ def test_a_value_that_nobody_asks_for_gives_its_buffer_back(tier: HostTier) -> N
     assert tier.pool.in_use_bytes == 0
 
 
-def test_a_buffer_is_not_written_while_it_is_read(tier: HostTier, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_HostLane, "delay_s", 0.005)
+def test_a_buffer_is_not_written_while_it_is_read(tier: HostTier) -> None:
     made = tier.pool.made
-    for k in range(30):
-        moved = Moved(torch.full((1000,), float(k)).untyped_storage())
-        moved.release()
-        assert torch.equal(moved.tensor().view(torch.float32), torch.full((1000,), float(k)))
+    with slow_copies(torch.device("cpu"), 0.005):
+        for k in range(30):
+            moved = Moved(torch.full((1000,), float(k)).untyped_storage())
+            moved.release()
+            assert torch.equal(moved.tensor().view(torch.float32), torch.full((1000,), float(k)))
     assert tier.pool.made == made + 1
 
 

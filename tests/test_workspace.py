@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from remat import workspace
 from remat.workspace import Call, workspace_bytes
 
 aten = torch.ops.aten
@@ -58,3 +59,40 @@ def test_what_only_its_forward_can_feed_is_not_run() -> None:
     x = torch.zeros(64, 64)
     call = Call.of(aten.mkldnn_rnn_layer_backward.default, (x, x.to(torch.uint8)), {})
     assert workspace_bytes(call) == 4 * N
+
+
+def convolution_backward(size: int) -> Call | None:
+    x, weight = torch.zeros(2, 8, size, size), torch.zeros(8, 8, 3, 3)
+    args = (x, x, weight, [8], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, True])
+    return Call.of(aten.convolution_backward.default, args, {})
+
+
+def test_what_zeros_cannot_feed_counts_with_its_largest_input() -> None:
+    call = Call.of(aten.multinomial.default, (torch.rand(4, 1000), 2), {})
+    assert workspace_bytes(call) == 4 * 4000
+
+
+def test_a_failure_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the device has no memory for today it may have tomorrow."""
+
+    def full(*_: object) -> int:
+        raise torch.OutOfMemoryError("made up")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workspace, "_run_once", full)
+        assert workspace_bytes(convolution_backward(23)) == 4 * 2 * 8 * 23 * 23
+    measured = workspace_bytes(convolution_backward(23))
+    assert measured != 4 * 2 * 8 * 23 * 23
+    assert measured == pytest.approx(workspace_bytes(convolution_backward(22)), rel=0.2)
+
+
+def test_what_does_not_fit_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[Call] = []
+    monkeypatch.setattr(workspace, "_run_once", lambda call: ran.append(call) or 7)
+    largest = 4 * 2 * 8 * 21 * 21
+    with monkeypatch.context() as patch:
+        patch.setattr(workspace, "free_bytes", lambda device: 3 * largest)
+        assert workspace_bytes(convolution_backward(21)) == largest
+    assert not ran
+    monkeypatch.setattr(workspace, "_known", {})
+    assert workspace_bytes(convolution_backward(21)) == 7

@@ -11,18 +11,9 @@ import torch
 
 import remat
 from benchmarks.stack import stack
-from remat.transfer import Moved, _StreamLane, host_tier
+from remat.transfer import Moved, host_tier
 from tests.gpu.case import Case, plan_of, run_step, small
-
-
-@contextlib.contextmanager
-def slow_copies(seconds: float) -> Iterator[None]:
-    """Each copy waits for up to so long before it starts."""
-    _StreamLane.delay_s = seconds
-    try:
-        yield
-    finally:
-        _StreamLane.delay_s = 0.0
+from tests.lanes import slow_copies
 
 
 @contextlib.contextmanager
@@ -56,7 +47,8 @@ class Transfers(Case):
                 expected = self._train(model, remat.optimize(model, (x,), budget=None), x)
                 model.load_state_dict(start)
                 module = remat.optimize(model, (x,), budget=None, policy=policy)
-                with busy_stream(self.device), slow_copies(0.002 if self.device.type == "cuda" else 0.0):
+                slow = slow_copies(x.device, 0.002) if x.device.type == "cuda" else contextlib.nullcontext()
+                with busy_stream(self.device), slow:
                     found = self._train(model, module, x)
                 for a, b in zip(found, expected, strict=True):
                     self.assert_same(a, b)

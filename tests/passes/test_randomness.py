@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import fx
 
-from remat.passes.randomness import find_random, is_random
+from remat.passes.randomness import is_random
 
 aten = torch.ops.aten
 
@@ -60,11 +60,3 @@ def test_an_unknown_probability_counts_as_random() -> None:
     graph = fx.Graph()
     x, p = graph.placeholder("x"), graph.placeholder("p")
     assert is_random(graph.call_function(aten.scaled_dot_product_attention.default, (x, x, x, None, p)))
-
-
-def test_find_random() -> None:
-    graph = fx.Graph()
-    x = graph.placeholder("x")
-    mask = graph.call_function(aten.bernoulli.p, (x, 0.5))
-    graph.output(graph.call_function(aten.mul.Tensor, (x, mask)))
-    assert find_random(graph) == frozenset({mask})
