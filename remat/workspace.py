@@ -29,8 +29,9 @@ aten = torch.ops.aten
 
 _TIMES = 4  # what an op takes for its run, in sizes of its inputs: results and scratch memory are mostly no larger than those
 _PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
-_OPAQUE = {  # they read what only their forward can write, and zeros in its place crash the process
+_OPAQUE = {  # zeros crash the process: in the place of what only their forward can write, and as probabilities on a GPU
     aten.mkldnn_rnn_layer_backward.default, aten._cudnn_rnn_backward.default, aten.miopen_rnn_backward.default,
+    aten.multinomial.default,
 }  # fmt: skip
 _SUMS = {aten.sum.dim_IntList, aten.sum.default, aten.mean.dim, aten.mean.default}
 _EXACT = _SUMS | {
