@@ -143,8 +143,6 @@ def frontier(
     with _stages() as stage:
         question = _question(stage, Request(model, batch, seq, dtype, lora, optimizer, sizes or ()), device, host_budget)
         plans = remat.frontier(**question, budget=_budget(budget), points=points)
-        if not plans:
-            raise RematError(f"no plan fits in {budget}; `remat plan` says what the smallest needs")
         if output is not None:
             show.picture(plans, output)
     if as_json:
