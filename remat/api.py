@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from remat.budget import BudgetLike, parse_budget, resolve_budget
+from remat.budget import BudgetLike, format_bytes
+from remat.errors import BudgetError
 from remat.formulas import with_formulas
 from remat.module import RematModule
 from remat.pins import Pins
 from remat.plan import Plan
 from remat.policies import Policy
 from remat.settings import Settings
-from remat.simulate import simulate
+from remat.shapes import named_axes
+from remat.sizes import SizedCall
 from remat.traced import with_baseline
 from remat.whole import Rewriting, trace
 
@@ -52,8 +54,9 @@ def optimize(
         optimizer: its state counts as resident, whether it exists yet or not.
         dynamic_shapes: as in `torch.export.export`; here it says which inputs may change shape without a notice. Each new
             shape is captured and planned when it comes.
-        plan: a plan made earlier for the same model and shapes, used instead of planning. One made with `dynamic_shapes` serves
-            other sizes too, as far as it stays within the budget there; where it does not, another is made.
+        plan: a plan made earlier for the same model and shapes, whose decisions are taken instead of planning. One made with
+            `dynamic_shapes` serves other sizes too, as far as it stays within the budget there; where it does not, another is
+            made, and so where a step adds to gradients that were not there when it was planned.
         host_budget: host memory that values may wait in between forward and backward: bytes, "64GiB", or "50%" of what is free;
             by default half of what is free where the model is on a GPU, and none where it is on the host already.
         pin: decisions of yours for some activations, before those of the policy: `{"layers.*.mlp::aten.mm.default": "SAVE"}`,
@@ -65,13 +68,13 @@ def optimize(
             last stage, plus one); the budget is for all of them, and gradients count as there from the start.
 
     Raises:
-        BudgetError: nothing fits, or the budget cannot be read.
+        BudgetError: nothing fits, or not the plan given, or the budget cannot be read.
         CaptureError: the model cannot be captured as one graph.
     """
     module = RematModule(
         model,
         Rewriting(Settings(budget, policy, trainable_only, host_budget, pin, costs, plan, optimizer, in_flight)),
-        quiet=dynamic_shapes is not None,
+        dynamic_shapes,
     )
     if args or kwargs:
         module.capture(args, kwargs or {})
@@ -105,10 +108,11 @@ def plan(
         its inputs lie on, `meta` included. Nothing is run or allocated. "auto" and "80%" are of that device's memory.
     """
     settings = Settings(budget, policy, trainable_only, host_budget, pin, costs, plan, optimizer, in_flight)
-    _, found = trace(model, args, kwargs or {}, optimizer, device, costs, adds=in_flight > 1).planned(settings)
+    _, found = trace(model, args, kwargs or {}, optimizer, device, costs, in_flight).planned(settings)
     if dynamic_shapes is None:
         return found
-    return with_formulas(found, model, args, kwargs or {}, dynamic_shapes, optimizer, device, costs)
+    axes = named_axes(model, args, kwargs or {}, dynamic_shapes)
+    return with_formulas(found, SizedCall(model, args, kwargs or {}, axes, settings, device))
 
 
 def frontier(
@@ -117,31 +121,42 @@ def frontier(
     kwargs: dict[str, Any] | None = None,
     *,
     budget: BudgetLike = None,
-    policy: Policy = "auto",
     optimizer: torch.optim.Optimizer | None = None,
-    dynamic_shapes: Any = None,
-    plan: Plan | None = None,
-    trainable_only: bool = True,
     host_budget: int | str | None = None,
     pin: Pins = None,
     costs: str = "analytic",
     device: str | None = None,
+    in_flight: int = 1,
     points: int = 12,
 ) -> list[Plan]:
-    """The trade-off between memory and time: plans from the fastest to the smallest, each smaller and slower than the one
-    before. With a budget, only those within it. Arguments and errors as in `plan`."""
-    settings = Settings(budget, policy, trainable_only, host_budget, pin, costs, plan, optimizer)
-    traced = trace(model, args, kwargs or {}, optimizer, device, costs)
+    """The trade-off between memory and time: the planner's plans from the fastest to the smallest, each smaller and slower than
+    the one before. With a budget, only those within it.
+
+    The other arguments are as in `plan`. points: how many plans to try for, the fastest and the smallest among them.
+
+    Raises:
+        BudgetError: none of them is within the budget, or that cannot be read.
+        CaptureError: as in `optimize`.
+    """
+    settings = Settings(budget, "auto", True, host_budget, pin, costs, None, optimizer, in_flight)
+    traced = trace(model, args, kwargs or {}, optimizer, device, costs, in_flight)
+    limit = traced.limit_bytes(budget)
     plans = list(traced.frontier(settings, points))
-    limit = resolve_budget(parse_budget(budget), traced.memory, traced.program.resident_bytes, plans[0].peak_bytes)
     other = traced.worth_sharing(plans[-1].peak_bytes, settings)
     if other is not None:
-        everything = simulate(traced.program, ())
-        plans += [with_baseline(plan, everything) for plan in other.frontier(settings, points)]
+        plans += [with_baseline(plan, traced.everything) for plan in other.frontier(settings, points)]
     plans.sort(key=lambda p: (p.step_us, p.peak_bytes))
     smaller = itertools.accumulate((p.peak_bytes for p in plans), min, initial=plans[0].peak_bytes + 1)
     plans = [p for p, least in zip(plans, smaller, strict=False) if p.peak_bytes < least]
-    return [p for p in plans if limit is None or p.peak_bytes <= limit]
+    if limit is None or plans[-1].peak_bytes <= limit:
+        return [p for p in plans if limit is None or p.peak_bytes <= limit]
+    least = plans[-1].peak_bytes
+    raise BudgetError(
+        f"no plan fits in {format_bytes(limit)}; the smallest needs {format_bytes(least)} ({least} bytes). Raise budget=.",
+        budget_bytes=limit,
+        minimum_bytes=least,
+        where=str(max(plans[-1].timeline, key=lambda moment: moment.live_bytes)),
+    )
 
 
 def explain(

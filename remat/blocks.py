@@ -131,7 +131,7 @@ def trace_blocks(
         raise RematError("nothing in the blocks requires grad, so there is nothing to plan there; unfreeze something first")
     fingerprint = fingerprint_of(graphs)
     nodes = tuple(ran.node for ran in recording.recorder.ran)
-    about = type(model).__name__, inputs_of(args, kwargs), recording.there_bytes, tuple(recording.calls)
+    about = type(model).__name__, inputs_of(args, kwargs), recording.there_bytes, settings.in_flight, tuple(recording.calls)
     return TracedBlocks(program, nodes, recording.place, recording.profile, fingerprint, frozenset(recording.trains), *about)
 
 

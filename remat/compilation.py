@@ -32,7 +32,7 @@ from remat.passes.partition import partition
 from remat.passes.provenance import source_line
 from remat.pins import pinned, with_must
 from remat.planner import Solution, fastest_solution, smallest_solution, solve
-from remat.policies import check_fits, check_host, is_planned, policy_solution
+from remat.policies import check_fits, check_host, policy_solution
 from remat.program import Program
 from remat.session import CompiledPlan, Options, Session
 from remat.table import announce
@@ -111,7 +111,7 @@ class Compilation:
             raise _Exceeded
 
     def _exceeds(self, task: _Task) -> bool:
-        if task.target is None or not is_planned(self.options.policy) or self._watch.backward is None:
+        if task.target is None or self.options.policy != "auto" or self._watch.backward is None:
             return False
         return self._peak_bytes(task) > task.target
 
@@ -144,7 +144,7 @@ class Compilation:
         if self._fuses and task.target is not None and solution is not task.everything:
             self._watch.room.update(solution.replay.room(max(task.target, solution.replay.peak_bytes)))
         if task.host is not None:
-            check_host(solution, task.host, self.options.policy)
+            check_host(solution, task.host, f"policy={self.options.policy!r}")
         dropped = frozenset(halves.forward[p].name for p in solution.dropped)
         repeats = {halves.forward[p].name: times for p, times in solution.repeats.items()}
         starts = dict(program.moments)
@@ -180,8 +180,8 @@ class Compilation:
     def _chosen(self, task: _Task, joint: fx.GraphModule, num_fwd_outputs: int) -> Generator[Attempt, int, None]:
         """Plans to compile, each answered with its peak in bytes; the last one is the one to take."""
         policy, everything = self.options.policy, task.everything
-        if not is_planned(policy):
-            solution = self._policy_solution(joint, task, num_fwd_outputs)
+        if policy != "auto":
+            solution = everything if policy == "none" else self._policy_solution(joint, task, num_fwd_outputs)
             peak = yield Attempt(solution)
             check_fits(solution, peak, task.limit, policy)
         elif task.target is None:
@@ -235,7 +235,7 @@ class Compilation:
         roots = storage_roots(joint.graph)
         reads = [{roots[source] for source in node.all_input_nodes} for node in task.halves.forward]
         trains = frozenset(p for p, read in enumerate(reads) if read & trained) if self.options.trainable_only else None
-        return policy_solution(self.options.policy, task.program, task.halves.forward, task.menus.cuts, trains)
+        return policy_solution(self.options.policy, task.program, task.halves.forward, task.menus, trains)
 
     def _limits(
         self, program: Program, menus: Menus, device: torch.device, baseline_bytes: int

@@ -31,6 +31,8 @@ def plan(
     *,
     budget: BudgetLike,
     group: dist.ProcessGroup | None = None,
+    dynamic_shapes: Any = None,
+    device: str | None = None,
     **settings: Any,
 ) -> Plan:
     """Plan on every rank of `group`, and give all of them the plan of the rank with the most resident memory.
@@ -44,7 +46,7 @@ def plan(
 
     def make() -> Plan:
         read_settings(budget, settings)
-        return api.plan(model, args, kwargs, budget=budget, **settings)
+        return api.plan(model, args, kwargs, budget=budget, dynamic_shapes=dynamic_shapes, device=device, **settings)
 
     mine, words = agreed(make, group)
     source = max(range(len(words)), key=lambda rank: (words[rank].resident_bytes, -rank))

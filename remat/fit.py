@@ -13,14 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from remat.budget import BudgetLike, format_bytes, parse_budget, resolve_budget
-from remat.errors import CaptureError, RematError
+from remat.budget import BudgetLike, format_bytes, parse_budget
+from remat.errors import BudgetError, CaptureError, RematError
 from remat.pins import Pins
 from remat.plan import Plan
+from remat.planner import Solution
 from remat.policies import Policy
 from remat.settings import Settings
-from remat.shapes import named_axes, resized, size_of
-from remat.whole import TracedModel, trace
+from remat.shapes import named_axes
+from remat.sizes import SizedCall
+from remat.whole import TracedModel
 
 _DOUBLINGS = 24
 
@@ -65,6 +67,7 @@ def fit(
     pin: Pins = None,
     costs: str = "analytic",
     device: str | None = None,
+    in_flight: int = 1,
 ) -> Fit:
     """The largest batch (or `dim`) whose training step fits in `budget`, and the plan for it. No step is run; single kernels as
     in `remat.plan`, at the sizes that are tried.
@@ -81,27 +84,24 @@ def fit(
         BudgetError: not even the smallest size fits.
         RematError: no such axis, or the step does not grow with it.
     """
-    settings = Settings(budget, policy, trainable_only, host_budget, pin, costs, optimizer=optimizer)
-    read = parse_budget(budget)
-    if budget is None or read.share_of_activations is not None:
+    settings = Settings(budget, policy, trainable_only, host_budget, pin, costs, None, optimizer, in_flight)
+    if budget is None or parse_budget(budget).share_of_activations is not None:
         raise RematError(f"budget={budget!r} grows with the step; fit() needs bytes, '24GiB', '80%' or 'auto'")
     if multiple_of < 1:
         raise RematError(f"multiple_of={multiple_of} must be at least 1")
-    kwargs = kwargs or {}
-    axes = named_axes(model, args, kwargs, dynamic_shapes)
-    start = max(round(size_of(args, kwargs, axes, dim) / multiple_of), 1)
-
-    def trial(units: int) -> _Trial:
-        traced = trace(model, *resized(args, kwargs, axes, {dim: units * multiple_of}), optimizer, device, costs)
-        limit = resolve_budget(read, traced.memory, traced.program.resident_bytes, 0)
-        assert limit is not None
-        other = traced.worth_sharing(limit, settings)
-        return _Trial(traced, limit, min(each.least_bytes(settings) for each in (traced, other) if each is not None))
-
-    trials = _Trials(trial)
-    low, high, limit = _largest(trials, start, dim)
+    axes = named_axes(model, args, kwargs or {}, dynamic_shapes)
+    question = _Question(SizedCall(model, args, kwargs or {}, axes, settings, device), dim, multiple_of, dynamic_shapes is None)
+    trials = _Trials(question)
+    try:
+        low, high, limit = _largest(trials, question.start, dim)
+    except CaptureError as error:  # at a size smaller than the example's, or at that
+        if question.guessed and trials.at:
+            raise _only_as_given(question, str(error)) from error
+        raise
+    if limit and question.guessed and {*trials.at} == {question.start}:
+        raise _only_as_given(question, limit)
     if not low:
-        trials.at[1].traced.planned(settings)  # which raises
+        raise _nothing_fits(question, trials.at[1])
     best, following = trials.at[low], trials.at.get(high)
     tried = {units * multiple_of: found.least_bytes for units, found in sorted(trials.at.items())}
     return Fit(
@@ -117,24 +117,76 @@ def fit(
 
 
 class _Trial(NamedTuple):
-    """The model at one size: what it may use, and what its smallest plan needs."""
+    """The model at one size: what it may use, and the smallest plan there, or what the policy says."""
 
     traced: TracedModel
     budget_bytes: int
-    least_bytes: int
+    least: Solution
+
+    @property
+    def least_bytes(self) -> int:
+        return self.least.replay.peak_bytes
+
+
+@dataclass(frozen=True)
+class _Question:
+    """What is asked: sizes are counted in units of `multiple_of`. `guessed`: nobody has said which axes belong to `dim`."""
+
+    call: SizedCall
+    dim: str
+    multiple_of: int
+    guessed: bool
+
+    @property
+    def start(self) -> int:
+        """The example's size, in units."""
+        return max(round(self.call.size_of(self.dim) / self.multiple_of), 1)
+
+    def trial(self, units: int) -> _Trial:
+        settings = self.call.settings
+        traced = self.call.traced({self.dim: units * self.multiple_of})
+        limit = traced.limit_bytes(settings.budget)
+        assert limit is not None, "a budget for fit() is one in bytes"
+        steps = (traced, traced.worth_sharing(limit, settings))
+        least = min((step.smallest(settings) for step in steps if step is not None), key=lambda s: s.replay.peak_bytes)
+        return _Trial(traced, limit, least)
+
+
+def _only_as_given(question: _Question, reason: str) -> RematError:
+    """The error where the model takes no size but the example's, and it may be that not all axes were resized."""
+    dim = question.dim
+    return RematError(
+        f"the model runs at {dim} {question.start * question.multiple_of}, the example's, and at no other: "
+        f"{reason.splitlines()[0]} By default {dim!r} is one axis of each input; where more axes grow with it, as in a mask, "
+        f"name them all with dynamic_shapes={{'mask': {{2: {dim!r}, 3: {dim!r}}}, ...}}. If this is all that the model takes, "
+        "dynamic_shapes= says so too."
+    )
+
+
+def _nothing_fits(question: _Question, smallest: _Trial) -> BudgetError:
+    """The error where the smallest size needs more than the budget."""
+    policy, where = question.call.settings.policy, str(smallest.least.replay.peak_at)
+    rule = "" if policy == "auto" else f" with policy={policy!r}"
+    return BudgetError(
+        f"no plan fits in {format_bytes(smallest.budget_bytes)}: {question.dim} {question.multiple_of}{rule} needs "
+        f"{format_bytes(smallest.least_bytes)} ({smallest.least_bytes} bytes) or more, at {where}. Raise budget=.",
+        budget_bytes=smallest.budget_bytes,
+        minimum_bytes=smallest.least_bytes,
+        where=where,
+    )
 
 
 class _Trials:
     """Those made so far, by size in units of `multiple_of`."""
 
-    def __init__(self, make: Callable[[int], _Trial]) -> None:
-        self.make = make
+    def __init__(self, question: _Question) -> None:
+        self.question = question
         self.at: dict[int, _Trial] = {}
 
     def room(self, units: int) -> int:
         """Bytes that the smallest plan leaves of the budget; negative if it does not fit."""
         if units not in self.at:
-            self.at[units] = self.make(units)
+            self.at[units] = self.question.trial(units)
         return self.at[units].budget_bytes - self.at[units].least_bytes
 
 

@@ -17,43 +17,27 @@ from typing import Any
 
 import numpy as np
 import sympy
-import torch
-from torch import nn
 
 from remat.errors import RematError
 from remat.plan import Formula, Plan
-from remat.shapes import named_axes, resized, size_of
-from remat.whole import TracedModel, trace
+from remat.program import Program
+from remat.sizes import SizedCall
+from remat.whole import TracedModel
 
 DEGREE = 2
 TOLERANCE = 0.002  # between formula and recording: allocators round sizes up
 
 
-def with_formulas(
-    plan: Plan,
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    dynamic_shapes: Any,
-    optimizer: torch.optim.Optimizer | None = None,
-    device: str | None = None,
-    costs: str = "analytic",
-) -> Plan:
-    """The plan with formulas in the dimensions that `dynamic_shapes` names. Raises RematError where other sizes make another
-    graph, or a peak that is no polynomial of second degree."""
-    axes = named_axes(model, args, kwargs, dynamic_shapes)
-    dims = tuple(axes)
-    planned = tuple(size_of(args, kwargs, axes, dim) for dim in dims)
-
-    def at(point: tuple[int, ...]) -> TracedModel:
-        inputs = resized(args, kwargs, axes, dict(zip(dims, point, strict=True)))
-        return trace(model, *inputs, optimizer, device, costs).of(plan)
-
-    base = at(planned)
+def with_formulas(plan: Plan, call: SizedCall) -> Plan:
+    """The plan, made for that call, with formulas in the dimensions that may change size. Raises RematError where other sizes
+    make another graph, or a peak that is no polynomial of second degree."""
+    dims = tuple(call.axes)
+    planned = tuple(map(call.size_of, dims))
+    base = _ops(_traced(call, plan, planned).program)
     live, times = {}, {}
     for point in itertools.product(*map(grid, planned)):
-        traced = at(point)
-        if traced.structure != base.structure:
+        traced = _traced(call, plan, point)
+        if _ops(traced.program) != base:
             sizes = ", ".join(f"{dim}={size}" for dim, size in zip(dims, point, strict=True))
             raise RematError(f"at {sizes} the model runs other ops, so that no formula covers both; plan for each size")
         replay = traced.decided(plan).replay
@@ -61,10 +45,22 @@ def with_formulas(
         times[point] = (traced.program.step_us + replay.added_us,)
     peak, step = interpolated(live, dims), interpolated(times, dims)
     check = tuple(max(grid(size)) + min(grid(size)) for size in planned)
-    expected, found = peak(dict(zip(dims, check, strict=True))), at(check).decided(plan).replay.peak_bytes
+    expected = peak(dict(zip(dims, check, strict=True)))
+    found = _traced(call, plan, check).decided(plan).replay.peak_bytes
     if abs(expected - found) > TOLERANCE * found:
         raise RematError(f"the peak is no polynomial of second degree in {', '.join(dims)}; plan for each size")
     return dataclasses.replace(plan, peak_formula=peak, step_us_formula=step)
+
+
+def _traced(call: SizedCall, plan: Plan, sizes: tuple[int, ...]) -> TracedModel:
+    """The step that the plan is for, at other sizes of the call's axes."""
+    return call.traced(dict(zip(call.axes, sizes, strict=True))).of(plan)
+
+
+def _ops(program: Program) -> Any:
+    """Equal where step and replay have the same ops, whatever their sizes."""
+    ops = [op.name for op in (*program.forward, *program.backward)]
+    return ops, [(value.name, value.op, value.reads) for value in program.values]
 
 
 def grid(size: int) -> tuple[int, ...]:

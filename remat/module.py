@@ -26,6 +26,7 @@ from remat.errors import BudgetError, RematError
 from remat.passes.regions import RegionGraph
 from remat.plan import Plan
 from remat.runtime import one_step
+from remat.shapes import dynamic_axes
 from remat.table import announce
 
 log = logging.getLogger("remat")
@@ -80,13 +81,14 @@ class Build(Protocol):
 class RematModule(fx.GraphModule):
     """See the module's docstring. `plan` is the plan of the latest kind of call, None before the first."""
 
-    def __init__(self, original: nn.Module, build: Build, quiet: bool = False) -> None:
+    def __init__(self, original: nn.Module, build: Build, dynamic_shapes: Any = None) -> None:
         super().__init__(nn.Module(), fx.Graph(), f"Remat{type(original).__name__}")
         self.__dict__["_original"] = original
         self.__dict__["_build"] = build
         self.__dict__["_variants"] = []
         self.plan: Plan | None = None
-        self._said: set[str] = {"again"} if quiet else set()
+        self.__dict__["_dynamic_shapes"] = dynamic_shapes
+        self._said: set[str] = set() if dynamic_shapes is None else {"again"}
         adopt(self, original)
         self.training = original.training
         signature = inspect.signature(original.forward)
@@ -129,6 +131,8 @@ class RematModule(fx.GraphModule):
         if self._variants:
             self._say("again", "plans again: the inputs differ from those before, or there are gradients to add to")
         inspect.signature(self._original.forward).bind(*args, **kwargs)  # a wrong call is a TypeError, as it always was
+        if self._dynamic_shapes is not None:
+            dynamic_axes(self._original, args, kwargs, self._dynamic_shapes)  # raises for axes that this call does not have
         key = call_key(self._original, *flatten_call(args, kwargs))
         known = next((variant.captured for variant in self._variants if variant.key == key), None)
         try:

@@ -30,15 +30,16 @@ def check_pins(pins: Pins) -> None:
     if not isinstance(pins, Mapping):
         raise RematError(f"pin={pins!r} is not a mapping from names of activations to decisions")
     for pattern, decision in pins.items():
-        _decision(pattern, decision)
+        read_decision(decision, f"pin: {pattern!r}")
 
 
-def _decision(pattern: str, decision: Any) -> Decision:
+def read_decision(decision: Any, what: str) -> Decision:
+    """A decision, or its name in any case. Raises RematError for anything else, which `what` is for."""
     try:
         return Decision(decision.lower())
     except (AttributeError, ValueError):
         known = ", ".join(repr(d.name) for d in Decision)
-        raise RematError(f"pin={{{pattern!r}: {decision!r}}} is no decision; there are {known}") from None
+        raise RematError(f"{what}: {decision!r} is no decision; there are {known}") from None
 
 
 def pinned(program: Program, nodes: Sequence[fx.Node], pins: Pins) -> Program:
@@ -51,7 +52,7 @@ def pinned(program: Program, nodes: Sequence[fx.Node], pins: Pins) -> Program:
     read = [any(program.values[v].reads for v in op.outputs) for op in program.forward]
     forward = list(program.forward)
     for pattern, wanted in pins.items():
-        decision = _decision(pattern, wanted)
+        decision = read_decision(wanted, f"pin: {pattern!r}")
         matches = [p for p, node in enumerate(nodes) if read[p] and _matches(pattern, node)]
         if not matches:
             raise RematError(

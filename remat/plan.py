@@ -187,8 +187,9 @@ class Plan:
     def peak_bytes_at(self, **sizes: int) -> int:
         """The peak of this plan's step at other sizes, decisions as they are: `plan.peak_bytes_at(batch=8, seq=512)`.
 
-        Best between the sizes recorded, from a quarter of the planned ones up to them: far above, scratch memory of kernels
-        that grows in steps makes it too low (by 1.5% at 8 times, 22% at 32 times the length, on a Llama on a CPU).
+        Best between the sizes recorded: a quarter of the planned one up to that where it divides by 4 and is at least 8, else
+        the planned one (at least 2) up to three times that. Far above, scratch memory of kernels that grows in steps makes it
+        too low (by 1.5% at 8 times, 22% at 32 times the length, on a Llama on a CPU).
         Raises RematError unless the plan was made with `dynamic_shapes`, and for sizes that are missing or unknown.
         """
         return math.ceil(_needed(self.peak_formula)(sizes))

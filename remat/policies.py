@@ -1,5 +1,6 @@
 """Policies with a name: what people use today, as decisions for the same machinery.
 
+"none"        everything is saved, but what a compiler fuses into its readers at no cost
 "blocks"      each block is a checkpoint: its inputs are saved, all inside is recomputed (`gradient_checkpointing_enable()`)
 "every-k"     each k-th block is one, the others save everything (torchtitan's layer option)
 "sqrt"        about √n segments of blocks, each a checkpoint (Chen et al. 2016)
@@ -8,7 +9,7 @@
 "offload-all" everything that backward reads lies on the host, nothing is recomputed
 
 A block is an element of the outermost ModuleList or Sequential; where a model has none, a stretch between the planner's cuts.
-A policy may also be a function from `Activation` to a `Decision`, or None for "save".
+A policy may also be a function from `Activation` to a `Decision`, or its name, or None for "save".
 """
 
 from __future__ import annotations
@@ -25,17 +26,18 @@ from torch import fx
 from remat.budget import format_bytes
 from remat.describe import activation_of
 from remat.errors import BudgetError, HostBudgetError, RematError
+from remat.menus import Menus
 from remat.passes.provenance import module_path
+from remat.pins import read_decision
 from remat.plan import Activation
-from remat.planner import Solution, solution_of
+from remat.planner import Solution, fastest_solution, solution_of
 from remat.program import HELD, Decision, Program
 from remat.solvers.improve import prune
 
-Policy: TypeAlias = "str | Callable[[Activation], Decision | None]"
+Policy: TypeAlias = "str | Callable[[Activation], Decision | str | None]"
 Span: TypeAlias = "tuple[int, int]"
 
-NAMED = ("blocks", "sqrt", "selective", "offload", "offload-all")
-_PLANNED = ("auto", "none")
+NAMED = ("none", "blocks", "sqrt", "selective", "offload", "offload-all")
 _EVERY = re.compile(r"every-([1-9]\d*)")
 _ELEMENT = re.compile(r"^(?:.*?\.)??\d+(?=\.|$)")
 _aten = torch.ops.aten
@@ -49,25 +51,22 @@ _DEAR = {
 
 def check_policy(policy: Policy) -> None:
     """Raises RematError when there is no such policy."""
-    if callable(policy) or policy in (*_PLANNED, *NAMED) or (isinstance(policy, str) and _EVERY.fullmatch(policy)):
+    if callable(policy) or policy in ("auto", *NAMED) or (isinstance(policy, str) and _EVERY.fullmatch(policy)):
         return
-    known = ", ".join(map(repr, (*_PLANNED, *NAMED)))
+    known = ", ".join(map(repr, ("auto", *NAMED)))
     raise RematError(f"policy={policy!r} is unknown; there are {known}, 'every-2' (any number), or a function of an Activation")
 
 
-def is_planned(policy: Policy) -> bool:
-    """True for the policies that leave the decisions to the planner."""
-    return policy in _PLANNED
-
-
 def policy_solution(
-    policy: Policy, program: Program, nodes: Sequence[fx.Node], cuts: Sequence[int], trains: frozenset[int] | None
+    policy: Policy, program: Program, nodes: Sequence[fx.Node], menus: Menus, trains: frozenset[int] | None
 ) -> Solution:
-    """The decisions of a policy. `nodes[p]` is forward op p of `program`, `cuts` the planner's.
+    """The decisions of a policy. `nodes[p]` is forward op p of `program`, `menus` are the planner's.
 
     trains: the positions that read a trainable parameter; blocks without any save everything. None: all blocks count.
     """
-    spans = blocks(nodes) or [(a, b) for a, b in itertools.pairwise(cuts) if b > a]
+    if policy == "none":
+        return fastest_solution(program, menus)
+    spans = blocks(nodes) or [(a, b) for a, b in itertools.pairwise(menus.cuts) if b > a]
     if program.parts:
         spans = list(program.parts)
     if trains is not None:
@@ -108,12 +107,12 @@ def check_fits(solution: Solution, peak_bytes: int, limit: int | None, policy: P
     )
 
 
-def check_host(solution: Solution, limit: int, policy: Policy) -> None:
-    """Raises HostBudgetError when a policy needs more host memory than the limit, in bytes."""
+def check_host(solution: Solution, limit: int, whose: str) -> None:
+    """Raises HostBudgetError when what somebody has decided needs more host memory than the limit, in bytes."""
     needed = solution.replay.host_bytes
     if needed > limit:
         raise HostBudgetError(
-            f"policy={policy!r} needs {format_bytes(needed)} ({needed} bytes) of host memory, more than host_budget "
+            f"{whose} needs {format_bytes(needed)} ({needed} bytes) of host memory, more than host_budget "
             f"({format_bytes(limit)}). Raise host_budget=.",
             budget_bytes=limit,
             minimum_bytes=needed,
@@ -138,13 +137,14 @@ def blocks(nodes: Sequence[fx.Node]) -> list[Span]:
 
 
 def _by_activation(
-    policy: Callable[[Activation], Decision | None], program: Program, nodes: Sequence[fx.Node], spans: Sequence[Span]
+    policy: Callable[[Activation], Decision | str | None], program: Program, nodes: Sequence[fx.Node], spans: Sequence[Span]
 ) -> Solution:
     dropped, moved = set(), set()
     for start, stop in spans:
         for p in range(start, stop):
             found = [policy(activation_of(nodes[p], program, v)) for v in program.forward[p].outputs if program.values[v].reads]
-            wanted = {Decision(decision) for decision in found if decision is not None}
+            name = f"the policy for {nodes[p].name}"
+            wanted = {read_decision(decision, name) for decision in found if decision is not None}
             if Decision.RECOMPUTE in wanted and _may_drop(program, p, stop):
                 dropped.add(p)
             elif Decision.OFFLOAD in wanted and _may_move(program, p):

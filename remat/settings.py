@@ -47,6 +47,8 @@ class Settings(Common):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.plan is not None and not isinstance(self.plan, Plan):
+            raise RematError(f"plan={self.plan!r} is no plan; remat.Plan.from_json reads the text of a file that has one")
         if not isinstance(self.in_flight, int) or self.in_flight < 1:
             raise RematError(f"in_flight={self.in_flight!r} is not a number of forwards")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,27 +15,48 @@ from remat.errors import RematError
 Axes = dict[str, tuple[tuple[int, int], ...]]  # by name: (flat index of the input, axis)
 
 _DEFAULTS = ("batch", "seq")  # the first and second axis of the inputs
+_FORM = "says nothing of axes; write {'input_ids': {0: 'batch', 1: 'seq'}}, as for torch.export.export"
 
 
 def named_axes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any = None) -> Axes:
     """The axes that may change: those that `dynamic_shapes` names, as `torch.export.export` takes it (a `Dim` or its name for
     an axis), or "batch" and "seq": the first and second axis of every input that is as long there as the first input is."""
-    leaves, spec = pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
     if dynamic_shapes is None:
-        return _usual_axes(leaves)
-    places, named_places = pytree.tree_unflatten(list(range(len(leaves))), spec)
-    named = {**inspect.signature(model.forward).bind_partial(*places).arguments, **named_places}
-    if not isinstance(dynamic_shapes, Mapping):
-        dynamic_shapes = dict(zip(named, dynamic_shapes, strict=False))
-    unknown = [name for name in dynamic_shapes if name not in named]
-    if unknown:
-        raise RematError(f"dynamic_shapes names {unknown[0]!r}; this call has the arguments {', '.join(named)}")
-    found: dict[str, list[tuple[int, int]]] = {}
-    for name, axes in dynamic_shapes.items():
-        _collect(named[name], axes, found)
+        return _usual_axes(pytree.tree_leaves((args, dict(sorted(kwargs.items())))))
+    found: Axes = {}
+    for place, axis, dim in dynamic_axes(model, args, kwargs, dynamic_shapes):
+        name = dim if isinstance(dim, str) else getattr(dim, "__name__", None)
+        if name is not None:
+            found[name] = (*found.get(name, ()), (place, axis))
     if not found:
         raise RematError("dynamic_shapes names no axis; write {'input_ids': {0: 'batch', 1: 'seq'}}")
-    return {name: tuple(axes) for name, axes in found.items()}
+    return found
+
+
+def dynamic_axes(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+) -> list[tuple[int, int, Any]]:
+    """What `dynamic_shapes` says, as (flat index of the input, axis, `Dim` or whatever stands there).
+
+    Raises RematError for an argument or an axis that the call does not have.
+    """
+    leaves, spec = pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
+    places, named_places = pytree.tree_unflatten(list(range(len(leaves))), spec)
+    named = {**inspect.signature(model.forward).bind_partial(*places).arguments, **named_places}
+    if isinstance(dynamic_shapes, list | tuple):
+        dynamic_shapes = dict(zip(named, dynamic_shapes, strict=False))
+    if not isinstance(dynamic_shapes, Mapping):
+        raise RematError(f"dynamic_shapes={dynamic_shapes!r} {_FORM}")
+    found: list[tuple[int, int, Any]] = []
+    for name, axes in dynamic_shapes.items():
+        if name not in named:
+            raise RematError(f"dynamic_shapes names {name!r}; this call has the arguments {', '.join(named)}")
+        for place, axis, dim in _said(named[name], axes, name):
+            size = getattr(leaves[place], "shape", ())
+            if not isinstance(axis, int) or not 0 <= axis < len(size):
+                raise RematError(f"dynamic_shapes names axis {axis!r} of {name}, of shape {'x'.join(map(str, size)) or '()'}")
+            found.append((place, axis, dim))
+    return found
 
 
 def _usual_axes(leaves: list[Any]) -> Axes:
@@ -48,19 +69,19 @@ def _usual_axes(leaves: list[Any]) -> Axes:
     return found
 
 
-def _collect(places: Any, spec: Any, found: dict[str, list[tuple[int, int]]]) -> None:
+def _said(places: Any, spec: Any, name: str) -> Iterator[tuple[int, Any, Any]]:
     """`places` is an argument with flat indices for tensors, `spec` what is said of its axes."""
     if spec is None:
         return
+    if not isinstance(spec, Mapping | list | tuple):
+        raise RematError(f"dynamic_shapes: {spec!r} for {name} {_FORM}")
     if isinstance(places, int):
-        for axis, dim in spec.items() if isinstance(spec, Mapping) else enumerate(spec):
-            name = dim if isinstance(dim, str) else getattr(dim, "__name__", None)
-            if name is not None:
-                found.setdefault(name, []).append((places, axis))
+        pairs = spec.items() if isinstance(spec, Mapping) else enumerate(spec)
+        yield from ((places, axis, dim) for axis, dim in pairs)
         return
-    pairs = [(places[key], part) for key, part in spec.items()] if isinstance(spec, Mapping) else zip(places, spec, strict=True)
-    for part, its in pairs:
-        _collect(part, its, found)
+    parts = [(places[key], part) for key, part in spec.items()] if isinstance(spec, Mapping) else zip(places, spec, strict=True)
+    for part, its in parts:
+        yield from _said(part, its, name)
 
 
 def size_of(args: tuple[Any, ...], kwargs: dict[str, Any], axes: Axes, name: str) -> int:

@@ -8,23 +8,25 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import fx
 
-from remat.budget import Memory, memory_of, parse_budget, resolve_budget, resolve_host_budget
+from remat._torch import pytree
+from remat.budget import BudgetLike, Memory, format_bytes, memory_of, parse_budget, resolve_budget, resolve_host_budget
 from remat.describe import describe
 from remat.devices import DeviceProfile
-from remat.errors import RematError
+from remat.errors import BudgetError, RematError
 from remat.in_flight import solve_in_flight, with_others
 from remat.menus import Menus, make_menus
 from remat.passes.aliasing import storage_roots
 from remat.passes.regions import Stretch
 from remat.pins import pinned
 from remat.plan import Input, Plan
-from remat.planner import Solution, frontier_solutions, smallest_solution, solve
-from remat.policies import check_fits, check_host, is_planned, policy_solution
-from remat.program import Move, Program
+from remat.planner import Solution, frontier_solutions, smallest_solution
+from remat.policies import check_fits, check_host, policy_solution
+from remat.program import KINDS, Move, Program
 from remat.replay import Replay
 from remat.settings import Settings
 from remat.simulate import simulate
@@ -32,8 +34,9 @@ from remat.simulate import simulate
 
 @dataclass(frozen=True)
 class Traced:
-    """A step as numbers. `nodes[p]` is forward op p of `program`; `trains` are those that read a trainable parameter; of what
-    is resident, `there_bytes` are allocated already."""
+    """A step as numbers. `nodes[p]` is forward op p of `program`; `trains` are those that read a trainable parameter. Of what
+    is resident, `there_bytes` are allocated already. `in_flight` is how many forwards run before the first backward, which is
+    no part of `program`."""
 
     program: Program
     nodes: tuple[fx.Node, ...]
@@ -44,56 +47,87 @@ class Traced:
     model: str
     inputs: tuple[Input, ...]
     there_bytes: int
+    in_flight: int
 
     def plan(self, settings: Settings) -> Plan:
-        """Plan for a budget, or take the plan given. Raises BudgetError when nothing fits."""
+        """Plan for a budget, or take the plan given where it serves. Raises BudgetError when nothing fits."""
         start = time.perf_counter()
-        if settings.plan is not None and settings.plan.fingerprint == self.fingerprint:
-            return settings.plan
         program = pinned(self.program, self.nodes, settings.pin)
-        others = settings.in_flight - 1
-        everything = with_others(program, Solution(frozenset(), (), simulate(program, ())), others).replay
-        limit = resolve_budget(parse_budget(settings.budget), self.memory, program.resident_bytes, everything.peak_bytes)
-        host = resolve_host_budget(settings.host_budget, self.memory)
-        menus = make_menus(program, host)
-        given = self._given(settings.plan) if settings.plan is not None else None
-        if given is not None and (limit is None or given.replay.peak_bytes <= limit):
-            solution = given
-        elif is_planned(settings.policy):
-            solution = solve_in_flight(program, menus, None if settings.policy == "none" else limit, others)
-        else:
-            solution = self._by_rule(settings, program, menus)
-            solution = with_others(program, solution, others)
-            check_fits(solution, solution.replay.peak_bytes, limit, settings.policy)
+        limit, host = self.limit_bytes(settings.budget), resolve_host_budget(settings.host_budget, self.memory)
+        menus, given = make_menus(program, host), settings.plan
+        taken = self.given(given, limit) if given is not None else None
+        solution = taken or self._chosen(settings, program, menus, limit)
         if settings.host_budget is not None:
-            check_host(solution, host, settings.policy)
+            check_host(solution, host, "the plan given" if taken else f"policy={settings.policy!r}")
+        if given is not None and taken and (given.fingerprint, given.timeline) == (self.fingerprint, taken.replay.moments):
+            return dataclasses.replace(given, budget_bytes=limit)
         found = self.describe(menus, solution, limit, time.perf_counter() - start)
-        return with_baseline(found, everything) if others else found
+        return with_baseline(found, self.everything) if self.in_flight > 1 else found
+
+    def _chosen(self, settings: Settings, program: Program, menus: Menus, limit: int | None) -> Solution:
+        """What the planner finds, or a fixed rule says. Raises BudgetError where that is more than the limit, in bytes."""
+        if settings.policy == "auto":
+            return solve_in_flight(program, menus, limit, self.in_flight - 1)
+        solution = self._by_rule(settings, program, menus)
+        check_fits(solution, solution.replay.peak_bytes, limit, settings.policy)
+        return solution
 
     def _by_rule(self, settings: Settings, program: Program, menus: Menus) -> Solution:
         trains = self.trains if settings.trainable_only else None
-        return policy_solution(settings.policy, program, self.nodes, menus.cuts, trains)
+        return self._in_flight(policy_solution(settings.policy, program, self.nodes, menus, trains))
 
-    def least_bytes(self, settings: Settings) -> int:
-        """The smallest peak of any plan, or that of the fixed rule that the settings name."""
+    def smallest(self, settings: Settings) -> Solution:
+        """The plan with the smallest peak that the planner knows, or that of the fixed rule that the settings name."""
         program = pinned(self.program, self.nodes, settings.pin)
         menus = make_menus(program, resolve_host_budget(settings.host_budget, self.memory))
         if settings.policy == "auto":
-            return smallest_solution(program, menus).replay.peak_bytes
-        return (
-            solve(program, menus, None) if is_planned(settings.policy) else self._by_rule(settings, program, menus)
-        ).replay.peak_bytes
+            return self._in_flight(smallest_solution(program, menus))
+        return self._by_rule(settings, program, menus)
 
-    def _given(self, plan: Plan) -> Solution:
-        """A plan made for other sizes. Raises RematError unless it was made for a range of them, and for these ops."""
+    def _in_flight(self, solution: Solution) -> Solution:
+        """The same beside the other forwards that wait for their backward."""
+        return with_others(solution.replay.program, solution, self.in_flight - 1)
+
+    def limit_bytes(self, budget: BudgetLike) -> int | None:
+        """What a budget means for this step, in bytes; None for no limit."""
+        return resolve_budget(parse_budget(budget), self.memory, self.program.resident_bytes, self.everything.peak_bytes)
+
+    @cached_property
+    def everything(self) -> Replay:
+        """The step with everything saved."""
+        return self._in_flight(Solution(frozenset(), (), simulate(self.program, ()))).replay
+
+    def given(self, plan: Plan, limit: int | None) -> Solution | None:
+        """This step under the decisions of a plan made earlier; None where that needs more than the limit, in bytes, and
+        another is to be made: for one made for a range of sizes, or before there were the gradients that this step adds to.
+
+        Raises RematError for a plan made for other ops, or another size of them; BudgetError where the plan does not fit.
+        """
         if plan.structure != self.structure:
             raise RematError(f"the plan given was made for another graph: {self.difference(plan)}; plan again")
-        if plan.peak_formula is None:
+        if plan.fingerprint != self.fingerprint and plan.peak_formula is None:
             raise RematError(
                 f"the plan given was made for other sizes: {self.difference(plan)}; plan again, or for a range of them with "
                 "dynamic_shapes="
             )
-        return self.decided(plan)
+        solution = self.decided(plan)
+        peak, where = solution.replay.peak_bytes, solution.replay.peak_at
+        if limit is None or peak <= limit:
+            return solution
+        if plan.peak_formula is not None or self._gradient_bytes > _gradient_bytes(plan):
+            return None
+        raise BudgetError(
+            f"the plan given needs {format_bytes(peak)} ({peak} bytes), at {where}, more than the budget of "
+            f"{format_bytes(limit)}. Raise budget=, or leave plan= out to plan for it.",
+            budget_bytes=limit,
+            minimum_bytes=peak,
+            where=str(where),
+        )
+
+    @property
+    def _gradient_bytes(self) -> int:
+        """Of gradients that are there before the step."""
+        return dict(self.program.resident).get("gradients", 0)
 
     def difference(self, plan: Plan) -> str:
         """In what a plan that was made for another step differs from this one."""
@@ -113,7 +147,8 @@ class Traced:
         regions = tuple((position[first], position[last] + 1) for first, last in plan.regions)
         dropped = frozenset(position[name] for name in plan.dropped)
         repeats = {position[name]: times for name, times in plan.repeats}
-        return Solution(dropped, regions, simulate(self.program, dropped, moves, regions, repeats), moves, repeats)
+        replay = simulate(self.program, dropped, moves, regions, repeats)
+        return self._in_flight(Solution(dropped, regions, replay, moves, repeats))
 
     @cached_property
     def memory(self) -> Memory:
@@ -125,19 +160,19 @@ class Traced:
 
     @cached_property
     def structure(self) -> str:
-        """Equal for graphs of the same ops, whatever their sizes."""
-        program = self.program
-        names = [op.name for op in (*program.forward, *program.backward)]
-        reads = [(value.name, value.op, value.reads) for value in program.values]
-        return hashlib.sha256(repr((names, reads)).encode()).hexdigest()[:16]
+        """Equal for steps with the same ops in forward, whatever their sizes: those that a plan decides about. Backward has
+        more of them where it adds to gradients."""
+        ops = [(op.name, op.inputs, op.outputs) for op in self.program.forward]
+        return hashlib.sha256(repr(ops).encode()).hexdigest()[:16]
 
     def frontier(self, settings: Settings, points: int) -> Iterator[Plan]:
         """Plans from the fastest to the smallest."""
         start = time.perf_counter()
         program = pinned(self.program, self.nodes, settings.pin)
         menus = make_menus(program, resolve_host_budget(settings.host_budget, self.memory))
-        for solution in frontier_solutions(program, menus, points):
-            yield self.describe(menus, solution, solution.replay.peak_bytes, time.perf_counter() - start)
+        for solution in map(self._in_flight, frontier_solutions(program, menus, points)):
+            found = self.describe(menus, solution, solution.replay.peak_bytes, time.perf_counter() - start)
+            yield with_baseline(found, self.everything) if self.in_flight > 1 else found
             start = time.perf_counter()
 
     def describe(self, menus: Menus, solution: Solution, limit: int | None, seconds: float) -> Plan:
@@ -169,10 +204,21 @@ def with_baseline(plan: Plan, everything: Replay) -> Plan:
 
 
 def fingerprint_of(graphs: Sequence[fx.Graph]) -> str:
-    """Equal for graphs of the same ops, arguments and shapes."""
+    """Equal for graphs of the same ops, arguments, shapes and dtypes. (Strides depend on the device, where plans may not.)"""
     nodes = (node for graph in graphs for node in graph.nodes)
-    text = "\n".join(f"{n.name} {n.target} {n.args} {getattr(n.meta.get('val'), 'shape', '')}" for n in nodes)
+    text = "\n".join(f"{n.name} {n.target} {n.args} {_kinds(n.meta.get('val'))}" for n in nodes)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _kinds(value: Any) -> list[tuple[tuple[int, ...], str]]:
+    """Shapes and dtypes of what an op returns."""
+    tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    return [(tuple(t.shape), str(t.dtype)) for t in tensors]
+
+
+def _gradient_bytes(plan: Plan) -> int:
+    """Of gradients that were there before the step when it was planned."""
+    return plan.timeline[0].by_kind[KINDS.index("gradients")] if plan.timeline else 0
 
 
 def _shown(tensor: Input) -> str:

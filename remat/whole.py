@@ -15,7 +15,6 @@ from torch import fx, nn
 
 from remat._torch import pytree
 from remat.absent import LIBRARY_BYTES, stand_in
-from remat.budget import parse_budget, resolve_budget
 from remat.capture import Captured, capture
 from remat.devices import DeviceProfile, device_profile, profile_of
 from remat.errors import BudgetError, HostBudgetError, RematError
@@ -29,7 +28,6 @@ from remat.plan import Input, Plan
 from remat.record import record
 from remat.resident import resident_memory, there_bytes
 from remat.settings import Settings
-from remat.simulate import simulate
 from remat.traced import Traced, fingerprint_of, with_baseline
 from remat.workspace import library_bytes
 
@@ -47,8 +45,7 @@ class Rewriting:
     ) -> tuple[Captured, Plan, fx.Graph, tuple[RegionGraph, ...]]:
         """`captured`: what such a call was captured as before, if it was."""
         settings = self.settings
-        adds = settings.in_flight > 1
-        traced = trace(model, args, kwargs, settings.optimizer, costs=settings.costs, captured=captured, adds=adds)
+        traced = trace(model, args, kwargs, settings.optimizer, None, settings.costs, settings.in_flight, captured)
         step, plan = traced.planned(settings)
         outer, regions = form_regions(step.captured.graph, step.stretches(plan), transfers_of(plan))
         return step.captured, plan, outer, regions
@@ -62,17 +59,19 @@ class TracedModel(Traced):
     again: Callable[[Captured], TracedModel]  # the same for another graph of the same step
 
     def planned(self, settings: Settings) -> tuple[TracedModel, Plan]:
-        """The faster plan of this step and of the same step with its cross-entropy in shares, and which of them it is for.
-        Raises BudgetError when neither fits."""
+        """The faster plan of this step and of the same step with its cross-entropy in shares, or the plan given where it
+        serves; and which of them it is for. Raises BudgetError when neither fits."""
+        limit = self.limit_bytes(settings.budget)
+        settings = dataclasses.replace(settings, budget=limit)  # shares are of the step as it is written
         if settings.plan is not None:
-            return self.of(settings.plan), self.of(settings.plan).plan(settings)
-        everything = simulate(self.program, ())
-        peak = everything.peak_bytes
-        limit = resolve_budget(parse_budget(settings.budget), self.memory, self.program.resident_bytes, peak)
+            traced = self.of(settings.plan)
+            if traced.given(settings.plan, limit) is not None:
+                plan = traced.plan(settings)
+                return traced, plan if traced is self else with_baseline(plan, self.everything)
+            settings = dataclasses.replace(settings, plan=None)
         other = self.worth_sharing(limit, settings)
         if other is None:
             return self, self.plan(settings)
-        settings = dataclasses.replace(settings, budget=limit)
         found: list[tuple[TracedModel, Plan]] = []
         errors: list[BudgetError] = []
         for traced in (self, other):
@@ -85,7 +84,7 @@ class TracedModel(Traced):
         if not found:
             raise min(errors, key=_shortage)
         traced, plan = min(found, key=lambda pair: pair[1].step_us)
-        return traced, with_baseline(plan, everything)
+        return traced, with_baseline(plan, self.everything)
 
     def of(self, plan: Plan) -> TracedModel:
         """This step, or the same with its cross-entropy in shares: whichever the plan was made for."""
@@ -102,7 +101,7 @@ class TracedModel(Traced):
 
     def worth_sharing(self, peak_bytes: int | None, settings: Settings) -> TracedModel | None:
         """`sharing` where the planner decides and what autograd keeps of the loss is much of what such a peak has room for."""
-        if peak_bytes is None or settings.policy != "auto" or settings.pin is not None or settings.in_flight > 1:
+        if peak_bytes is None or settings.policy != "auto" or settings.pin is not None or self.in_flight > 1:
             return None
         kept = sum(storage_bytes(loss.all_input_nodes[0].meta["val"]) for loss in find_losses(self.captured.graph))
         return self.sharing if kept > _MUCH * (peak_bytes - self.program.resident_bytes) else None
@@ -132,13 +131,14 @@ def trace(
     optimizer: torch.optim.Optimizer | None = None,
     device: str | None = None,
     costs: str = "analytic",
+    in_flight: int = 1,
     captured: Captured | None = None,
-    adds: bool = False,
 ) -> TracedModel:
     """Capture one call of `model` and record its training step, as on the device it is on or on a well-known one by name.
     Keeps nothing on the device; kernels run there for their scratch memory (remat/workspace.py).
 
-    adds: as a step that adds to gradients, whether there are any yet or not.
+    in_flight: how many forwards run before the first backward; with several, the step adds to gradients, whether there are any
+    yet or not.
     """
     profile = None
     given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
@@ -156,12 +156,12 @@ def trace(
     place = next((t.device for t in tensors if t.requires_grad), torch.device("cpu"))
     profile = profile or profile_of(place)
     libraries = library_bytes(place) if profile.is_here else LIBRARY_BYTES if profile.is_gpu else 0
-    resident = resident_memory(tensors, list(model.parameters()), list(model.buffers()), optimizer, adds)
+    resident = resident_memory(tensors, list(model.parameters()), list(model.buffers()), optimizer, in_flight > 1)
     times = op_times(place) if costs == "measured" else None
     resident = {**resident, "libraries": libraries}
     there = libraries + there_bytes(*real, optimizer, place)
-    about = type(model).__name__, inputs_of(args, kwargs), there
-    return _traced(captured, *about, tensors, place, profile, resident, times, adds)
+    about = type(model).__name__, inputs_of(args, kwargs), there, tensors, place, profile, resident, times, in_flight
+    return _traced(captured, *about)
 
 
 def check_training(model: nn.Module) -> None:
@@ -187,17 +187,17 @@ def _traced(
     profile: DeviceProfile,
     resident: Mapping[str, int],
     times: OpTimes | None,
-    adds: bool,
+    in_flight: int,
 ) -> TracedModel:
-    program = record(captured, tensors, profile, resident, times, adds)
+    program = record(captured, tensors, profile, resident, times, in_flight > 1)
     if times is not None:
         times.save()
     fingerprint = fingerprint_of([captured.graph])
-    about = model, inputs, there, tensors, place, profile, resident, times, adds
+    about = model, inputs, there, tensors, place, profile, resident, times, in_flight
     nodes = tuple(node for node in captured.graph.nodes if node.op == "call_function")
     trains = training(captured, tensors)
     again = partial(_again, about)
-    return TracedModel(program, nodes, place, profile, fingerprint, trains, model, inputs, there, captured, again)
+    return TracedModel(program, nodes, place, profile, fingerprint, trains, model, inputs, there, in_flight, captured, again)
 
 
 def _again(about: tuple[Any, ...], captured: Captured) -> TracedModel:

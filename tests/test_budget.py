@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -67,7 +68,9 @@ def test_anything_else_is_a_budget_error(budget: budgets.BudgetLike) -> None:
     except remat.BudgetError as error:
         assert "use bytes as an int" in str(error)
     else:
-        assert isinstance(read, Budget)
+        given = [value for value in dataclasses.astuple(read) if value]
+        assert len(given) == (budget is not None)
+        assert all(amount > 0 for amount in given)
 
 
 def test_a_share_is_of_what_lies_above_resident_memory() -> None:

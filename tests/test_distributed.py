@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 import remat
 from remat import distributed
@@ -102,6 +103,18 @@ def test_a_rank_that_differs_stops_both(case: str, error: str, texts: tuple[str,
     for said in (rank[case] for rank in ranks):
         assert said["error"] == error
         assert all(text in said["text"] for text in texts), said["text"]
+
+
+def test_it_takes_the_arguments_of_plan(tmp_path: Path) -> None:
+    model, x = mlp()
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        plan = distributed.plan(model, (x,), budget=0.8, device="h100", dynamic_shapes={"x": {0: "rows"}})
+    finally:
+        dist.destroy_process_group()
+    assert plan.device == "h100"
+    assert plan.peak_bytes_at(rows=64) == pytest.approx(plan.peak_bytes, rel=1e-3)
 
 
 def test_alone_it_is_an_error() -> None:

@@ -130,9 +130,15 @@ def test_a_budget_nobody_can_meet_says_so() -> None:
 
 def test_the_policy_none_saves_everything() -> None:
     model, x = mlp()
-    module = compiled(model, budget=1000, policy="none")
+    module = compiled(model, budget=None, policy="none")
     module(x).backward()
-    assert not remat.plans(module)[0].plan.dropped
+    plan = remat.plans(module)[0].plan
+    assert not plan.dropped
+    torch._dynamo.reset()
+    error = refused(compiled(model, budget=1000, policy="none"), x)
+    assert isinstance(error, remat.BudgetError)
+    assert error.budget_bytes == 1000
+    assert "policy='none' needs" in str(error)
 
 
 @pytest.mark.parametrize("budget", [0.8, "1GiB", "50%", "auto"])

@@ -78,10 +78,37 @@ class Constant(torch.nn.Module):
         return (self.weight.exp() * x.shape[0]).sum()
 
 
+@pytest.mark.parametrize("policy", ["auto", "none", "blocks"])
+def test_not_even_the_smallest_size_fits(policy: str) -> None:
+    model, x = mlp(rows=8)
+    with pytest.raises(remat.BudgetError, match="no plan fits in 1000 B: batch 2") as caught:
+        remat.fit(model, (x,), budget=1000, policy=policy, multiple_of=2)
+    assert caught.value.budget_bytes == 1000
+    least = caught.value.minimum_bytes
+    assert least is not None
+    assert remat.fit(model, (x,), budget=least, policy=policy, multiple_of=2).size == 2
+
+
+class Masked(Mlp):
+    """Attention of a kind, with a mask that is as long as the input in two axes."""
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        scores = (x @ x.mT).unsqueeze(1) + mask
+        return super().forward(scores.softmax(-1).squeeze(1) @ x)
+
+
+def test_an_axis_that_was_left_out_is_no_limit() -> None:
+    model, inputs = Masked(layers=1).train(), (torch.randn(2, 8, 32), torch.zeros(2, 1, 8, 8))
+    least = remat.frontier(model, inputs, points=2)[-1].peak_bytes
+    for budget in (least - 1, 2 * least):
+        with pytest.raises(remat.RematError, match=r"runs at seq 8, the example's, and at no other: .*dynamic_shapes="):
+            remat.fit(model, inputs, budget=budget, dim="seq")
+    shapes = {"x": {1: "seq"}, "mask": {2: "seq", 3: "seq"}}
+    assert remat.fit(model, inputs, budget=2 * least, dim="seq", dynamic_shapes=shapes).size > 8
+
+
 def test_bad_input() -> None:
     model, x = mlp()
-    with pytest.raises(remat.BudgetError, match="no plan fits"):
-        remat.fit(model, (x,), budget=1000)
     with pytest.raises(remat.RematError, match="needs bytes"):
         remat.fit(model, (x,), budget=0.5)
     with pytest.raises(remat.RematError, match="needs bytes"):

@@ -97,6 +97,18 @@ def test_bad_input() -> None:
         plan.step_us_at(rows=0)
     with pytest.raises(remat.RematError, match="names no axis"):
         remat.plan(model, (x,), budget=None, dynamic_shapes={"x": None})
+    for said in ("nonsense", {"x": "rows"}, 3):
+        for ask in (remat.plan, remat.optimize):
+            with pytest.raises(remat.RematError, match="says nothing of axes"):
+                ask(model, (x,), budget=None, dynamic_shapes=said)
+    for ask in (remat.plan, remat.optimize):
+        with pytest.raises(remat.RematError, match="names 'y'; this call has the arguments x"):
+            ask(model, (x,), budget=None, dynamic_shapes={"y": {0: "rows"}})
+        with pytest.raises(remat.RematError, match="names axis 2 of x, of shape 64x32"):
+            ask(model, (x,), budget=None, dynamic_shapes={"x": {2: "rows"}})
+    later = remat.optimize(model, budget=None, dynamic_shapes={"y": {0: "rows"}})
+    with pytest.raises(remat.RematError, match="names 'y'"):
+        later(x)
     with pytest.raises(remat.RematError, match="at rows=16 the model runs other ops"):
         remat.plan(Branches().train(), (x,), budget=None, dynamic_shapes={"x": {0: "rows"}})
     pair = (torch.randn(4, 32), torch.randn(8, 32))

@@ -59,6 +59,34 @@ def test_no_room_for_all_of_them() -> None:
     assert remat.plan(model, (x,), budget=least, in_flight=50).peak_bytes <= least
 
 
+def test_formulas_and_plans_for_a_range_count_all_of_them() -> None:
+    model, x = models.mlp()
+    shapes = {"x": {0: "rows"}}
+    plan = remat.plan(model, (x,), budget=0.7, in_flight=3, dynamic_shapes=shapes)
+    assert plan.peak_bytes_at(rows=64) == pytest.approx(plan.peak_bytes, rel=1e-3)
+    alone = remat.plan(model, (x,), budget=0.7, dynamic_shapes=shapes)
+    for rows in (64, 48):
+        served = remat.plan(model, (x[:rows],), budget=None, plan=alone, in_flight=4)
+        assert served.dropped == alone.dropped
+        everything = remat.plan(model, (x[:rows],), budget=None, in_flight=4).peak_bytes
+        assert alone.peak_bytes_at(rows=rows) < served.peak_bytes < everything
+        held = remat.plan(model, (x[:rows],), budget=served.peak_bytes - 1, plan=alone, in_flight=4)
+        assert held.peak_bytes < served.peak_bytes
+
+
+def test_fit_and_the_frontier_count_all_of_them() -> None:
+    model, x = models.mlp()
+    plans = remat.frontier(model, (x,), in_flight=3, points=3)
+    fastest = remat.plan(model, (x,), budget=None, in_flight=3)
+    assert plans[0].peak_bytes == fastest.peak_bytes
+    assert all(plan.baseline_peak_bytes == fastest.peak_bytes for plan in plans)
+    assert plans[-1].peak_bytes < plans[0].peak_bytes
+    found = remat.fit(model, (x,), budget=2**21, in_flight=3)
+    assert found.size < remat.fit(model, (x,), budget=2**21).size
+    there = remat.plan(model, (torch.randn(found.size, 32),), budget=2**21, in_flight=3)
+    assert there.decisions == found.plan.decisions
+
+
 @pytest.mark.parametrize("in_flight", [0, "2"])
 def test_not_a_number_of_forwards(in_flight: int) -> None:
     model, x = models.mlp()

@@ -27,6 +27,19 @@ def shares(plan: remat.Plan | None) -> bool:
     return any("remat.cross_entropy" in moment.name for moment in plan.timeline)
 
 
+def test_where_a_plan_given_needs_too_much_the_loss_may_be_shared() -> None:
+    model, kwargs = wide()
+    plan = remat.plan(model, (), kwargs, budget=None, dynamic_shapes={key: {0: "batch"} for key in kwargs})
+    least = remat.frontier(model, (), kwargs, points=2)[-1]
+    found = remat.plan(model, (), kwargs, budget=least.peak_bytes, plan=plan)
+    assert shares(found)
+    above = 1.05 * (least.peak_bytes - least.resident_bytes)
+    share = above / (least.baseline_peak_bytes - least.resident_bytes)  # of the step before its loss was shared
+    tight = remat.plan(model, (), kwargs, budget=share)
+    assert shares(tight)
+    assert remat.plan(model, (), kwargs, budget=share, plan=tight) == tight
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_are_the_same_and_the_peak_is_lower_than_without(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     model, kwargs = wide(dtype)

@@ -131,9 +131,13 @@ def test_explain_is_the_plan() -> None:
 
 def test_the_policy_none_saves_everything() -> None:
     model, kwargs = llama(layers=1)
-    found = remat.plan(model.train(), (), kwargs, budget=1, policy="none")
+    found = remat.plan(model.train(), (), kwargs, budget=None, policy="none")
     assert not found.dropped
     assert found.peak_bytes == found.baseline_peak_bytes
+    assert remat.plan(model, (), kwargs, budget=found.peak_bytes, policy="none").dropped == ()
+    with pytest.raises(remat.BudgetError, match=f"policy='none' needs .* \\({found.peak_bytes} bytes\\)") as caught:
+        remat.plan(model, (), kwargs, budget=found.peak_bytes - 1, policy="none")
+    assert caught.value.minimum_bytes == found.peak_bytes
 
 
 def test_planning_twice_gives_the_same() -> None:

@@ -74,6 +74,19 @@ def test_blocks_that_do_not_train_are_left_alone() -> None:
     assert regions == [2, 4]
 
 
+@pytest.mark.parametrize("decision", [remat.Decision.RECOMPUTE, "RECOMPUTE", "recompute"])
+def test_a_function_may_name_its_decision(decision: remat.Decision | str) -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)))
+    plan = remat.plan(model, (torch.randn(4, 8),), budget=None, policy=lambda activation: decision)
+    assert plan.dropped
+
+
+def test_what_is_no_decision_of_a_function_is_refused() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)))
+    with pytest.raises(remat.RematError, match=r"the policy for .*: 'KEEP' is no decision; there are 'SAVE', 'RECOMPUTE'"):
+        remat.plan(model, (torch.randn(4, 8),), budget=None, policy=lambda activation: "KEEP")  # type: ignore[arg-type]
+
+
 def test_the_outermost_list_of_modules_names_the_blocks() -> None:
     model = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.LayerNorm(8)) for _ in range(4)])
     plan = remat.plan(model, (torch.randn(4, 8),), budget=None, policy="blocks")

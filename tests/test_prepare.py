@@ -85,6 +85,10 @@ def test_unsloths_switch(switch: Any, held: str) -> None:
     assert plan is not None
     assert (plan.host_bytes > 0) == (held == "host")
     assert (plan.recompute_us > 0) == (held != "neither")
+    tight = half().float()
+    remat.prepare_for_training(tight, budget=1000, use_gradient_checkpointing=switch)
+    with pytest.raises(remat.BudgetError, match=r"policy='.*' needs"):
+        tight(**batch())
 
 
 def test_the_cache_is_turned_off_with_a_reason(caplog: pytest.LogCaptureFixture) -> None:

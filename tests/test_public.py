@@ -72,7 +72,13 @@ COMMON = (
         ("plan", COMMON.replace("'analytic')", "'analytic', device=None, in_flight=1)")),
         (
             "frontier",
-            COMMON.replace("*, budget,", "*, budget=None,").replace("'analytic')", "'analytic', device=None, points=12)"),
+            "(model, args=(), kwargs=None, *, budget=None, optimizer=None, host_budget=None, pin=None, costs='analytic', "
+            "device=None, in_flight=1, points=12)",
+        ),
+        (
+            "fit",
+            "(model, args=(), kwargs=None, *, budget, dim='batch', dynamic_shapes=None, multiple_of=1, policy='auto', "
+            "optimizer=None, trainable_only=True, host_budget=None, pin=None, costs='analytic', device=None, in_flight=1)",
         ),
         ("measure", "(fn)"),
         ("verify", "(model_or_step, plan=None, args=(), kwargs=None)"),

@@ -143,7 +143,6 @@ def frontier(
     with _stages() as stage:
         question = _question(stage, Request(model, batch, seq, dtype, lora, optimizer, sizes or ()), device, host_budget)
         plans = remat.frontier(**question, budget=_budget(budget), points=points)
-        plans = plans or [remat.plan(**question, budget=_budget(budget))]  # which says what the smallest needs
         if output is not None:
             show.picture(plans, output)
     if as_json:
