@@ -25,7 +25,7 @@ from remat.errors import BudgetError, RematError
 from remat.passes.regions import RegionGraph
 from remat.plan import Plan
 from remat.runtime import one_step
-from remat.state import CallKey, call_key, device_type, flatten_call, keep, tensors_of
+from remat.state import CallKey, call_key, device_type, flatten_call, keep, serves, tensors_of
 from remat.table import announce
 from remat.twin import is_hooks
 
@@ -167,7 +167,7 @@ class RematModule(fx.GraphModule):
 
     def _find(self, flat: list[Any], spec: Any) -> Variant | None:
         key, adds = self._key(flat, spec), self._adds()
-        return next((variant for variant in self._variants if variant.key == key and variant.adds == adds), None)
+        return next((v for v in self._variants if v.adds == adds and serves(v.key, v.modules, key)), None)
 
     def _key(self, flat: list[Any], spec: Any) -> CallKey:
         modules = tuple(self._original.modules())

@@ -21,10 +21,8 @@ from remat._torch import pytree
 log = logging.getLogger("remat")
 
 KEPT, OFTEN = 32, 8  # graphs of one model: how many are kept, and after how many captures it is said what makes them
-_PLAIN = frozenset(
-    (bool, int, float, str, types.NoneType, torch.dtype, torch.device)
-    + (types.FunctionType, types.BuiltinFunctionType, types.MethodType)  # activations; a forward that was replaced
-)
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)  # activations; a forward that was replaced
+_PLAIN = frozenset((bool, int, float, str, types.NoneType, torch.dtype, torch.device, *_FUNCTIONS))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -73,7 +71,26 @@ def call_key(flat: list[Any], spec: Any, device: str, modules: Sequence[nn.Modul
     """The key of a call with these leaves, of a model on `device` whose graph has `modules` and `tensors` in it."""
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     found = tuple([_tensor_key(tensor) for tensor in tensors])
-    return CallKey(leaves_key(flat, spec), autocast, found, tuple(map(id, modules)), tuple(map(_state, modules)))
+    states = () if torch.compiler.is_compiling() else tuple(map(_state, modules))
+    return CallKey(leaves_key(flat, spec), autocast, found, tuple(map(id, modules)), states)
+
+
+def serves(known: CallKey, modules: Sequence[nn.Module], key: CallKey) -> bool:
+    """True if what was captured for a key, which speaks of `modules`, serves a call of another.
+
+    Under torch.compile the states of modules are read here, and only what is compared, so that Dynamo watches that; all that is
+    in a module takes it four times as long.
+    """
+    if not torch.compiler.is_compiling():
+        return known == key
+    return known._replace(states=()) == key and all(map(_is_still, modules, known.states))
+
+
+def _is_still(module: nn.Module, state: tuple[Any, Any]) -> bool:
+    hooks, attributes = state
+    if _hooks(module) != hooks:
+        return False
+    return all(kind in _FUNCTIONS or getattr(module, name, None) == value for name, kind, value in attributes)
 
 
 def tensors_of(modules: Iterable[nn.Module]) -> list[torch.Tensor]:
@@ -136,12 +153,15 @@ def _tensor_key(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _state(module: nn.Module) -> tuple[Any, Any]:
-    """A module's hooks, by their numbers, and its plain attributes, `training` among them."""
-    own = module.__dict__
-    hooks = tuple([number for name in _HOOKS for number in own.get(name, ())])
-    return hooks, tuple([(name, type(v), v) for name, v in own.items() if name[0] != "_" and _is_plain(v)])
+    """A module's hooks, and its plain attributes, `training` among them."""
+    attributes = [
+        (name, kind, value)
+        for name, value in module.__dict__.items()
+        if name[0] != "_" and ((kind := type(value)) in _PLAIN or (kind is tuple and _PLAIN.issuperset(map(type, value))))
+    ]
+    return _hooks(module), tuple(attributes)
 
 
-def _is_plain(value: Any) -> bool:
-    kind = type(value)
-    return kind in _PLAIN or (kind is tuple and all(type(item) in _PLAIN for item in value))
+def _hooks(module: nn.Module) -> tuple[int, ...]:
+    """The numbers of a module's hooks, which are never given twice."""
+    return tuple([number for name in _HOOKS for number in getattr(module, name)])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import time
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ from torch import nn
 
 import remat
 from remat import state
-from remat.state import call_key, device_type, flatten_call, tensors_of
 
 
 class Scaled(nn.Module):
@@ -188,9 +186,10 @@ def test_a_change_of_a_compiled_module_is_seen() -> None:
     module = remat.optimize(model, (x,), budget=None)
     compiled = torch.compile(module, backend="eager", fullgraph=True)
     assert torch.equal(compiled(x), model(x))
-    module.scale = 10.0
-    module(x)
-    assert torch.equal(compiled(x), model(x))
+    for change in (_scale, _hook):
+        change(module)
+        module(x)
+        assert torch.equal(compiled(x), model(x))
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -224,15 +223,3 @@ def test_arguments_of_other_types_are_other_calls() -> None:
     module = remat.optimize(model, budget=None)
     for by in (1, 1.0):
         assert module(torch.ones(2, 4), ids, by)[1].dtype == model(torch.ones(2, 4), ids, by)[1].dtype
-
-
-def test_a_key_takes_little_time() -> None:
-    model = nn.Sequential(*(nn.Sequential(nn.Linear(2, 2), nn.GELU(), nn.Dropout(0.1), nn.Conv2d(2, 2, 1)) for _ in range(100)))
-    flat, spec = flatten_call((torch.ones(2),), {})
-    best = 1.0
-    for _ in range(20):
-        start = time.perf_counter()
-        modules = tuple(model.modules())
-        call_key(flat, spec, device_type(model), modules, tensors_of(modules))
-        best = min(best, time.perf_counter() - start)
-    assert best < 1e-5 * len(modules)
