@@ -22,7 +22,7 @@ from remat.absent import LIBRARY_BYTES
 from remat.capture import Captured, capture
 from remat.devices import profile_of
 from remat.errors import CaptureError, RematError
-from remat.export import without_cache, without_outer_hooks
+from remat.export import say_without_cache, without_cache, without_outer_hooks
 from remat.op_times import op_times
 from remat.passes.pinning import why_pinned
 from remat.passes.regions import RegionGraph, form_regions
@@ -206,6 +206,7 @@ class _Recording:
         return found
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        say_without_cache(self.model)
         try:
             with without_cache(self.model):
                 return self.twin.module(*args, **kwargs)

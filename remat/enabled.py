@@ -15,7 +15,7 @@ from remat.assembly import runnable
 from remat.blocks import check_blockwise, trace_blocks
 from remat.capture import Captured
 from remat.errors import BudgetError, RematError
-from remat.export import without_cache
+from remat.export import say_without_cache, without_cache
 from remat.module import ADDS, RematModule
 from remat.plan import Plan
 from remat.ranks import agreed
@@ -168,6 +168,8 @@ class EnabledBlocks(Enabled):
         if torch.compiler.is_compiling():
             raise RematError("blocks that remat has rewritten run eagerly; compile the original model with backend='remat'")
         self._running, self._runs = (args, kwargs), None
+        if not self._variants:
+            say_without_cache(self.model)
         try:
             with without_cache(self.model):
                 return type(self.model).forward(self.model, *args, **kwargs)

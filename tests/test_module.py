@@ -489,3 +489,14 @@ def test_a_generation_cache_is_left_out_of_training() -> None:
     module = remat.optimize(model, (), kwargs, budget=None)
     assert module(**kwargs).past_key_values is None
     assert model.config.use_cache
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_that_the_cache_is_left_out_is_said_once(whole: bool, caplog: pytest.LogCaptureFixture) -> None:
+    model, kwargs = llama(layers=1)
+    model.train().config.use_cache = True
+    remat.enable(model, None, whole_model=whole, policy="none")
+    with caplog.at_level(logging.INFO, logger="remat"):
+        for _ in range(3):
+            gradients_of(model, **kwargs)
+    assert len([r for r in caplog.records if "cache is left out" in r.getMessage()]) == 1
