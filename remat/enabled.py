@@ -55,6 +55,11 @@ class Enabled:
     def __reduce__(self) -> Any:
         return type(self), (self.model, self.settings)
 
+    @property
+    def graphs(self) -> Mapping[str, fx.GraphModule]:
+        """The rewritten graphs that `plan` is for, by name."""
+        raise NotImplementedError
+
     def train(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward that backward follows."""
         raise NotImplementedError
@@ -89,6 +94,10 @@ class EnabledWhole(Enabled):
     @property
     def plan(self) -> Plan | None:  # type: ignore[override]
         return None if self._step is None else self._step.plan
+
+    @property
+    def graphs(self) -> Mapping[str, fx.GraphModule]:
+        return {} if self._step is None else {"outer": self._step}
 
     def replan(self, settings: Settings) -> None:
         super().replan(settings)
@@ -137,6 +146,13 @@ class EnabledBlocks(Enabled):
     def blocks(self) -> dict[str, nn.Module]:
         """The blocks by their paths."""
         return {path: self.model.get_submodule(path) for path in self.forwards}
+
+    @property
+    def graphs(self) -> Mapping[str, fx.GraphModule]:
+        """Those of the first call of each block."""
+        latest = next((variant for variant in self._variants if variant.plan is self.plan), None)
+        first = {path: runs[0].run for path, runs in latest.runs.items() if runs} if latest is not None else {}
+        return {path: run for path, run in first.items() if run is not None}
 
     @cached_property
     def _baked(self) -> tuple[nn.Module, ...]:
