@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from remat.budget import format_bytes
 from remat.errors import RematError
-from remat.plan import FITS, PINNED, SOURCE, Activation, Plan
+from remat.plan import Activation, Plan
 from remat.program import Decision
 
 _FIGURES = ("budget_bytes", "peak_bytes", "resident_bytes", "saved_bytes", "host_bytes", "recompute_us", "stall_us", "step_us")
@@ -55,7 +55,7 @@ class Explanation:
 
 
 def explain_value(plan: Plan, name: str) -> Explanation:
-    """Why `name` is treated as it is. What can only be saved has one alternative: that one.
+    """Why `name` is treated as it is, and each way in which it can be. What can only be saved has one: that one.
 
     Raises RematError for a name that is not in the plan, with close ones.
     """
@@ -65,8 +65,6 @@ def explain_value(plan: Plan, name: str) -> Explanation:
         raise RematError(f"the plan has no value {name!r}" + (f"; there are {', '.join(close)}" if close else ""))
     activation = found[name]
     decision, idle = activation.decision, range(*activation.idle)
-    if decision is Decision.SAVE and activation.reason not in (FITS, SOURCE, PINNED):
-        return Explanation(activation, (Alternative(decision, True, plan.peak_bytes, 0.0, ""),), plan.budget_bytes)
     live = [moment.live_bytes for moment in plan.timeline]
     change = -activation.bytes if decision is Decision.SAVE else activation.bytes
     turned = plan.peak_bytes - max(live) + max(size + change * (i in idle) for i, size in enumerate(live))
@@ -78,6 +76,8 @@ def explain_value(plan: Plan, name: str) -> Explanation:
         notes[Decision.OFFLOAD] = "both copies, if nothing hides them"
     options = []
     for way, cost in costs.items():
+        if way not in activation.ways:
+            continue
         is_like_now = (way is Decision.SAVE) == (decision is Decision.SAVE)
         peak = plan.peak_bytes if is_like_now else turned
         options.append(Alternative(way, way is decision, peak, cost - costs.get(decision, 0.0), notes.get(way, "")))

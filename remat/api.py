@@ -14,6 +14,7 @@ from remat.formulas import with_formulas
 from remat.module import RematModule
 from remat.pins import Pins
 from remat.plan import Plan
+from remat.planned import is_planned, only_plan
 from remat.policies import Policy
 from remat.settings import Settings
 from remat.shapes import named_axes
@@ -162,7 +163,8 @@ def frontier(
 def explain(
     model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None, *, budget: BudgetLike = None
 ) -> Plan:
-    """What would be saved, recomputed and why, as data whose `str` is the table. A module from `optimize` explains itself."""
-    if isinstance(model, RematModule) and model.plan is not None and not args and not kwargs:
-        return model.plan
+    """What would be saved, recomputed and why, as data whose `str` is the table. Without inputs, a model from `optimize`, under
+    `enable` or compiled with backend "remat" explains its latest step."""
+    if is_planned(model) and not args and not kwargs:
+        return only_plan(model)
     return plan(model, args, kwargs, budget=budget)

@@ -22,8 +22,7 @@ from remat.absent import LIBRARY_BYTES
 from remat.capture import Captured, capture
 from remat.devices import profile_of
 from remat.errors import CaptureError, RematError
-from remat.export import without_cache, without_outer_hooks
-from remat.module import flatten_call, leaves_key
+from remat.export import say_without_cache, without_cache, without_outer_hooks
 from remat.op_times import op_times
 from remat.passes.pinning import why_pinned
 from remat.passes.regions import RegionGraph, form_regions
@@ -34,6 +33,7 @@ from remat.recorder import Recorder, fake_like
 from remat.resident import resident_memory, there_bytes
 from remat.settings import Settings
 from remat.sharding import ShardedStep, local_parameters
+from remat.state import flatten_call, leaves_key
 from remat.traced import Traced, fingerprint_of
 from remat.twin import Twin, without_hooks
 from remat.whole import inputs_of, placeholder_tensors, training
@@ -208,6 +208,7 @@ class _Recording:
         return found
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        say_without_cache(self.model)
         try:
             with without_cache(self.model):
                 return self.twin.module(*args, **kwargs)

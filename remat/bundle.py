@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import platform
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,47 +14,40 @@ import torch
 from torch import fx
 
 from remat.assembly import Region
-from remat.backend import plans
-from remat.errors import RematError
-from remat.module import RematModule
 from remat.passes.provenance import module_path
-from remat.plan import Plan
-from remat.views.dot import to_dot
+from remat.planned import plans_of
+from remat.views.dot import dot_of
 
 _PACKAGES = ("remat", "torch", "numpy", "scipy", "sympy", "transformers", "peft", "accelerate", "diffusers", "altair")
 
 
 def report(model: Any, path: str | Path = "remat-report.zip") -> Path:
-    """Write one zip about a model from `remat.optimize`, or compiled with backend "remat", and return its path.
+    """Write one zip about a model from `remat.optimize`, under `remat.enable` or compiled with backend "remat"; returns
+    its path.
 
     In it are the plans (JSON and text), the rewritten graphs (text and DOT), and versions; names of modules and shapes among
     them. Values of weights and inputs are not, nor paths of your files, nor lines of your code.
 
     Raises RematError for a model that has no plan yet, or was not made by remat.
     """
-    found = list(_graphs(model))
-    if not found:
-        raise RematError("there is no plan yet; call the model once, or give optimize() example inputs")
+    found = plans_of(model)
     path = Path(path)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("versions.json", json.dumps(_versions(), indent=1))
-        for index, (plan, graphs, dot) in enumerate(found):
+        for index, (plan, graphs) in enumerate(found):
             file.writestr(f"plan_{index}.json", plan.to_json())
             file.writestr(f"plan_{index}.txt", plan.summary())
-            file.writestr(f"graph_{index}.dot", dot)
-            for name, module in graphs.items():
+            file.writestr(f"graph_{index}.dot", dot_of(graphs))
+            for name, module in _with_regions(graphs):
                 file.writestr(f"graph_{index}_{name}.txt", "\n".join(_listing(module)))
     return path
 
 
-def _graphs(model: Any) -> Iterator[tuple[Plan, dict[str, fx.GraphModule], str]]:
-    if isinstance(model, RematModule):
-        if model.plan is not None:
-            regions = {name: child for name, child in model.named_children() if isinstance(child, Region)}
-            yield model.plan, {"outer": model, **regions}, to_dot(model)
-        return
-    for compiled in plans(model):
-        yield compiled.plan, {"forward": compiled.forward, "backward": compiled.backward}, to_dot(compiled)
+def _with_regions(graphs: Mapping[str, fx.GraphModule]) -> Iterator[tuple[str, fx.GraphModule]]:
+    for name, module in graphs.items():
+        yield name, module
+        regions = ((part, child) for part, child in module.named_children() if isinstance(child, Region))
+        yield from ((f"{name}_{part}", child) for part, child in regions)
 
 
 def _listing(module: fx.GraphModule) -> Iterator[str]:

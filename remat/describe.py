@@ -12,9 +12,9 @@ from torch import fx
 
 from remat.menus import Menus, without_gc
 from remat.passes.provenance import common_module, module_path, source_line
-from remat.plan import FITS, PINNED, SOURCE, Activation, Block, Plan, PlannedCopy, Storage, Transfer
+from remat.plan import Activation, Block, Plan, PlannedCopy, Storage, Transfer
 from remat.planner import Solution, fastest_solution
-from remat.program import Decision, Program
+from remat.program import HELD, Decision, Program
 from remat.replay import Replay
 
 
@@ -196,7 +196,7 @@ def activation_of(
     shown = shown if isinstance(shown, torch.Tensor) else shown[outputs.index(v)] if shown is not None else None
     cost = program.forward[value.op].cost_us
     if program.forward[value.op].pin is not None:
-        reason = PINNED
+        reason = "pinned"
     elif decision is Decision.OFFLOAD:
         reason = f"{value.bytes / 2**20:.2f} MiB wait on the host"
     elif decision is Decision.RECOMPUTE and not value.passing:
@@ -207,7 +207,7 @@ def activation_of(
     elif repeats:
         reason = f"until backward first reads it; then {cost:.0f} us to compute again frees {value.bytes / 2**20:.2f} MiB"
     else:
-        reason = value.pinned or (SOURCE if source and not value.reads else FITS)
+        reason = value.pinned or ("others are recomputed from it" if source and not value.reads else "it fits")
     return Activation(
         program.name_of(v),
         str(node.target),
@@ -220,4 +220,16 @@ def activation_of(
         reason,
         module_path(node),
         source_line(node),
+        ways=_ways(program, value.op),
     )
+
+
+def _ways(program: Program, op: int) -> tuple[Decision, ...]:
+    """What can become of an op's results."""
+    pinned = {program.values[v].pinned for v in program.forward[op].outputs}
+    ways = [Decision.SAVE]
+    if not any(pinned):
+        ways.append(Decision.RECOMPUTE)
+    if HELD not in pinned and not program.parts:
+        ways.append(Decision.OFFLOAD)
+    return tuple(ways)

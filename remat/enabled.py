@@ -15,12 +15,13 @@ from remat.assembly import runnable
 from remat.blocks import check_blockwise, trace_blocks
 from remat.capture import Captured
 from remat.errors import BudgetError, RematError
-from remat.export import without_cache
-from remat.module import ADDS, RematModule, call_key, device_type, flatten_call, leaves_key
+from remat.export import say_without_cache, without_cache
+from remat.module import ADDS, RematModule
 from remat.plan import Plan
 from remat.ranks import agreed
 from remat.settings import Settings
 from remat.sharding import local_parameters
+from remat.state import CallKey, call_key, device_type, flatten_call, keep, leaves_difference, leaves_key
 from remat.table import announce
 from remat.twin import imitate, without_hooks
 from remat.whole import Rewriting, check_training
@@ -53,6 +54,11 @@ class Enabled:
 
     def __reduce__(self) -> Any:
         return type(self), (self.model, self.settings)
+
+    @property
+    def graphs(self) -> Mapping[str, fx.GraphModule]:
+        """The rewritten graphs that `plan` is for, by name."""
+        raise NotImplementedError
 
     def train(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward that backward follows."""
@@ -89,6 +95,10 @@ class EnabledWhole(Enabled):
     def plan(self) -> Plan | None:  # type: ignore[override]
         return None if self._step is None else self._step.plan
 
+    @property
+    def graphs(self) -> Mapping[str, fx.GraphModule]:
+        return {} if self._step is None else {"outer": self._step}
+
     def replan(self, settings: Settings) -> None:
         super().replan(settings)
         self._step = None
@@ -117,7 +127,8 @@ class _BlockRun(NamedTuple):
 class _Variant(NamedTuple):
     """One kind of call of the model; of each block its calls, in order."""
 
-    key: Any
+    key: CallKey
+    modules: tuple[nn.Module, ...]
     adds: bool
     first: tuple[str, Any]  # the path of the block that is called first, and how
     plan: Plan
@@ -135,6 +146,18 @@ class EnabledBlocks(Enabled):
     def blocks(self) -> dict[str, nn.Module]:
         """The blocks by their paths."""
         return {path: self.model.get_submodule(path) for path in self.forwards}
+
+    @property
+    def graphs(self) -> Mapping[str, fx.GraphModule]:
+        """Those of the first call of each block."""
+        latest = next((variant for variant in self._variants if variant.plan is self.plan), None)
+        first = {path: runs[0].run for path, runs in latest.runs.items() if runs} if latest is not None else {}
+        return {path: run for path, run in first.items() if run is not None}
+
+    @cached_property
+    def _baked(self) -> tuple[nn.Module, ...]:
+        """The modules that are in graphs; what is between blocks runs as it is."""
+        return tuple(module for block in self.blocks.values() for module in block.modules())
 
     def install(self) -> None:
         super().install()
@@ -161,6 +184,8 @@ class EnabledBlocks(Enabled):
         if torch.compiler.is_compiling():
             raise RematError("blocks that remat has rewritten run eagerly; compile the original model with backend='remat'")
         self._running, self._runs = (args, kwargs), None
+        if not self._variants:
+            say_without_cache(self.model)
         try:
             with without_cache(self.model):
                 return type(self.model).forward(self.model, *args, **kwargs)
@@ -182,7 +207,7 @@ class EnabledBlocks(Enabled):
             self._runs = {path: iter(runs) for path, runs in variant.runs.items()}
         planned = next(self._runs[path], None)
         if planned is None or planned.key != called:
-            why = "more often" if planned is None else _difference(planned.key, called)
+            why = "more often" if planned is None else f"with {leaves_difference(called, planned.key)}"
             raise RematError(f"{name} was called otherwise than when this step was planned: {why}")
         return planned
 
@@ -197,7 +222,8 @@ class EnabledBlocks(Enabled):
     def capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Variant:
         """Plan for calls like this one."""
         check_training(self.model)
-        key, adds = self._key(*flatten_call(args, kwargs))
+        flat, spec = flatten_call(args, kwargs)
+        _, adds = self._key(flat, spec)
         traced = trace_blocks(self.model, args, kwargs, self.blocks, self.settings)
         try:
             plan = traced.plan(self.settings)
@@ -211,19 +237,21 @@ class EnabledBlocks(Enabled):
             if call.captured is not None and outer is not None:
                 run = runnable(self.blocks[call.path], call.captured, outer, regions)
             runs[call.path].append(_BlockRun(call.way, call.captured, run))
-        first = traced.calls[0]
-        variant = _Variant(key, adds, (first.path, first.way), plan, runs)
-        self._variants.append(variant)
+        first, (key, _) = traced.calls[0], self._key(flat, spec)
+        variant = _Variant(key, self._baked, adds, (first.path, first.way), plan, runs)
+        keep(self._variants, variant, type(self.model).__name__)
         self.plan = plan
         announce(plan)
         return variant
 
-    def _key(self, flat: list[Any], spec: Any) -> tuple[Any, bool]:
+    def _key(self, flat: list[Any], spec: Any) -> tuple[CallKey, bool]:
         groups = _torch.sharded_groups(self.model)
         parameters = local_parameters(self.model, groups)
         sharding = tuple((g.ranks, g.reshards, g.input_dtype, g.output_dtype, g.reduce_dtype) for g in groups)
-        trains = tuple(p.requires_grad for p in parameters)
-        return (call_key(self.model, flat, spec), trains, sharding), any(p.grad is not None for p in parameters)
+        modes = tuple(m.training for m in self.model.modules())
+        tensors = (*parameters, *self.model.buffers())
+        key = call_key(flat, spec, device_type(self.model), self._baked, tensors)._replace(others=(modes, sharding))
+        return key, any(p.grad is not None for p in parameters)
 
 
 class _Block:
@@ -255,14 +283,6 @@ class _Block:
 
 def _forward_of(owner: EnabledBlocks, path: str) -> _Block:
     return owner.forwards[path]
-
-
-def _difference(planned: Any, called: Any) -> str:
-    (before, leaves), (now, others) = planned, called
-    if before != now:
-        return "with other arguments"
-    there, here = next((a, b) for a, b in zip(leaves, others, strict=True) if a != b)
-    return f"with {here} for {there}"
 
 
 def _take_back(module: nn.Module, forward: Any) -> None:

@@ -28,6 +28,7 @@ _SWAPPED = r"The tensor attributes? ((\S+\.)?_flat_weights\[\d+\](, )?)+ w"  # o
 
 def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
     """The model as it runs eagerly; where that cannot be exported, as its libraries would have it exported."""
+    say_without_cache(model)
     own = _torch.fake_modes((*model.parameters(), *model.buffers(), *pytree.tree_leaves((args, kwargs))))
     errors: list[Exception] = []
     for way in (patches.specializing(_single_sequences(model, args, kwargs)), contextlib.nullcontext()):
@@ -90,17 +91,25 @@ def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
 @contextlib.contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
     """Leave a generation cache (transformers: `config.use_cache`) out of the training step: nothing there reads it."""
-    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    configs: dict[int, Any] = {id(c): c for c in found if getattr(c, "use_cache", None) is True}
-    if configs:
-        log.info("%s: the key-value cache is left out of training steps", type(model).__name__)
-    for config in configs.values():
+    configs = _caching(model)
+    for config in configs:
         config.use_cache = False
     try:
         yield
     finally:
-        for config in configs.values():
+        for config in configs:
             config.use_cache = True
+
+
+def say_without_cache(model: nn.Module) -> None:
+    """Say so if there is a cache to leave out."""
+    if _caching(model):
+        log.info("%s: the key-value cache is left out of training steps", type(model).__name__)
+
+
+def _caching(model: nn.Module) -> list[Any]:
+    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    return list({id(c): c for c in found if getattr(c, "use_cache", None) is True}.values())
 
 
 def _opaque_message(what: str) -> str:

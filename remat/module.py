@@ -1,9 +1,9 @@
 """The module that `remat.optimize` returns: it runs rewritten graphs and otherwise behaves as the module it came from.
 
 It shares the original's parameters, buffers and submodules (the same objects under the same names), its signature, its
-output type and its other attributes. For each kind of call (shapes, dtypes, constants, autocast, which parameters train) it
-captures and plans once, and plans once more for a step that adds to gradients. In `eval()` or without grad it runs the original
-forward, since there is nothing to save.
+output type and its other attributes, which are set on the original. For each kind of call (shapes, dtypes, constants, autocast,
+and the model's state: remat/state.py) it captures and plans once, and plans once more for a step that adds to gradients. In
+`eval()` or without grad it runs the original forward, since there is nothing to save.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import Any, Protocol
 import torch
 from torch import fx, nn
 
-from remat._torch import pytree
 from remat.assembly import Region, adopt, recompile_text_only, runnable
 from remat.capture import Captured
 from remat.errors import BudgetError, RematError
@@ -27,41 +26,21 @@ from remat.passes.regions import RegionGraph
 from remat.plan import Plan
 from remat.runtime import one_step
 from remat.shapes import dynamic_axes
+from remat.state import CallKey, call_key, device_type, flatten_call, keep, serves, tensors_of
 from remat.table import announce
+from remat.twin import is_hooks
 
 log = logging.getLogger("remat")
 ADDS = "Gradients are there already, to which this step adds."
 
 
-def flatten_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
-    """A call's leaves and their structure; keyword arguments in order of name."""
-    return pytree.tree_flatten((args, {name: kwargs[name] for name in sorted(kwargs)}))
-
-
-def leaves_key(flat: list[Any], spec: Any) -> Any:
-    """Equal for calls that a graph cannot tell apart."""
-    leaves = tuple(
-        (tuple(leaf.shape), leaf.dtype, leaf.device, leaf.requires_grad) if isinstance(leaf, torch.Tensor) else leaf
-        for leaf in flat
-    )
-    return spec, leaves
-
-
-def call_key(model: nn.Module, flat: list[Any], spec: Any) -> Any:
-    """Equal for calls of a model that one plan serves."""
-    device = device_type(model)
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    trains = tuple(p.requires_grad for p in model.parameters())
-    modes = tuple(m.training for m in model.modules())
-    return leaves_key(flat, spec), autocast, trains, modes
-
-
 @dataclass(frozen=True)
 class Variant:
-    """One rewritten graph: `run` takes the flat tensor inputs, and serves calls whose key is `key`. `adds` says whether
-    gradients were there already, to which the step adds its own: that takes another plan."""
+    """One rewritten graph: `run` takes the flat tensor inputs, and serves calls whose key is `key`, which speaks of `modules`.
+    `adds` says whether gradients were there already, to which the step adds its own: that takes another plan."""
 
-    key: Any
+    key: CallKey
+    modules: tuple[nn.Module, ...]
     adds: bool
     captured: Captured
     plan: Plan
@@ -83,12 +62,12 @@ class RematModule(fx.GraphModule):
 
     def __init__(self, original: nn.Module, build: Build, dynamic_shapes: Any = None) -> None:
         super().__init__(nn.Module(), fx.Graph(), f"Remat{type(original).__name__}")
-        self.__dict__["_original"] = original
-        self.__dict__["_build"] = build
-        self.__dict__["_variants"] = []
+        self._build = build
+        self._variants: list[Variant] = []
         self.plan: Plan | None = None
-        self.__dict__["_dynamic_shapes"] = dynamic_shapes
+        self._dynamic_shapes = dynamic_shapes
         self._said: set[str] = set() if dynamic_shapes is None else {"again"}
+        self.__dict__["_original"] = original  # from here on, names that are not here yet are the original's
         adopt(self, original)
         self.training = original.training
         signature = inspect.signature(original.forward)
@@ -105,6 +84,36 @@ class RematModule(fx.GraphModule):
             if original is None or name.startswith("__"):
                 raise
             return getattr(original, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._is_own(name):
+            super().__setattr__(name, value)
+            return
+        setattr(self._original, name, value)
+        self._show_modules()
+
+    def __delattr__(self, name: str) -> None:
+        if self._is_own(name):
+            super().__delattr__(name)
+            return
+        delattr(self._original, name)
+        self._show_modules()
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        self._original.add_module(name, module)
+        self._show_modules()
+
+    def _is_own(self, name: str) -> bool:
+        """True for what GraphModule and this class set, and for private names of others that wrap this module."""
+        original = self.__dict__.get("_original")
+        if original is None or name in self.__dict__ or hasattr(type(self), name):
+            return True
+        return name.startswith("_") and not hasattr(original, name)
+
+    def _show_modules(self) -> None:
+        """The original's submodules as they are now, and the regions of the graph that is shown."""
+        regions = {name: child for name, child in self._modules.items() if isinstance(child, Region)}
+        self._modules = {**self._original._modules, **regions}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.training or not torch.is_grad_enabled():
@@ -133,7 +142,8 @@ class RematModule(fx.GraphModule):
         inspect.signature(self._original.forward).bind(*args, **kwargs)  # a wrong call is a TypeError, as it always was
         if self._dynamic_shapes is not None:
             dynamic_axes(self._original, args, kwargs, self._dynamic_shapes)  # raises for axes that this call does not have
-        key = call_key(self._original, *flatten_call(args, kwargs))
+        flat, spec = flatten_call(args, kwargs)
+        key = self._key(flat, spec)
         known = next((variant.captured for variant in self._variants if variant.key == key), None)
         try:
             captured, plan, outer, regions = self._build(self._original, args, kwargs, known)
@@ -142,24 +152,26 @@ class RematModule(fx.GraphModule):
                 error.args = (f"{error} {ADDS}",)
             raise
         run = runnable(self._original, captured, outer, regions)
-        variant = Variant(key, self._adds(), captured, plan, outer, regions, run)
-        self._variants.append(variant)
+        key, modules = self._key(flat, spec), tuple(self._original.modules())  # anew: a forward may count its calls
+        variant = Variant(key, modules, self._adds(), captured, plan, outer, regions, run)
+        keep(self._variants, variant, "" if self._dynamic_shapes is not None else type(self._original).__name__)
         self._show(variant)
         announce(variant.plan)
         return variant
 
     def _show(self, variant: Variant) -> None:
-        for name in [name for name in self._modules if name.startswith("region_")]:
-            del self._modules[name]
-        for name, child in variant.run._modules.items():
-            if isinstance(child, Region):
-                self._modules[name] = child
+        regions = {name: child for name, child in variant.run._modules.items() if isinstance(child, Region)}
+        self._modules = {**self._original._modules, **regions}
         self.plan = variant.plan
         self.graph = variant.run.graph
 
     def _find(self, flat: list[Any], spec: Any) -> Variant | None:
-        key, adds = call_key(self._original, flat, spec), self._adds()
-        return next((variant for variant in self._variants if variant.key == key and variant.adds == adds), None)
+        key, adds = self._key(flat, spec), self._adds()
+        return next((v for v in self._variants if v.adds == adds and serves(v.key, v.modules, key)), None)
+
+    def _key(self, flat: list[Any], spec: Any) -> CallKey:
+        modules = tuple(self._original.modules())
+        return call_key(flat, spec, device_type(self), modules, tensors_of(modules))
 
     def _adds(self) -> bool:
         return any(p.grad is not None for p in self._original.parameters())
@@ -175,26 +187,36 @@ class RematModule(fx.GraphModule):
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RematModule:
-        twin = RematModule(copy.deepcopy(self._original, memo), self._build)
+        twin = RematModule(copy.deepcopy(self._original, memo), self._build, self._dynamic_shapes)
         memo[id(self)] = twin
-        twin.__dict__["_forward_hooks"] = copy.deepcopy(self._forward_hooks, memo)
+        twin.__dict__.update(copy.deepcopy(self._own_state(), memo))
+        now, modules = tuple(self._original.modules()), tuple(twin._original.modules())
         for v in self._variants:
-            run = runnable(twin._original, v.captured, v.outer, v.regions)
-            twin._variants.append(Variant(v.key, v.adds, v.captured, v.plan, v.outer, v.regions, run))
+            if v.modules == now:
+                key = v.key._replace(modules=tuple(map(id, modules)))
+                run = runnable(twin._original, v.captured, v.outer, v.regions)
+                twin._variants.append(Variant(key, modules, v.adds, v.captured, v.plan, v.outer, v.regions, run))
         if twin._variants:
             twin._show(twin._variants[-1])
         return twin
 
     def __copy__(self) -> RematModule:
-        return RematModule(self._original, self._build)
+        twin = RematModule(self._original, self._build, self._dynamic_shapes)
+        twin.__dict__.update(self._own_state())
+        return twin
 
     def __reduce__(self) -> Any:
         """Pickled as the original module and how to plan; the graph is captured again at the first call."""
-        return _unpickle, (self._original, self._build, self.plan)
+        return _unpickle, (self._original, self._build, self._dynamic_shapes, self.plan), self._own_state()
+
+    def _own_state(self) -> dict[str, Any]:
+        """What a copy takes over: hooks, and what has been said."""
+        hooks = {name: value for name, value in self.__dict__.items() if is_hooks(name, value)}
+        return {**hooks, "_is_full_backward_hook": self._is_full_backward_hook, "_said": set(self._said)}
 
 
-def _unpickle(original: nn.Module, build: Build, plan: Plan | None) -> RematModule:
-    module = RematModule(original, build)
+def _unpickle(original: nn.Module, build: Build, dynamic_shapes: Any, plan: Plan | None) -> RematModule:
+    module = RematModule(original, build, dynamic_shapes)
     module.plan = plan
     return module
 
@@ -207,9 +229,3 @@ def _with_signature(forward: Any, signature: inspect.Signature) -> Any:
     parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY), *signature.parameters.values()]
     wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return wrapped
-
-
-def device_type(module: nn.Module) -> str:
-    """Of the device that the model is on."""
-    parameter = next(module.parameters(), None)
-    return parameter.device.type if parameter is not None else "cpu"

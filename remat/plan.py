@@ -17,8 +17,6 @@ from remat.errors import RematError
 from remat.program import KINDS, Decision, Link
 from remat.replay import Moment
 
-FITS, SOURCE, PINNED = "it fits", "others are recomputed from it", "pinned"  # reasons that leave a choice
-
 
 @dataclass(frozen=True)
 class Activation:
@@ -27,6 +25,7 @@ class Activation:
     bytes: of its storage. cost_us: time to compute it once. reads: the values that this takes. reason: why this decision.
     module: path of the module that made it. source: file and line of the user's code.
     idle: the moments of the timeline, [first, last), between forward's last use of it and the next one or its recompute.
+    ways: the decisions that can be carried out for it.
     """
 
     name: str
@@ -41,6 +40,7 @@ class Activation:
     module: str
     source: str
     idle: tuple[int, int] = (0, 0)
+    ways: tuple[Decision, ...] = (Decision.SAVE,)
 
 
 @dataclass(frozen=True)

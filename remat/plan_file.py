@@ -15,7 +15,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from remat.errors import RematError
 from remat.plan import Plan
 
-FORMAT = 5
+FORMAT = 6
 _JSON_TYPES = {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null"}
 
 

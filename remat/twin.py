@@ -86,7 +86,7 @@ class Twin:
         self._modules[id(module)] = twin
         twin.__dict__.update(module.__dict__)
         for name, hooks in module.__dict__.items():
-            if _is_hooks(name, hooks):
+            if is_hooks(name, hooks):
                 twin.__dict__[name] = type(hooks)((k, h) for k, h in hooks.items() if not _shards(h))
         forward = twin.__dict__.pop("forward", None)
         if isinstance(forward, types.MethodType) and forward.__self__ is module:
@@ -114,7 +114,8 @@ class Twin:
         return fake
 
 
-def _is_hooks(name: str, value: Any) -> bool:
+def is_hooks(name: str, value: Any) -> bool:
+    """True for an attribute in which a module keeps hooks."""
     return name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and isinstance(value, dict)
 
 
@@ -127,7 +128,7 @@ def imitate(twin: nn.Module, model: nn.Module) -> None:
     the model itself runs."""
     for name, value in model.__dict__.items():
         if name not in ("forward", "_remat", "training"):
-            twin.__dict__[name] = type(value)() if _is_hooks(name, value) else value
+            twin.__dict__[name] = type(value)() if is_hooks(name, value) else value
 
 
 def without_hooks(module: nn.Module) -> nn.Module:

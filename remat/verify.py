@@ -14,8 +14,8 @@ from remat._torch import backward_start_ns, pytree
 from remat.budget import format_bytes
 from remat.errors import RematError
 from remat.measure import live_bytes, profiled, reachable, resident_storages
-from remat.module import RematModule
 from remat.plan import Plan
+from remat.planned import is_planned, only_plan
 from remat.program import KINDS
 from remat.table import aligned
 
@@ -85,7 +85,7 @@ def verify(
     Args:
         model_or_step: a function that takes the step (forward and backward, nothing more), or a model, whose step is a call
             with `args` and `kwargs` and the backward of its loss: `output.loss`, else the sum of what it returns.
-        plan: by default that of the module, as `remat.optimize` made it.
+        plan: by default that of the model, from `remat.optimize`, under `remat.enable` or compiled with backend "remat".
 
     The step starts with gradients only if the plan counts them as resident; those that are there are put back afterwards.
     Buffers change as they do in any step.
@@ -93,9 +93,9 @@ def verify(
     Raises RematError when there is no plan, or no backward.
     """
     if plan is None:
-        plan = model_or_step.plan if isinstance(model_or_step, RematModule) else None
-        if plan is None:
-            raise RematError("there is no plan to hold the step against: pass plan=, or a module from remat.optimize")
+        if not is_planned(model_or_step):
+            raise RematError("there is no plan to hold the step against: pass plan=, or a model that remat trains")
+        plan = only_plan(model_or_step)
     step = _Step(model_or_step, args, dict(kwargs or {})) if isinstance(model_or_step, nn.Module) else model_or_step
     leaves = {id(t): t for t in reachable(step) if t.is_leaf and t.requires_grad}.values()
     before = [leaf.grad for leaf in leaves]

@@ -73,10 +73,23 @@ def test_plans_differ_in_figures_and_decisions() -> None:
     assert found.decisions[some(Decision.RECOMPUTE)] == ("recompute", "save")
 
 
+@pytest.mark.parametrize("host", [0, "1GiB"])
+def test_the_ways_are_those_that_can_be_carried_out(host: object) -> None:
+    model, kwargs = llama(layers=1)
+    plan = remat.plan(model.train(), (), kwargs, budget=None, host_budget=host)
+    ways = {a.name: explain_value(plan, a.name).alternatives for block in plan.blocks for a in block.activations}
+    found = {name: tuple(way.decision for way in alternatives) for name, alternatives in ways.items()}
+    moved = (Decision.OFFLOAD,) if plan.link is not None else ()
+    assert (Decision.SAVE, Decision.RECOMPUTE, *moved) in found.values()
+    for activation in (a for block in plan.blocks for a in block.activations):
+        if activation.reason == HELD:
+            assert found[activation.name] == (Decision.SAVE,)
+
+
 def test_what_can_only_be_saved_has_no_alternative() -> None:
     plan, name = step()[2], some(Decision.SAVE)
     block = next(block for block in plan.blocks if name in {a.name for a in block.activations})
-    fixed = tuple(dataclasses.replace(a, reason=HELD) if a.name == name else a for a in block.activations)
+    fixed = tuple(dataclasses.replace(a, ways=(Decision.SAVE,)) if a.name == name else a for a in block.activations)
     blocks = tuple(dataclasses.replace(b, activations=fixed) if b is block else b for b in plan.blocks)
     (only,) = explain_value(dataclasses.replace(plan, blocks=blocks), name).alternatives
     assert only.is_chosen

@@ -201,6 +201,42 @@ def test_deepcopy_is_independent() -> None:
     assert_same_gradients(gradients_of(twin, x), expected)
 
 
+def _before(module: nn.Module, args: Any) -> Any:
+    return (args[0] + 1,)
+
+
+def _doubled(module: nn.Module, args: Any, kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
+    return output * 2
+
+
+def _halved(module: nn.Module, grads: Any, outputs: Any) -> Any:
+    return None
+
+
+def _noted(module: nn.Module, state: dict[str, Any], *_: Any) -> None:
+    state["noted"] = torch.ones(1)
+
+
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, copy.copy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deep", "copy", "pickle"]
+)
+def test_copies_keep_hooks(way: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model, x = mlp(dropout=0.0)
+    module = remat.optimize(model, (x,), budget=None, dynamic_shapes={"x": {0: torch.export.Dim("rows")}})
+    module.register_forward_pre_hook(_before)
+    module.register_forward_hook(_doubled, with_kwargs=True)
+    module.register_full_backward_hook(_halved)
+    module.register_state_dict_post_hook(_noted)
+    twin = way(module)
+    assert torch.equal(twin(x), module(x))
+    assert torch.equal(twin(x), 2 * model(x + 1))
+    assert list(twin._backward_hooks.values()) == [_halved]
+    assert "noted" in twin.state_dict()
+    with caplog.at_level(logging.INFO, logger="remat"):
+        twin(x[:8])
+    assert not [r for r in caplog.records if "plans again" in r.getMessage()]
+
+
 @pytest.mark.parametrize("how", ["pickle", "torch.save"])
 def test_round_trip(how: str) -> None:
     _, x, module = small()
@@ -493,3 +529,14 @@ def test_a_generation_cache_is_left_out_of_training() -> None:
     module = remat.optimize(model, (), kwargs, budget=None)
     assert module(**kwargs).past_key_values is None
     assert model.config.use_cache
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_that_the_cache_is_left_out_is_said_once(whole: bool, caplog: pytest.LogCaptureFixture) -> None:
+    model, kwargs = llama(layers=1)
+    model.train().config.use_cache = True
+    remat.enable(model, None, whole_model=whole, policy="none")
+    with caplog.at_level(logging.INFO, logger="remat"):
+        for _ in range(3):
+            gradients_of(model, **kwargs)
+    assert len([r for r in caplog.records if "cache is left out" in r.getMessage()]) == 1

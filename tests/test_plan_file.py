@@ -70,7 +70,7 @@ def test_files_meet_the_published_schema(which: int) -> None:
         ('"text"', "no format"),
         ('{"format": "3"}', "no format"),
         ('{"format": 1}', "format 1, of an older remat"),
-        ('{"format": 99}', "format 99, of a newer remat; this one reads 5. Update"),
+        ('{"format": 99}', f"format 99, of a newer remat; this one reads {FORMAT}. Update"),
         (f'{{"format": {FORMAT}, "blocks": [{{}}]}}', "missing"),
     ],
 )

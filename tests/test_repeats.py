@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import remat
+from remat.alternatives import explain_value
 from remat.menus import make_menus
 from remat.planner import Solution
 from remat.solvers.moves import repeatable
@@ -71,6 +72,9 @@ def test_the_smallest_budget_needs_repeats() -> None:
     assert again == smallest
     (wide,) = (a for block in again.blocks for a in block.activations if a.name == smallest.repeats[0][0])
     assert "until backward first reads it" in wide.reason
+    ways = {way.decision: way for way in explain_value(again, wide.name).alternatives}
+    assert remat.Decision.RECOMPUTE in ways
+    assert ways[remat.Decision.SAVE].is_chosen
     for plan in (None, again):
         module = remat.optimize(model, (), kwargs, budget=smallest.peak_bytes, plan=plan)
         assert module.plan.repeats == smallest.repeats

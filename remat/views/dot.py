@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from remat.errors import RematError
 from remat.passes.provenance import module_path
+from remat.planned import plans_of
 from remat.session import CompiledPlan
 
 _FILL = {
@@ -22,20 +23,34 @@ _FILL = {
 }
 
 
-def to_dot(graph: fx.GraphModule | CompiledPlan) -> str:
-    """A graph of remat in DOT: a module from `optimize`, or a compiled plan, whose two graphs stand side by side.
+def to_dot(graph: Any) -> str:
+    """Graphs of remat in DOT: of a model from `optimize` or `torch.compile`, or under `enable`, or of a compiled plan. Several
+    stand side by side: forward and backward, blocks.
 
-    Orange ops are computed again in backward, blue ones saved. Raises RematError for a module that has captured nothing yet.
+    Orange ops are computed again in backward, blue ones saved. Raises RematError for a model that has captured nothing yet, and
+    for one that remat does not train.
     """
-    lines = ["digraph remat {", ' node [shape=box, style=filled, fillcolor=white, fontname="sans-serif", fontsize=10];']
     if isinstance(graph, CompiledPlan):
-        for name, half in (("forward", graph.forward), ("backward", graph.backward)):
-            lines += [*_frame(name, f"{name}/", half)]
-        lines += _between(graph)
-    else:
-        if not any(node.op != "placeholder" for node in graph.graph.nodes):
-            raise RematError("nothing is captured yet, so there is no graph; call the module once, or give optimize() inputs")
-        lines += _graph(graph, "")
+        return dot_of({"forward": graph.forward, "backward": graph.backward})
+    if isinstance(graph, fx.GraphModule):
+        return dot_of({"": graph})
+    found = plans_of(graph)
+    if len(found) == 1:
+        return dot_of(found[0].graphs)
+    return dot_of({f"{i}/{name}": each for i, planned in enumerate(found) for name, each in planned.graphs.items()})
+
+
+def dot_of(graphs: Mapping[str, fx.GraphModule]) -> str:
+    """Graphs in DOT, several in frames with their names."""
+    lines = ["digraph remat {", ' node [shape=box, style=filled, fillcolor=white, fontname="sans-serif", fontsize=10];']
+    if not any(node.op != "placeholder" for graph in graphs.values() for node in graph.graph.nodes):
+        raise RematError("nothing is captured yet, so there is no graph; call the module once, or give optimize() inputs")
+    for name, module in graphs.items():
+        lines += _graph(module, "") if len(graphs) == 1 else _frame(name, f"{name}/", module)
+    for name in graphs:
+        half = f"{name.removesuffix('forward')}backward"
+        if name.endswith("forward") and half in graphs:
+            lines += _between(graphs, name, half)
     return "\n".join([*lines, "}"]) + "\n"
 
 
@@ -54,12 +69,12 @@ def _graph(module: fx.GraphModule, prefix: str) -> Iterator[str]:
             yield f" {_quoted(prefix + source.name)} -> {_quoted(prefix + node.name)};"
 
 
-def _between(graph: CompiledPlan) -> Iterator[str]:
+def _between(graphs: Mapping[str, fx.GraphModule], forward: str, backward: str) -> Iterator[str]:
     """What backward takes over from forward has the same name there."""
-    made = {node.name for node in graph.forward.graph.nodes}
-    for node in graph.backward.graph.find_nodes(op="placeholder"):
+    made = {node.name for node in graphs[forward].graph.nodes}
+    for node in graphs[backward].graph.find_nodes(op="placeholder"):
         if node.name in made:
-            yield f" {_quoted(f'forward/{node.name}')} -> {_quoted(f'backward/{node.name}')} [style=dashed];"
+            yield f" {_quoted(f'{forward}/{node.name}')} -> {_quoted(f'{backward}/{node.name}')} [style=dashed];"
 
 
 def _label(node: fx.Node) -> str:

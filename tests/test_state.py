@@ -1,0 +1,225 @@
+"""A model that changes after it was captured is captured again: graphs hold its attributes, hooks and submodules."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import remat
+from remat import state
+
+
+class Scaled(nn.Module):
+    """Counts its calls, as models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Dropout(0.0)) for _ in range(2))
+        self.scale: Any = 1.0
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        for layer in self.layers:
+            x = layer(x)
+        return (x * self.scale).sum()
+
+
+def doubled(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+    return output * 2
+
+
+def _scale(m: Any) -> None:
+    m.scale = 10.0
+
+
+def _integer_scale(m: Any) -> None:
+    m.scale = 1
+
+
+def _dropout(m: Any) -> None:
+    m.layers[0][2].p = 0.5
+
+
+def _hook(m: Any) -> None:
+    m.layers[1].register_forward_hook(doubled)
+
+
+def _layers(m: Any) -> None:
+    torch.manual_seed(7)
+    m.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(3))
+
+
+def _layer(m: Any) -> None:
+    m.layers[1] = nn.Identity()
+
+
+def _dtype(m: Any) -> None:
+    m.double()
+
+
+def _slope(m: Any) -> None:
+    m.layers[0][1] = nn.Hardtanh()
+
+
+CHANGES = [_scale, _integer_scale, _dropout, _hook, _layers, _layer, _dtype, _slope]
+IN_PLACE = [_scale, _dropout, _hook, _dtype]  # the others replace modules, which enabled models refuse
+
+
+def scaled() -> tuple[Scaled, torch.Tensor]:
+    torch.manual_seed(0)
+    return Scaled(), torch.randn(4, 8)
+
+
+def step(model: Any, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    model.zero_grad()
+    torch.manual_seed(1)
+    loss = model(x.to(next(model.parameters()).dtype))
+    loss.backward()
+    return loss.detach(), [p.grad for p in model.parameters()]
+
+
+def assert_same_step(model: Any, plain: Any, x: torch.Tensor) -> None:
+    (loss, gradients), (expected, wanted) = step(model, x), step(plain, x)
+    assert torch.equal(loss, expected)
+    for a, b in zip(gradients, wanted, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("change", "on"), [*((change, "the module") for change in CHANGES), (_scale, "the original"), (_layers, "the original")]
+)
+def test_a_change_after_capture_counts(change: Any, on: str) -> None:
+    model, x = scaled()
+    plain = copy.deepcopy(model)
+    module = remat.optimize(model, (x,), budget=None)
+    assert_same_step(module, plain, x)
+    change(module if on == "the module" else model)
+    change(plain)
+    assert_same_step(module, plain, x)
+    assert list(module.state_dict()) == list(plain.state_dict())
+    with torch.no_grad():
+        module.eval(), plain.eval()
+        x = x.to(plain.layers[0][0].weight.dtype)
+        assert torch.equal(module(x), plain(x))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("change", IN_PLACE)
+def test_a_change_of_an_enabled_model_counts(change: Any, whole: bool) -> None:
+    model, x = scaled()
+    plain = copy.deepcopy(model)
+    remat.enable(model, None, whole_model=whole, policy="none")
+    assert_same_step(model, plain, x)
+    change(model), change(plain)
+    assert_same_step(model, plain, x)
+
+
+@pytest.mark.parametrize("way", ["optimize", "whole", "blocks"])
+def test_a_forward_that_counts_its_calls_is_captured_once(way: str) -> None:
+    model, x = scaled()
+    if way == "optimize":
+        module: Any = remat.optimize(model, budget=None)
+    else:
+        module = remat.enable(model, None, whole_model=way == "whole", policy="none")
+    step(module, x)
+    plan = remat.plan_of(module)
+    for _ in range(3):
+        step(module, x)
+    assert remat.plan_of(module) is plan
+
+
+def test_going_back_takes_the_graph_that_is_there() -> None:
+    model, x = scaled()
+    module = remat.optimize(model, (x,), budget=None)
+    first = module.plan
+    for scale in (2.0, 1.0):
+        module.scale = scale
+        step(module, x)
+    assert module.plan is first
+    assert len(module._variants) == 2
+
+
+def test_what_is_set_on_a_module_is_set_on_the_original() -> None:
+    model, x = scaled()
+    module = remat.optimize(model, (x,), budget=None, policy="blocks")
+    regions = [name for name, _ in module.named_children() if name.startswith("region_")]
+    assert regions
+    module.scale = 3.0
+    module.extra = nn.Linear(8, 8)
+    module.add_module("other", nn.Tanh())
+    module.weight = nn.Parameter(torch.ones(2))
+    module._mark = 1  # of a library that wraps modules
+    assert model.scale == module.scale == 3.0
+    assert model.extra is module.extra
+    assert model.other is module.other
+    assert model.weight is module.weight
+    assert not hasattr(model, "_mark")
+    assert [name for name, _ in module.named_children() if name.startswith("region_")] == regions
+    del module.extra, module.scale
+    assert not hasattr(model, "extra")
+    assert not hasattr(module, "scale")
+    assert list(module.state_dict()) == list(model.state_dict())
+
+
+def test_a_copy_does_not_take_an_old_graph_for_a_changed_model() -> None:
+    model, x = scaled()
+    module = remat.optimize(model, (x,), budget=None)
+    twin = copy.deepcopy(module)
+    assert_same_step(twin, model, x)
+    assert len(twin._variants) == 1
+    _scale(module)
+    assert_same_step(copy.deepcopy(module), model, x)
+    _layers(module)
+    assert_same_step(copy.deepcopy(module), model, x)
+
+
+@pytest.mark.usefixtures("_dynamo")
+def test_a_change_of_a_compiled_module_is_seen() -> None:
+    model, x = scaled()
+    module = remat.optimize(model, (x,), budget=None)
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), model(x))
+    for change in (_scale, _hook):
+        change(module)
+        module(x)
+        assert torch.equal(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_many_captures_are_said_once_and_bounded(
+    whole: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state, "KEPT", 9)
+    model, x = scaled()
+    remat.enable(model, None, whole_model=whole, policy="none")
+    dropout = model.layers[0][2]
+    with caplog.at_level(logging.WARNING, logger="remat"):
+        for i in range(11):
+            dropout.p = i / 20
+            step(model, x)
+    (said,) = [r.getMessage() for r in caplog.records if "captured and planned 8 times" in r.getMessage()]
+    assert "Dropout.p" in said
+    kept = model._remat._step._variants if whole else model._remat._variants
+    assert len(kept) == 9
+
+
+def test_arguments_of_other_types_are_other_calls() -> None:
+    class Times(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor, ids: torch.Tensor, by: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.linear(x).sum(), ids * by
+
+    model, ids = Times(), torch.arange(3)
+    module = remat.optimize(model, budget=None)
+    for by in (1, 1.0):
+        assert module(torch.ones(2, 4), ids, by)[1].dtype == model(torch.ones(2, 4), ids, by)[1].dtype
