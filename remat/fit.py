@@ -94,12 +94,12 @@ def fit(
     trials = _Trials(question)
     try:
         low, high, limit = _largest(trials, question.start, dim)
+        if limit and question.guessed and {*trials.at} == {question.start}:
+            trials.room(max(question.start // 2, 1))  # is it the largest, or the only one?
     except CaptureError as error:  # at a size smaller than the example's, or at that
         if question.guessed and trials.at:
             raise _only_as_given(question, str(error)) from error
         raise
-    if limit and question.guessed and {*trials.at} == {question.start}:
-        raise _only_as_given(question, limit)
     if not low:
         raise _nothing_fits(question, trials.at[1])
     best, following = trials.at[low], trials.at.get(high)
@@ -158,8 +158,7 @@ def _only_as_given(question: _Question, reason: str) -> RematError:
     return RematError(
         f"the model runs at {dim} {question.start * question.multiple_of}, the example's, and at no other: "
         f"{reason.splitlines()[0]} By default {dim!r} is one axis of each input; where more axes grow with it, as in a mask, "
-        f"name them all with dynamic_shapes={{'mask': {{2: {dim!r}, 3: {dim!r}}}, ...}}. If this is all that the model takes, "
-        "dynamic_shapes= says so too."
+        f"name them all with dynamic_shapes={{'mask': {{2: {dim!r}, 3: {dim!r}}}, ...}}."
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 import remat
 from remat.shapes import named_axes, resized
@@ -105,6 +106,25 @@ def test_an_axis_that_was_left_out_is_no_limit() -> None:
             remat.fit(model, inputs, budget=budget, dim="seq")
     shapes = {"x": {1: "seq"}, "mask": {2: "seq", 3: "seq"}}
     assert remat.fit(model, inputs, budget=2 * least, dim="seq", dynamic_shapes=shapes).size > 8
+
+
+class Placed(Mlp):
+    """With positions up to 8, and no more."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=1)
+        self.positions = nn.Parameter(torch.zeros(8, 32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[1] > len(self.positions):
+            raise ValueError("too long")
+        return super().forward(x + self.positions[: x.shape[1]])
+
+
+def test_the_largest_size_that_a_model_takes_may_be_the_examples() -> None:
+    found = remat.fit(Placed().train(), (torch.randn(2, 8, 32),), budget="1GiB", dim="seq")
+    assert found.size == 8
+    assert "too long" in found.limit
 
 
 def test_bad_input() -> None:
