@@ -166,7 +166,7 @@ def _block(
             idle = min(value.last_forward + 1, again), again  # empty for one that somebody holds to the end
             activations.append(dataclasses.replace(activation, idle=idle))
     repeated = [p for p in solution.replay.recomputed if start <= p < stop]
-    recompute_us = sum(program.forward[p].cost_us + program.forward[p].launch_us for p in repeated)
+    recompute_us = sum(program.forward[p].again_us for p in repeated)
     key = [(a.op, a.shape, a.dtype, a.decision) for a in activations]
     return Block(
         f"block_{index}",

@@ -54,7 +54,7 @@ def timing(program: Program, schedule: Sequence[tuple[int, bool]], trips: Sequen
             clock.wait(back.ends[trip.value])
         op = program.op_at(position)
         start = clock.now
-        clock.now += op.cost_us + (op.launch_us if again else 0.0)
+        clock.now += op.again_us if again else op.cost_us
         ops.append((start, clock.now))
         for trip in leaving.get(index, ()):
             out.copy(clock, trip.value, program.values[trip.value].bytes)

@@ -42,7 +42,7 @@ class Decision(str, Enum):
 class Op(NamedTuple):
     """One kernel. `inputs`, in the order in which they are computed again, and `outputs` index `Program.values`.
 
-    Recomputing it costs `cost_us + launch_us`, and holds `state_bytes` (random state) from its first run to the second. `pin`
+    Recomputing it takes `again_us`, and holds `state_bytes` (random state) from its first run to the second. `pin`
     is the decision for its results where a person has made it. `origin` is the forward op whose gradient a backward op is for,
     -1 where unknown.
     """
@@ -56,6 +56,10 @@ class Op(NamedTuple):
     state_bytes: int = 0
     pin: Decision | None = None
     origin: int = -1
+
+    @property
+    def again_us(self) -> float:
+        return self.cost_us + self.launch_us
 
 
 class Value(NamedTuple):

@@ -43,7 +43,7 @@ def simulate(
         tuple(step.entries),
         tuple(_live_bytes(program, step.entries, spans)),
         sum(value.bytes for value, is_kept in zip(program.values, step.kept, strict=True) if is_kept) - host_bytes,
-        sum(op.cost_us + op.launch_us for op in recomputed),
+        sum(op.again_us for op in recomputed),
         host_bytes,
         timing(program, step.entries, in_order).lost_us if trips else 0.0,
         tuple(v for v, is_kept in enumerate(step.kept) if is_kept),

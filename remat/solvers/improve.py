@@ -56,7 +56,7 @@ def _fill(program: Program, dropped: frozenset[int], replay: Replay, budget_byte
 
 def _gain(program: Program, op: int) -> float:
     total = sum(program.values[v].bytes for v in program.forward[op].outputs)
-    return (program.forward[op].cost_us + program.forward[op].launch_us) / max(total, 1)
+    return program.forward[op].again_us / max(total, 1)
 
 
 def prune(program: Program, dropped: frozenset[int], repeats: Collection[int] = ()) -> frozenset[int]:

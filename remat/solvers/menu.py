@@ -216,7 +216,7 @@ def _items(block: Program) -> tuple[Items, list[int]]:
                 max(sum(v.bytes for v in vs if v.reads), max(v.bytes for v in vs) if not any(v.reads for v in vs) else 0)
                 for vs in outputs
             ],
-            cost_us=[block.forward[p].cost_us + block.forward[p].launch_us for p in positions],
+            cost_us=[block.forward[p].again_us for p in positions],
             inputs=[[index[block.values[v].op] for v in block.forward[p].inputs] for p in positions],
             needed=[any(v.reads for v in vs) for vs in outputs],
             banned=[

@@ -47,11 +47,6 @@ def repeatable(program: Program) -> frozenset[int]:
     return frozenset(found)
 
 
-def op_us(op: Op) -> float:
-    """Time of computing an op again, launch included."""
-    return op.cost_us + op.launch_us
-
-
 class Moves:
     """The steps that a program allows."""
 
@@ -70,18 +65,18 @@ class Moves:
                 continue
             freed = 0 if p in found.dropped else uses.freed_bytes(op, highest, is_saved=True)
             for group in self._around(p, found, kept) if freed else ():
-                us = sum(op_us(program.forward[q]) for q in group)
+                us = sum(program.forward[q].again_us for q in group)
                 priced.append((us / freed, Move(group)))
                 gone = self._gone_between(group, found, uses)
                 if gone:
-                    us += sum(op_us(program.forward[q]) for q, _ in gone)
+                    us += sum(program.forward[q].again_us for q, _ in gone)
                     priced.append((us / freed, Move(group, gone)))
             freed = uses.freed_bytes(op, highest, is_saved=False) if p in self.repeatable else 0
             rounds = uses.rounds(op, highest)
             more = rounds - found.repeats.get(p, 0)
             for group in self._around(p, found, kept) if freed and more > 0 else ():
                 more_dropped = (group if program.saved_stay else group - {p}) - found.dropped
-                us = more * op_us(op) + sum(op_us(program.forward[q]) for q in more_dropped)
+                us = more * op.again_us + sum(program.forward[q].again_us for q in more_dropped)
                 rounds_of = ((q, max(rounds, found.repeats.get(q, 0))) for q in sorted(group & self.repeatable))
                 priced.append((us / freed, Move(more_dropped, tuple(rounds_of))))
         return [move for _, move in sorted(priced, key=lambda pair: (pair[0], sorted(pair[1].dropped), pair[1].repeats))]

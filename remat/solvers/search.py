@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from remat.program import Decision, Program
 from remat.simulate import simulate
 from remat.solvers.improve import prune
-from remat.solvers.moves import Found, Moves, op_us
+from remat.solvers.moves import Found, Moves
 
 EFFORT = 300_000  # ops replayed by one search: about half a second
 _TRIED = 10  # groups replayed at each step towards fitting
@@ -128,7 +128,7 @@ class _Task:
     def undoings(self, start: Found) -> Iterator[tuple[frozenset[int], random.Random | None]]:
         """Sets of dropped ops to save instead: each alone, dearest first, then random ones."""
         free = [p for p, op in enumerate(self.program.forward) if p not in self.fixed and op.pin is None]
-        for p in sorted(start.decided.intersection(free), key=lambda p: -op_us(self.program.forward[p])):
+        for p in sorted(start.decided.intersection(free), key=lambda p: -self.program.forward[p].again_us):
             yield frozenset([p]), None
         dice = random.Random(0)
         while free:
@@ -170,7 +170,7 @@ class _Task:
 
     def _undone(self, found: Found) -> Iterator[Found]:
         """With one decision less: an op's results saved, made again once less, or kept until backward first asks for them."""
-        for p in sorted(found.decided, key=lambda p: -op_us(self.program.forward[p])):
+        for p in sorted(found.decided, key=lambda p: -self.program.forward[p].again_us):
             if self.program.forward[p].pin is not None:
                 continue
             yield self.without(found, frozenset([p]))

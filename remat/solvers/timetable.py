@@ -38,7 +38,7 @@ def timetable(
 def _times(program: Program, replay: Replay) -> list[float]:
     n = len(program.forward)
     ops = [(program.forward[p] if p < n else program.backward[p - n], again) for p, again in replay.schedule]
-    return [op.cost_us + (op.launch_us if again else 0.0) for op, again in ops]
+    return [op.again_us if again else op.cost_us for op, again in ops]
 
 
 def _leave(program: Program, replay: Replay, ends: Sequence[float], moves: dict[int, Move]) -> dict[int, Move]:
