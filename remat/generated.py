@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from remat.describe import resident_storages
+from remat.inductor_memory import Memory
 from remat.plan import Block, Plan, Storage
 from remat.replay import Moment, Replay, Span, by_kind
-from remat.wrapper import Memory
 
 
 @dataclass(frozen=True)

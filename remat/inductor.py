@@ -17,12 +17,12 @@ from torch import fx
 
 from remat import _torch, patches
 from remat._torch import V
-from remat.choices import LocalFusion, SparingFusion, can_wait
 from remat.errors import RematError
 from remat.generated import GeneratedStep
+from remat.inductor_fusion import LocalFusion, SparingFusion, can_wait
+from remat.inductor_memory import Headroom, Memory, Surroundings, memory_of_inputs, run_allocations, subgraph_peak_bytes
 from remat.ops import OFFLOAD, RELOAD
 from remat.passes.aliasing import results
-from remat.wrapper import Headroom, Memory, Surroundings, memory_of_inputs, run_allocations, subgraph_peak_bytes
 
 
 class _Partitioner(_torch.CustomPartitionerFn):

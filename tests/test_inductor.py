@@ -16,11 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import remat
 from remat._torch import wrapper_code
-from remat.choices import LocalFusion
 from remat.compilation import Compilation, _Exceeded
 from remat.inductor import _Reading
+from remat.inductor_fusion import LocalFusion
+from remat.inductor_memory import Headroom
 from remat.session import Options, Session
-from remat.wrapper import Headroom
 from tests.models import llama, mlp
 from tests.steps import Outcome, assert_close_gradients, refused, run_step
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from remat import choices
-from remat.choices import LocalFusion
+from remat.inductor_fusion import LocalFusion
 
 
 class Kernel:
