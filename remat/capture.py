@@ -81,6 +81,9 @@ def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if _torch.is_traceable_wrapper_subclass(tensor):
             raise CaptureError(f"{name} is a {type(tensor).__name__}, which a graph of plain tensors cannot hold; {DOOR_2}")
+    for path, part in model.named_modules():
+        if path and (part._backward_hooks or part._backward_pre_hooks):
+            raise CaptureError(f"{path} has a backward hook, which an exported graph does not keep; take it off")
     exported = export(model, args, kwargs)
     module, constant_outputs = _flat_module(exported, flat)
     inputs = tuple(leaf for leaf in flat if isinstance(leaf, torch.Tensor))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import random
 import sys
 import traceback
 import warnings
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -23,21 +25,24 @@ log = logging.getLogger("remat")
 
 DOOR_2 = 'torch.compile(model, backend="remat", options={"budget": ...}) handles this'
 _OURS = (Path(torch.__file__).parent, Path(__file__).parent)
-_SWAPPED = r"The tensor attributes? ((\S+\.)?_flat_weights\[\d+\](, )?)+ w"  # of an RNN, while export swaps its parameters
+_ASSIGNED = r"The tensor attributes? .* assigned during export"  # one that matters is an error: OpaqueAutograd
 
 
 def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
     """The model as it runs eagerly; where that cannot be exported, as its libraries would have it exported."""
     say_without_cache(model)
+    before = _host_randomness()
     own = _torch.fake_modes((*model.parameters(), *model.buffers(), *pytree.tree_leaves((args, kwargs))))
     errors: list[Exception] = []
     for way in (patches.specializing(_single_sequences(model, args, kwargs)), contextlib.nullcontext()):
         try:
             with patches.watch_for_opaque_autograd(), way, without_cache(model), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", _SWAPPED)
+                warnings.filterwarnings("ignore", _ASSIGNED)
                 exported = torch.export.export(model, args, kwargs, strict=False)
             if _torch.fake_modes(exported.constants.values()) - own:  # export does not look where inputs are fake
                 raise CaptureError("an intermediate result became a constant")
+            if _host_randomness() != before:
+                raise CaptureError("a random number of Python's or NumPy's became a constant; draw it with torch")
             return exported
         except Exception as error:  # export raises many types, none of them documented
             cause = find_cause(error, patches.OpaqueAutograd)
@@ -47,6 +52,12 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
             errors.append(error)
     reason = str(errors[0]).strip().splitlines()[0] if str(errors[0]).strip() else type(errors[0]).__name__
     raise CaptureError(f"{reason}\n  at {_user_line(errors[0])}\n  One graph cannot hold this; {DOOR_2}") from errors[0]
+
+
+def _host_randomness() -> Any:
+    """The state of the generators that no graph draws from."""
+    numpys: Any = np.random.get_state()  # noqa: NPY002  what a model draws from that calls np.random.rand()
+    return random.getstate(), bytes(numpys[1]), numpys[2:]
 
 
 def _single_sequences(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[bool]:
@@ -113,12 +124,12 @@ def _caching(model: nn.Module) -> list[Any]:
 
 
 def _opaque_message(what: str) -> str:
-    if what == "torch.utils.checkpoint":
+    if what == patches.CHECKPOINTS:
         return (
-            "the model already checkpoints itself with torch.utils.checkpoint, which remat replaces; turn it off first "
+            f"the model already {what}, which remat replaces; turn it off first "
             "(transformers: model.activation_checkpointing_disable(), gradient_checkpointing_disable() before 5.23)"
         )
-    return f"the model calls the custom autograd function {what}, whose backward an exported graph does not keep; {DOOR_2}"
+    return f"the model {what}, which an exported graph does not keep; {DOOR_2}"
 
 
 def _user_line(error: BaseException) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -135,34 +136,54 @@ _UPSAMPLING = [
 _COMPOSITE = (torch._C.DispatchKey.CompositeImplicitAutograd, torch._C.DispatchKey.Autograd)
 
 
+def _is_torch(frame: types.FrameType) -> bool:
+    return str(frame.f_globals["__name__"]).startswith("torch.")
+
+
 class OpaqueAutograd(Exception):
-    """A model used what an exported graph would silently drop: `what` names it."""
+    """A model did what an exported graph would silently drop: `what` says so, of "the model"."""
 
     def __init__(self, what: str) -> None:
         super().__init__(what)
         self.what = what
 
 
+CHECKPOINTS = "checkpoints itself with torch.utils.checkpoint"
+
+
 @contextlib.contextmanager
 def watch_for_opaque_autograd() -> Iterator[None]:
-    """Raise OpaqueAutograd where a model checkpoints itself or calls its own autograd.Function.
+    """Raise OpaqueAutograd where a model checkpoints itself, calls its own autograd.Function, hooks a tensor, or keeps one that
+    has a gradient as an attribute.
 
-    Non-strict export runs through both and keeps neither the checkpoint nor the custom backward.
+    Non-strict export runs through all of these, and keeps none of them.
     """
     apply = inspect.getattr_static(torch.autograd.Function, "apply").__func__
+    set_attribute = torch.nn.Module.__setattr__
 
     def no_checkpoint(*_: Any, **__: Any) -> Any:
-        raise OpaqueAutograd("torch.utils.checkpoint")
+        raise OpaqueAutograd(CHECKPOINTS)
 
     def no_function(cls: type, *args: Any, **kwargs: Any) -> Any:
         if cls is checkpoint.CheckpointFunction:
-            raise OpaqueAutograd("torch.utils.checkpoint")
+            raise OpaqueAutograd(CHECKPOINTS)
         if not cls.__module__.startswith("torch."):
-            raise OpaqueAutograd(f"{cls.__module__}.{cls.__qualname__}")
+            raise OpaqueAutograd(f"calls the custom autograd function {cls.__module__}.{cls.__qualname__}")
         return apply(cls, *args, **kwargs)
+
+    def no_hook(*_: Any) -> Any:
+        raise OpaqueAutograd("hooks the gradient of a tensor in forward")
+
+    def no_result(self: torch.nn.Module, name: str, value: Any) -> None:
+        is_result = isinstance(value, torch.Tensor) and value.requires_grad and not value.is_leaf
+        if is_result and not _is_torch(sys._getframe(1)):  # torch.nn.utils.weight_norm computes a weight for each forward
+            raise OpaqueAutograd(f"keeps a tensor with a gradient as {type(self).__name__}.{name}")
+        set_attribute(self, name, value)
 
     with (
         mock.patch.object(checkpoint, "_checkpoint_without_reentrant_generator", no_checkpoint),
         mock.patch.object(torch.autograd.Function, "apply", classmethod(no_function)),
+        mock.patch.object(torch.Tensor, "register_hook", no_hook),
+        mock.patch.object(torch.nn.Module, "__setattr__", no_result),
     ):
         yield
