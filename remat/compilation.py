@@ -16,7 +16,7 @@ from torch import fx
 
 from remat import _torch
 from remat._torch import pytree
-from remat.budget import memory_of, parse_budget, resolve_budget, resolve_host_budget
+from remat.budget import format_bytes, memory_of, parse_budget, resolve_budget, resolve_host_budget
 from remat.describe import describe
 from remat.devices import profile_of
 from remat.errors import BudgetError, CaptureError, HostBudgetError, RematError, find_cause
@@ -202,11 +202,17 @@ class Compilation:
             yield Attempt(task.everything if fits else solve(task.program, task.menus, target))
 
     def _of_all_graphs(self, error: BudgetError, minimum: int, task: _Task) -> BudgetError:
-        """The error of one graph among several, with the budget for all of them at which this one gets what it needs."""
+        """The error of one graph among several, with a budget for all of them at which this one gets what it needs. Of whatever
+        a budget is larger, each graph before this one keeps half of what those before it leave."""
+        frame, target = _torch.frame_id(), task.target or 0
         if self.more_graphs:
             minimum = 2 * minimum - smallest_solution(task.program, task.menus).replay.peak_bytes
+        earlier = [graph for graph in self.session.others(frame) if graph.frame < frame]
+        more = (minimum - target) * (2 ** len(earlier) - 1)
+        minimum += max(0, min(more, sum(graph.unsaved_bytes for graph in earlier)))
         minimum = -(-minimum * _PASSES // (_PASSES - 1))
-        text = f"{error} That is a part of the budget, which the model's graphs share: they need {minimum} bytes or more."
+        needed = f"{format_bytes(minimum)} ({minimum} bytes)"
+        text = f"the model's graphs share the budget, of which one has a part: they need {needed} or more. {error}"
         return BudgetError(text, budget_bytes=task.limit, minimum_bytes=minimum, where=error.where)
 
     @property
@@ -226,7 +232,8 @@ class Compilation:
         _torch.publish("remat_plan", "json", plan.to_json)
         _torch.publish("remat_plan_table", "string", plan.summary)
         announce(plan)
-        self.session.graphs.append(CompiledPlan(plan, *self._halves, _torch.frame_id(), tuple(self._peaks)))
+        unsaved = task.everything.replay.saved_bytes - solution.replay.saved_bytes
+        self.session.graphs.append(CompiledPlan(plan, *self._halves, _torch.frame_id(), tuple(self._peaks), unsaved))
 
     def _policy_solution(self, joint: fx.GraphModule, task: _Task, num_fwd_outputs: int) -> Solution:
         gradients = results(joint.graph)[num_fwd_outputs:]

@@ -45,13 +45,15 @@ class Options(Common):
 @dataclass
 class CompiledPlan:
     """One graph of a compiled model: its plan, and the forward and backward graphs that run it. `peaks` are of every plan that
-    was compiled for it, the last one's last: bytes as planned, and as the code allocates them."""
+    was compiled for it, the last one's last: bytes as planned, and as the code allocates them. `unsaved_bytes`: what more it
+    would save under a larger budget."""
 
     plan: Plan
     forward: fx.GraphModule
     backward: fx.GraphModule
     frame: int
     peaks: tuple[tuple[int, int], ...]
+    unsaved_bytes: int
 
 
 @dataclass
