@@ -26,6 +26,7 @@ _OURS = (Path(torch.__file__).parent, Path(__file__).parent)
 _SWAPPED = r"The tensor attributes? ((\S+\.)?_flat_weights\[\d+\](, )?)+ w"  # of an RNN, while export swaps its parameters
 
 
+@patches.grad_modes_in_autocast()
 def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
     """The model as it runs eagerly; where that cannot be exported, as its libraries would have it exported."""
     say_without_cache(model)

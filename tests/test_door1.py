@@ -146,22 +146,23 @@ def test_what_runs_without_grad_is_not_kept() -> None:
 class Encoded(torch.nn.Module):
     """A part of it runs without grad, though its parameters train: they are read with grad too where it is `shared`."""
 
-    def __init__(self, shared: bool) -> None:
+    def __init__(self, shared: bool, lowered: bool = False) -> None:
         super().__init__()
+        self.lowered = lowered
         blocks = (torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.GELU(), torch.nn.LayerNorm(32)) for _ in range(6))
         self.encoder, self.decoder, self.shared = torch.nn.Sequential(*blocks), torch.nn.Linear(32, 32), shared
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            known = self.encoder(x)
+        with torch.autocast("cpu", torch.bfloat16, self.lowered), torch.no_grad():
+            known = self.encoder(x).to(x.dtype)
         y = self.encoder(x + 1) if self.shared else known
         return (torch.tanh(self.decoder(y)) - known).square().mean()
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_autograd_keeps_nothing_where_trained_parameters_are_read_without_grad(shared: bool) -> None:
+@pytest.mark.parametrize(("shared", "lowered"), [(False, False), (True, False), (False, True)])
+def test_autograd_keeps_nothing_where_trained_parameters_are_read_without_grad(shared: bool, lowered: bool) -> None:
     torch.manual_seed(0)
-    model, x = Encoded(shared).train(), torch.randn(512, 32)
+    model, x = Encoded(shared, lowered).train(), torch.randn(512, 32)
     for budget in (2**30, remat.frontier(model, (x,))[-1].peak_bytes):
         module = remat.optimize(model, (x,), budget=budget)
         outcome = run_step(module, {"x": x})
