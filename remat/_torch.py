@@ -13,6 +13,7 @@ import torch
 from torch import fx
 from torch._C._autograd import DeviceType, _get_sequence_nr, _profiler_enabled
 from torch._dynamo.exc import ShortenTraceback
+from torch._export.passes import replace_set_grad_with_hop_pass as export_grad_modes
 from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd.descriptors import (
     BufferAOTInput,
@@ -98,6 +99,7 @@ __all__ = [
     "compile_call_of",
     "compile_fx",
     "compile_fx_inner",
+    "export_grad_modes",
     "extract_forward_backward",
     "fake_modes",
     "flop_registry",

@@ -108,7 +108,7 @@ def _flat_module(exported: torch.export.ExportedProgram, flat: list[Any]) -> tup
         if not isinstance(leaf, torch.Tensor):
             assert not node.users, "export kept a constant as an input"
             graph.erase_node(node)
-    _inline_grad_modes(module)
+    _cut_off_without_grad(graph)
     _refuse_stacked_dropout(graph)
     output = graph.output_node()
     leaves = pytree.tree_leaves(output.args[0])
@@ -128,18 +128,16 @@ def _refuse_stacked_dropout(graph: fx.Graph) -> None:
             raise CaptureError(f"{node.target} loses the dropout between its layers in a graph; {DOOR_2}")
 
 
-def _inline_grad_modes(module: fx.GraphModule) -> None:
-    """Detach what comes out of a no-grad sub-graph: the flat graph runs with grad on throughout."""
-    for node in list(module.graph.nodes):
-        if node.op != "call_function" or getattr(node.target, "__name__", "") != "wrap_with_set_grad_enabled":
+def _cut_off_without_grad(graph: fx.Graph) -> None:
+    """Detach what sub-graphs without grad read. The flat graph runs with grad on throughout; autograd is to keep nothing of
+    theirs."""
+    for node in graph.nodes:
+        if getattr(node.target, "__name__", "") != "wrap_with_set_grad_enabled" or node.args[0]:
             continue
-        if node.args[0]:
-            continue
-        with module.graph.inserting_after(node):
-            for user in list(node.users):
-                with module.graph.inserting_after(user):
-                    cut = module.graph.call_function(torch.ops.aten.detach.default, (user,))
-                user.replace_all_uses_with(cut, delete_user_cb=lambda other, cut=cut: other is not cut)
+        for source in [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]:
+            with graph.inserting_before(node):
+                cut = graph.call_function(torch.ops.aten.detach.default, (source,))
+            node.replace_input_with(source, cut)
 
 
 def _forward_half(

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 from torch.utils import checkpoint
 
-from remat._torch import PythonWrapperCodegen, Scheduler, SubgraphLowering, V, inductor_config, post_grad
+from remat._torch import PythonWrapperCodegen, Scheduler, SubgraphLowering, V, export_grad_modes, inductor_config, post_grad
 
 # ---- while Inductor compiles ----
 
@@ -108,6 +108,19 @@ def _is_dynamo_exporting() -> bool:
     import torch
 
     return torch.compiler._is_exporting_flag and sys._getframe(1).f_globals["__name__"].startswith("torch._dynamo")
+
+
+@contextlib.contextmanager
+def grad_modes_in_autocast() -> Iterator[None]:
+    """Let export keep a `no_grad` that is within autocast. It looks for parts of a model that begin with a change of grad mode;
+    within autocast each part begins with entering that anew."""
+    first: Any = vars(export_grad_modes)["nodes_first"]
+
+    def first_after_autocast(nodes: Any, is_it: Callable[[fx.Node], bool]) -> fx.Node | None:
+        return first(nodes, lambda node: is_it(node) and node.target is not torch.amp.autocast_mode._enter_autocast)
+
+    with mock.patch.object(export_grad_modes, "nodes_first", first_after_autocast):
+        yield
 
 
 @contextlib.contextmanager

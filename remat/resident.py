@@ -19,20 +19,28 @@ def resident_memory(
     buffers: Sequence[torch.Tensor],
     optimizer: torch.optim.Optimizer | None,
     adds: bool = False,
+    others: Sequence[torch.Tensor] = (),
 ) -> dict[str, int]:
     """Bytes resident during every step by kind, each storage once; of a tensor that several ranks share this one's part.
 
     inputs: the tensors that one call reads. adds: gradients that are not there yet count too. An optimizer without state yet is
-    asked what it will hold.
+    asked what it will hold. others: what else is there.
     """
     gradients = [t.grad for t in (*parameters, *inputs) if t.is_leaf and t.grad is not None]
     groups: dict[str, Sequence[torch.Tensor]]
-    groups = {"parameters": parameters, "buffers": buffers, "inputs": inputs, "gradients": gradients}
+    groups = {"parameters": parameters, "buffers": buffers, "inputs": inputs, "gradients": gradients, "others": others}
     seen: set[int] = set()
     found = {kind: _bytes(tensors, seen) for kind, tensors in groups.items()}
     if adds:
         found["gradients"] += sum(_torch.local(p).nbytes for p in parameters if p.requires_grad and p.grad is None)
     return {**found, "optimizer": 0 if optimizer is None else optimizer_bytes(optimizer)}
+
+
+def attributes_of(model: nn.Module) -> list[torch.Tensor]:
+    """Tensors that are attributes of modules without being parameters or buffers, such as the `weight` that
+    `nn.utils.weight_norm` computes."""
+    found = [t for module in model.modules() for t in vars(module).values() if isinstance(t, torch.Tensor)]
+    return [t for t in found if t.layout is torch.strided and not _torch.is_traceable_wrapper_subclass(t)]
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:

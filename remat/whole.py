@@ -26,7 +26,7 @@ from remat.passes.regions import RegionGraph, form_regions
 from remat.passes.transfers import Transfers
 from remat.plan import Input, Plan
 from remat.record import record
-from remat.resident import resident_memory, there_bytes
+from remat.resident import attributes_of, resident_memory, there_bytes
 from remat.settings import Settings
 from remat.traced import Traced, fingerprint_of, with_baseline
 from remat.workspace import library_bytes
@@ -142,7 +142,7 @@ def trace(
     """
     profile = None
     given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    real = given, list(model.parameters()), list(model.buffers())
+    real = given, list(model.parameters()), [*model.buffers(), *attributes_of(model)]
     if device is not None:
         if costs == "measured":
             raise RematError(f"costs='measured' needs the device itself; without device={device!r} this machine's is measured")
@@ -156,7 +156,8 @@ def trace(
     place = next((t.device for t in tensors if t.requires_grad), torch.device("cpu"))
     profile = profile or profile_of(place)
     libraries = library_bytes(place) if profile.is_here else LIBRARY_BYTES if profile.is_gpu else 0
-    resident = resident_memory(tensors, list(model.parameters()), list(model.buffers()), optimizer, in_flight > 1)
+    others = [t for t in attributes_of(model) if t.device == place]
+    resident = resident_memory(tensors, list(model.parameters()), list(model.buffers()), optimizer, in_flight > 1, others)
     times = op_times(place) if costs == "measured" else None
     resident = {**resident, "libraries": libraries}
     there = libraries + there_bytes(*real, optimizer, place)

@@ -89,6 +89,18 @@ def test_auto_is_what_is_free_and_what_is_there_already(monkeypatch: pytest.Monk
     assert resolve_budget(Budget(auto=True), memory_of(CPU, 50), 80, 20) == 1020
 
 
+def test_tensors_that_modules_hold_count() -> None:
+    """As attributes of another kind; once, where it is a parameter's storage."""
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)).train()
+    x = torch.randn(4, 16)
+    plain = remat.plan(model, (x,), budget=None)
+    model[0].tied = model[1].weight.detach()
+    model[0].computed = computed = torch.randn(64, 64)
+    found = remat.plan(model, (x,), budget=None)
+    assert found.resident_bytes == plain.resident_bytes + computed.nbytes
+    assert remat.verify(remat.optimize(model, (x,), budget=None), args=(x,)).holds
+
+
 @pytest.mark.parametrize("through", ["whole", "blocks"])
 def test_auto_does_not_count_what_is_yet_to_come(through: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither an optimizer's state nor gradients of forwards in flight are there before the first step."""

@@ -141,3 +141,39 @@ def test_what_runs_without_grad_is_not_kept() -> None:
     outcome = run_step(module, {"x": x})
     assert outcome.peak_bytes <= budget
     assert_same(outcome, run_step(model, {"x": x}))
+
+
+class Encoded(torch.nn.Module):
+    """A part of it runs without grad, though its parameters train: they are read with grad too where it is `shared`."""
+
+    def __init__(self, shared: bool, lowered: bool = False) -> None:
+        super().__init__()
+        self.lowered = lowered
+        blocks = (torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.GELU(), torch.nn.LayerNorm(32)) for _ in range(6))
+        self.encoder, self.decoder, self.shared = torch.nn.Sequential(*blocks), torch.nn.Linear(32, 32), shared
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, self.lowered), torch.no_grad():
+            known = self.encoder(x).to(x.dtype)
+        y = self.encoder(x + 1) if self.shared else known
+        return (torch.tanh(self.decoder(y)) - known).square().mean()
+
+
+@pytest.mark.parametrize(("shared", "lowered"), [(False, False), (True, False), (False, True)])
+def test_autograd_keeps_nothing_where_trained_parameters_are_read_without_grad(shared: bool, lowered: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Encoded(shared, lowered).train(), torch.randn(512, 32)
+    for budget in (2**30, remat.frontier(model, (x,))[-1].peak_bytes):
+        module = remat.optimize(model, (x,), budget=budget)
+        outcome = run_step(module, {"x": x})
+        assert module.plan is not None
+        assert outcome.peak_bytes <= module.plan.peak_bytes
+        assert_same(outcome, run_step(model, {"x": x}))
+    twice = [_second_gradients(step, model, x) for step in (model, module)]
+    assert all(torch.equal(a, b) for a, b in zip(*twice, strict=True))
+
+
+def _second_gradients(step: torch.nn.Module, model: torch.nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    weights = list(model.parameters())
+    first = torch.autograd.grad(step(x), weights, create_graph=True, materialize_grads=True)
+    return torch.autograd.grad(sum(g.square().sum() for g in first), weights, materialize_grads=True)
