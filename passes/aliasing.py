@@ -23,8 +23,11 @@ def results(graph: fx.Graph) -> tuple[Any, ...]:
 
 
 def is_view(node: fx.Node) -> bool:
-    """True if the node's result is a view of its first argument: views, and items of what `split` and its like return."""
-    if node.op != "call_function":
+    """True if the node's result is a view of its first argument: views, and items of what `split` and its like return.
+
+    A view of a constant (`aten._conj(1j)`) is none: the op makes the tensor that it views.
+    """
+    if node.op != "call_function" or not node.all_input_nodes:
         return False
     if node.target is operator.getitem:
         return is_view(node.all_input_nodes[0])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import fx
 
-from remat.passes.aliasing import is_view, storage_bytes, storage_roots
+from remat.passes.aliasing import is_view, owner, storage_bytes, storage_roots
 
 aten = torch.ops.aten
 
@@ -47,6 +47,15 @@ def test_what_is_no_view(target: Any, args: tuple[Any, ...]) -> None:
     x = graph.placeholder("x")
     assert not is_view(x)
     assert not is_view(graph.call_function(target, (x, *args)))
+
+
+def test_a_view_of_a_constant_is_a_tensor_of_its_own() -> None:
+    graph = fx.Graph()
+    made = graph.call_function(aten._conj.default, (1j,))
+    seen = graph.call_function(aten.view.default, (made, [1]))
+    assert not is_view(made)
+    assert owner(seen) is made
+    assert storage_roots(graph) == {made: made, seen: made}
 
 
 def test_a_view_of_a_view_belongs_to_the_first_storage() -> None:
