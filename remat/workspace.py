@@ -30,8 +30,9 @@ aten = torch.ops.aten
 
 _TIMES = 4  # what an op takes for its run, in sizes of its inputs: results and scratch memory are mostly no larger than those
 _PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
+_KEEPS = aten.mkldnn_rnn_layer_backward.default  # runs on zeros; crashes if what its forward kept (its last tensor) is empty
 _OPAQUE = {  # zeros crash the process: in the place of what only their forward can write, and as probabilities on a GPU
-    aten.mkldnn_rnn_layer_backward.default, aten._cudnn_rnn_backward.default, aten.miopen_rnn_backward.default,
+    aten._cudnn_rnn_backward.default, aten.miopen_rnn_backward.default,
     aten.multinomial.default,
 }  # fmt: skip
 _BY_VALUES = {aten.linalg_matrix_exp.default}  # it takes the powers of a matrix that its norm asks for, none of zeros
@@ -161,7 +162,9 @@ def workspace_bytes(call: Call | None) -> int:
 
 
 def _can_run(call: Call) -> bool:
-    if call.op in _OPAQUE or _torch.profiler_is_running():  # the meter is a profiler too, and two cannot run at once
+    if call.op in _OPAQUE or (call.op is _KEEPS and not call.tensors[-1].bytes):
+        return False
+    if _torch.profiler_is_running():  # the meter is a profiler too, and two cannot run at once
         return False
     needed = _TIMES * sum(tensor.bytes for tensor in call.tensors)
     return all(needed <= free_bytes(device) for device in call.devices)
