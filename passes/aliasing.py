@@ -14,6 +14,13 @@ _UNMARKED_VIEWS = {  # views whose schemas do not say so
     torch.ops.aten.unsafe_split.Tensor,
     torch.ops.aten.unsafe_split_with_sizes.default,
 }
+_COPY_STORAGES = {  # ops that keep their first argument's strides, by a copy of all that it is a view of
+    torch.ops.aten.copy.default,
+    torch.ops.aten.slice_scatter.default,
+    torch.ops.aten.select_scatter.default,
+    torch.ops.aten.diagonal_scatter.default,
+    torch.ops.aten.as_strided_scatter.default,
+}
 
 
 def results(graph: fx.Graph) -> tuple[Any, ...]:
@@ -23,8 +30,11 @@ def results(graph: fx.Graph) -> tuple[Any, ...]:
 
 
 def is_view(node: fx.Node) -> bool:
-    """True if the node's result is a view of its first argument: views, and items of what `split` and its like return."""
-    if node.op != "call_function":
+    """True if the node's result is a view of its first argument: views, and items of what `split` and its like return.
+
+    A view of a constant (`aten._conj(1j)`) is none: the op makes the tensor that it views.
+    """
+    if node.op != "call_function" or not node.all_input_nodes:
         return False
     if node.target is operator.getitem:
         return is_view(node.all_input_nodes[0])
@@ -56,6 +66,15 @@ def owner(node: fx.Node) -> fx.Node:
     while is_view(node):
         node = node.all_input_nodes[0]
     return node
+
+
+def made_bytes(node: fx.Node) -> int:
+    """Bytes of the storage that torch's own kernel makes for a node's one result; a compiler's has `storage_bytes`."""
+    size = storage_bytes(node.meta.get("val"))
+    while node.target in _COPY_STORAGES and isinstance(node.args[0], fx.Node):
+        node = owner(node.args[0])
+        size = max(size, storage_bytes(node.meta.get("val")))
+    return size
 
 
 def storage_bytes(value: Any) -> int:

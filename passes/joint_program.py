@@ -20,7 +20,7 @@ from remat._torch import TANGENTS_GO, OpOverload, pytree
 from remat.cost import arithmetic_us, op_cost_us
 from remat.devices import DeviceProfile
 from remat.op_times import OpTimes
-from remat.passes.aliasing import is_view, owner, results, storage_bytes
+from remat.passes.aliasing import is_view, made_bytes, owner, results, storage_bytes
 from remat.passes.fusion import find_inlined, is_mask, is_pointwise, is_reduction, op_name
 from remat.passes.layouts import channels_last, copied_bytes, is_convolution, prefers_channels_last
 from remat.passes.ordering import as_needed
@@ -129,7 +129,7 @@ def _lifetimes(
     for node, born in position.items():
         if is_view(node) or node.target is operator.getitem or node in late:
             continue
-        for item, requested in _storages(node):
+        for item, requested in _storages(node, halves.fuses):
             size = device.allocated_bytes(requested)
             uses = sorted(position[r] for r in readers.get(item, ()) if r in position)
             if born >= n_forward:
@@ -206,11 +206,16 @@ def largest_value(values: Sequence[Value]) -> int:
     return max((value.bytes for value in values), default=0)
 
 
-def _storages(node: fx.Node) -> list[tuple[fx.Node, int]]:
+def _storages(node: fx.Node, fuses: bool) -> list[tuple[fx.Node, int]]:
     """The storages that a node allocates: itself, or the items of its several outputs."""
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor):
-        return [(node, storage_bytes(value))]
+        return [(node, storage_bytes(value) if fuses else made_bytes(node))]
+    return _item_storages(node)
+
+
+def _item_storages(node: fx.Node) -> list[tuple[fx.Node, int]]:
+    value = node.meta.get("val")
     if not isinstance(value, tuple | list):
         return []
     items = {user.args[1]: user for user in node.users if user.target is operator.getitem}
@@ -222,7 +227,7 @@ def _unread_bytes(node: fx.Node) -> int:
     value = node.meta.get("val")
     if not isinstance(value, tuple | list):
         return 0
-    return sum(map(storage_bytes, value)) - sum(size for _, size in _storages(node))
+    return sum(map(storage_bytes, value)) - sum(size for _, size in _item_storages(node))
 
 
 def _storage_readers(graph: fx.Graph, inlined: frozenset[fx.Node]) -> dict[fx.Node, list[fx.Node]]:

@@ -24,6 +24,7 @@ from remat.capture import Captured
 from remat.cost import op_cost_us
 from remat.devices import DeviceProfile
 from remat.passes.aliasing import results
+from remat.rnn import as_run
 from remat.steps import bind, recompute_inputs
 from remat.workspace import Call
 
@@ -186,7 +187,7 @@ class Recorder(_torch.TorchDispatchMode):
         kwargs = kwargs or {}
         if self.in_forward and not self.in_graph:
             self.position = len(self.ran)
-        out = func(*args, **kwargs)
+        out = as_run(func, args, kwargs, func(*args, **kwargs))
         counts = not _is_free(func) and isinstance(func, _torch.OpOverload) and func.namespace != "prim"
         if not self.in_forward:
             if not counts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -114,7 +115,11 @@ def recompute_inputs(node: fx.Node) -> tuple[fx.Node, ...]:
 
 
 def _bind_again(node: fx.Node) -> tuple[Callable[..., Any], tuple[fx.Node, ...]]:
-    """The call that recomputes a node: its own, but batch norm without the running statistics it has updated by then."""
+    """The call that recomputes a node: its own, but batch norm without the running statistics it has updated by then, and
+    recurrent layers with grad on, without which their kernel does not return what backward reads."""
+    if node.target is aten.mkldnn_rnn_layer.default:
+        own, order = bind(node)
+        return functools.partial(_with_grad, own), order
     if node.target is not aten._native_batch_norm_legit_functional.default or node.args[5] is not True:
         return bind(node)
     momentum, eps = node.args[6:8]
@@ -125,6 +130,11 @@ def _bind_again(node: fx.Node) -> tuple[Callable[..., Any], tuple[fx.Node, ...]]
         return aten._native_batch_norm_legit.no_stats(x, weight, bias, True, momentum, eps)
 
     return call, tensors
+
+
+def _with_grad(call: Callable[..., Any], *values: torch.Tensor) -> Any:
+    with torch.enable_grad():
+        return call(*(value.detach() for value in values))
 
 
 def bind(node: fx.Node) -> tuple[Callable[..., Any], tuple[fx.Node, ...]]:

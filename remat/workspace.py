@@ -1,9 +1,10 @@
 """Scratch memory of kernels: what an op allocates while it runs, beyond its outputs.
 
 It is in no graph (attention and convolution backward, norm backward on strided inputs), so each distinct op is run once
-under the meter, on zeros of its real shapes, strides and dtypes, and remembered for the life of the process. Ops that
-cannot have any (the common pointwise ops, views, copies, a CPU's matrix products in full precision) are not run, nor those for
-which there is no room. What cuBLAS keeps from its first product on is no op's own: `library_bytes`.
+under the meter, on zeros of its real shapes, strides and dtypes, and remembered for the life of the process. The few that
+take more for other values are run on such too. Ops that cannot have any (the common pointwise ops, views, copies, a CPU's
+matrix products in full precision) are not run, nor those for which there is no room. What cuBLAS keeps from its first
+product on is no op's own: `library_bytes`.
 """
 
 from __future__ import annotations
@@ -29,10 +30,13 @@ aten = torch.ops.aten
 
 _TIMES = 4  # what an op takes for its run, in sizes of its inputs: results and scratch memory are mostly no larger than those
 _PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
+_KEEPS = aten.mkldnn_rnn_layer_backward.default  # runs on zeros; crashes if what its forward kept (its last tensor) is empty
 _OPAQUE = {  # zeros crash the process: in the place of what only their forward can write, and as probabilities on a GPU
-    aten.mkldnn_rnn_layer_backward.default, aten._cudnn_rnn_backward.default, aten.miopen_rnn_backward.default,
+    aten._cudnn_rnn_backward.default, aten.miopen_rnn_backward.default,
     aten.multinomial.default,
 }  # fmt: skip
+_BY_VALUES = {aten.linalg_matrix_exp.default}  # it takes the powers of a matrix that its norm asks for, none of zeros
+_BAG_SIZES = {aten._embedding_bag_backward.default: 4}  # the argument with the sizes of bags: empty ones are passed over
 _SUMS = {aten.sum.dim_IntList, aten.sum.default, aten.mean.dim, aten.mean.default}
 _EXACT = _SUMS | {
     aten.cat.default, aten.clone.default,
@@ -107,12 +111,14 @@ class Call:
     @contextlib.contextmanager
     def ready(self, random: bool = False) -> Iterator[Callable[[], Any]]:
         """The call on tensors of its own, zeros or random numbers, to run as often as one likes: whatever mode the caller is
-        in, and with the random state as before afterwards."""
+        in, and with the random state as before afterwards. Bags have one element each."""
         others = [device for device in self.devices if device.type != "cpu"]
         kind = others[0].type if others else "cpu"
         with _torch.no_dispatch_modes(), torch.no_grad(), torch.random.fork_rng(others, device_type=kind):
             leaves = [leaf.tensor(random) if isinstance(leaf, TensorLike) else leaf for leaf in self.leaves]
             args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+            if self.op in _BAG_SIZES:
+                args[_BAG_SIZES[self.op]].fill_(1)
             yield lambda: self.op(*args, **kwargs)
 
     @property
@@ -156,7 +162,9 @@ def workspace_bytes(call: Call | None) -> int:
 
 
 def _can_run(call: Call) -> bool:
-    if call.op in _OPAQUE or _torch.profiler_is_running():  # the meter is a profiler too, and two cannot run at once
+    if call.op in _OPAQUE or (call.op is _KEEPS and not call.tensors[-1].bytes):
+        return False
+    if _torch.profiler_is_running():  # the meter is a profiler too, and two cannot run at once
         return False
     needed = _TIMES * sum(tensor.bytes for tensor in call.tensors)
     return all(needed <= free_bytes(device) for device in call.devices)
@@ -165,7 +173,8 @@ def _can_run(call: Call) -> bool:
 def _measured(call: Call) -> int | None:
     """None where it failed."""
     try:
-        return _run_once(call)
+        on_zeros = _run_once(call)
+        return max(on_zeros, _run_once(call, random=True)) if call.op in _BY_VALUES else on_zeros
     except (RuntimeError, IndexError) as error:  # out of memory, and zeros are no valid input for a few ops
         log.debug("workspace of %s is unknown: %s", call.op, error)
         return None
@@ -187,10 +196,10 @@ def library_bytes(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) - before
 
 
-def _run_once(call: Call) -> int:
+def _run_once(call: Call, random: bool = False) -> int:
     results: list[Any] = []
     accelerator = next((device for device in call.devices if device.type != "cpu"), None)
-    with call.ready() as run:
+    with call.ready(random) as run:
         keep = lambda: results.append(run())  # noqa: E731
         peak = measure_cpu(keep)[0] if accelerator is None else measure_accelerator(keep, accelerator).above_resident_bytes
     outputs = [t for t in pytree.tree_leaves(results) if isinstance(t, torch.Tensor)]

@@ -199,6 +199,24 @@ def test_what_is_read_as_a_matrix_is_saved_as_one() -> None:
     assert [tuple(node.meta["val"].shape) for node in saved] == [(4, 8, 8, 8), (256, 16), (4, 8, 8, 16)]
 
 
+class Strided(nn.Module):
+    """Its gradient is written to a part of a tensor of zeros, through a view of that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(48, 48)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x).as_strided((10, 10), (48, 1), 3).exp().mean()
+
+
+def test_what_is_written_through_a_view_copies_all_that_is_viewed() -> None:
+    module = compiled(Strided())
+    outcome = run_step(module, {"x": torch.randn(256, 48)})
+    (graph,) = remat.plans(module)
+    assert 0.95 * graph.plan.peak_bytes <= outcome.peak_bytes <= graph.plan.peak_bytes
+
+
 def test_plans_of_something_else() -> None:
     model, _x = mlp()
     for other in (model, torch.compile(model, backend="eager"), torch.compile(model, backend="aot_eager")):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from remat import workspace
+from remat.measure import measure_cpu
 from remat.workspace import Call, workspace_bytes
 
 aten = torch.ops.aten
@@ -54,10 +55,11 @@ def test_products_copy_matrices_with_gaps(matrix: torch.Tensor, expected: int) -
     assert workspace_bytes(Call.of(aten.mm.default, (matrix, torch.zeros(64, 64)), {})) == expected
 
 
-def test_what_only_its_forward_can_feed_is_not_run() -> None:
-    """Run on zeros it ends the process."""
-    x = torch.zeros(64, 64)
-    call = Call.of(aten.mkldnn_rnn_layer_backward.default, (x, x.to(torch.uint8)), {})
+@pytest.mark.parametrize("op", [aten.mkldnn_rnn_layer_backward.default, aten._cudnn_rnn_backward.default])
+def test_what_only_its_forward_can_feed_is_not_run(op: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run without that it ends the process."""
+    monkeypatch.setattr(workspace, "_run_once", lambda call: 7)
+    call = Call.of(op, (torch.zeros(64, 64), torch.zeros(0, dtype=torch.uint8)), {})
     assert workspace_bytes(call) == 4 * N
 
 
@@ -70,6 +72,28 @@ def convolution_backward(size: int) -> Call | None:
 def test_what_zeros_cannot_feed_counts_with_its_largest_input() -> None:
     call = Call.of(aten.multinomial.default, (torch.rand(4, 1000), 2), {})
     assert workspace_bytes(call) == 4 * 4000
+
+
+def measured(op: Any, *args: Any) -> int:
+    """Scratch bytes of an op on these values."""
+    peak, _ = measure_cpu(lambda: op(*args))
+    return peak - op(*args).untyped_storage().nbytes()
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.01, 1.0])
+def test_powers_of_a_matrix_are_those_of_large_values(scale: float) -> None:
+    matrix = scale * torch.randn(48, 48)
+    found = workspace_bytes(Call.of(aten.linalg_matrix_exp.default, (matrix,), {}))
+    assert found >= measured(aten.linalg_matrix_exp.default, matrix)
+
+
+@pytest.mark.parametrize("mode", [0, 1, 2], ids=["sum", "mean", "max"])
+def test_bags_of_embeddings_are_not_empty(mode: int) -> None:
+    weight, indices, offsets = torch.randn(97, 48), torch.randint(0, 97, (128,)), torch.arange(0, 128, 4)
+    out, *others = aten._embedding_bag.default(weight, indices, offsets, False, mode)
+    args = (torch.ones_like(out), indices, offsets, *others, 97, False, mode, False, None)
+    op = aten._embedding_bag_backward.default
+    assert workspace_bytes(Call.of(op, args, {})) == measured(op, *args)
 
 
 def test_a_failure_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import fx
 
-from remat.passes.aliasing import is_view, storage_bytes, storage_roots
+from remat.passes.aliasing import is_view, made_bytes, owner, storage_bytes, storage_roots
 
 aten = torch.ops.aten
 
@@ -49,6 +49,15 @@ def test_what_is_no_view(target: Any, args: tuple[Any, ...]) -> None:
     assert not is_view(graph.call_function(target, (x, *args)))
 
 
+def test_a_view_of_a_constant_is_a_tensor_of_its_own() -> None:
+    graph = fx.Graph()
+    made = graph.call_function(aten._conj.default, (1j,))
+    seen = graph.call_function(aten.view.default, (made, [1]))
+    assert not is_view(made)
+    assert owner(seen) is made
+    assert storage_roots(graph) == {made: made, seen: made}
+
+
 def test_a_view_of_a_view_belongs_to_the_first_storage() -> None:
     graph = fx.Graph()
     x = graph.placeholder("x")
@@ -74,6 +83,33 @@ def test_items_of_a_split_are_views_and_items_of_an_op_are_its_own(target: Any) 
     assert roots[part] is x
     assert not is_view(item)
     assert roots[item] is norm
+
+
+@pytest.mark.parametrize(
+    ("target", "args"),
+    [
+        (aten.copy.default, (torch.ones(8, 4),)),
+        (aten.slice_scatter.default, (torch.ones(2, 4), 0, 0, 2)),
+        (aten.select_scatter.default, (torch.ones(4), 0, 1)),
+        (aten.diagonal_scatter.default, (torch.ones(4),)),
+        (aten.as_strided_scatter.default, (torch.ones(2, 2), [2, 2], [8, 1])),
+        (aten.relu.default, ()),
+        (aten.clone.default, ()),
+        (aten.index_put.default, ([torch.tensor([1])], torch.ones(4))),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("view", [torch.zeros(8, 8)[:, :4], torch.zeros(8, 1).expand(8, 4)], ids=["slice", "expand"])
+def test_what_keeps_the_strides_of_a_view_copies_all_that_it_views(
+    target: Any, args: tuple[Any, ...], view: torch.Tensor
+) -> None:
+    graph = fx.Graph()
+    base = graph.placeholder("base")
+    base.meta["val"] = view._base
+    viewed = graph.call_function(aten.slice.Tensor, (base,))
+    node = graph.call_function(target, (viewed, *args))
+    node.meta["val"] = target(view, *args)
+    assert made_bytes(node) == node.meta["val"].untyped_storage().nbytes()
 
 
 @pytest.mark.parametrize(

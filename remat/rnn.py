@@ -1,0 +1,50 @@
+"""A CPU's recurrent layers (oneDNN's kernels, behind `nn.LSTM`) on fake tensors, with what torch's own fake kernels leave out.
+
+Those say that forward keeps nothing for backward, where it keeps more than it returns, and return one tensor as the gradient
+of both biases, where there are two.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from remat._torch import OpOverload
+from remat.workspace import Call
+
+log = logging.getLogger("remat")
+aten = torch.ops.aten
+
+_FORWARD, _BACKWARD = aten.mkldnn_rnn_layer.default, aten.mkldnn_rnn_layer_backward.default
+_KEPT, _SECOND_BIAS = 3, 4  # which of their results these are
+
+_known: dict[tuple[str, str], int] = {}
+
+
+def as_run(op: OpOverload, args: Any, kwargs: Any, result: Any) -> Any:
+    """What the op's real kernel returns, by what its fake one has returned."""
+    if op is _FORWARD and torch.is_grad_enabled():
+        return _replaced(result, _KEPT, result[_KEPT].new_empty(_kept_bytes(Call.of(op, args, kwargs))))
+    if op is _BACKWARD:
+        return _replaced(result, _SECOND_BIAS, torch.empty_like(result[_SECOND_BIAS]))
+    return result
+
+
+def _replaced(results: tuple[torch.Tensor, ...], at: int, by: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return (*results[:at], by, *results[at + 1 :])
+
+
+def _kept_bytes(call: Call | None) -> int:
+    """The library alone knows, so the layer is run once on zeros."""
+    if call is None or any(device.type != "cpu" for device in call.devices):
+        return 0
+    if call.key not in _known:
+        try:
+            with call.ready() as run, torch.enable_grad():
+                _known[call.key] = run()[_KEPT].nbytes
+        except RuntimeError as error:  # out of memory
+            log.debug("what %s keeps is unknown: %s", call.op, error)
+            return 0
+    return _known[call.key]
