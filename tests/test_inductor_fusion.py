@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from remat import choices
+from remat import inductor_fusion
 from remat.inductor_fusion import LocalFusion
 
 
@@ -48,10 +48,10 @@ class Fused:
 
 @pytest.fixture(autouse=True)
 def _backward(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choices, "V", SimpleNamespace(graph=SimpleNamespace(is_backward=True)))
-    monkeypatch.setattr(choices._torch, "buffer_bytes", lambda node: node.size)
-    monkeypatch.setattr(choices._torch.InductorChoices, "can_fuse_horizontal", staticmethod(lambda *_: True))
-    monkeypatch.setattr(choices, "_is_concatenation", lambda _: False)
+    monkeypatch.setattr(inductor_fusion, "V", SimpleNamespace(graph=SimpleNamespace(is_backward=True)))
+    monkeypatch.setattr(inductor_fusion._torch, "buffer_bytes", lambda node: node.size)
+    monkeypatch.setattr(inductor_fusion._torch.InductorChoices, "can_fuse_horizontal", staticmethod(lambda *_: True))
+    monkeypatch.setattr(inductor_fusion, "_is_concatenation", lambda _: False)
 
 
 def kernels(sizes: Mapping[str, int], reads: Mapping[str, Sequence[str]]) -> tuple[Any, dict[str, Kernel]]:
