@@ -250,8 +250,8 @@ class Compilation:
         """The budget in bytes, and what this graph may use of it."""
         resident = program.resident_bytes
         limit = resolve_budget(parse_budget(self.options.budget), memory_of(device, resident), resident, baseline_bytes)
-        if limit is None or self.options.policy == "none":
-            return limit, None
+        if limit is None:
+            return None, None
         if self._shares:
             self.session.say_broken()
         target = limit - limit // _PASSES if self._shares else limit

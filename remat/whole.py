@@ -162,7 +162,7 @@ def trace(
     resident = {**resident, "libraries": libraries}
     there = libraries + there_bytes(*real, optimizer, place)
     about = type(model).__name__, inputs_of(args, kwargs), there, tensors, place, profile, resident, times, in_flight
-    return _traced(captured, *about)
+    return _traced(*about, captured)
 
 
 def check_training(model: nn.Module) -> None:
@@ -179,7 +179,6 @@ def inputs_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Input, ...
 
 
 def _traced(
-    captured: Captured,
     model: str,
     inputs: tuple[Input, ...],
     there: int,
@@ -189,6 +188,7 @@ def _traced(
     resident: Mapping[str, int],
     times: OpTimes | None,
     in_flight: int,
+    captured: Captured,
 ) -> TracedModel:
     program = record(captured, tensors, profile, resident, times, in_flight > 1)
     if times is not None:
@@ -197,12 +197,8 @@ def _traced(
     about = model, inputs, there, tensors, place, profile, resident, times, in_flight
     nodes = tuple(node for node in captured.graph.nodes if node.op == "call_function")
     trains = training(captured, tensors)
-    again = partial(_again, about)
+    again = partial(_traced, *about)
     return TracedModel(program, nodes, place, profile, fingerprint, trains, model, inputs, there, in_flight, captured, again)
-
-
-def _again(about: tuple[Any, ...], captured: Captured) -> TracedModel:
-    return _traced(captured, *about)
 
 
 def training(captured: Captured, tensors: Sequence[torch.Tensor]) -> frozenset[int]:

@@ -105,6 +105,11 @@ class Call:
         return [leaf for leaf in self.leaves if isinstance(leaf, TensorLike)]
 
     @property
+    def largest_bytes(self) -> int:
+        """Of its inputs."""
+        return max((tensor.bytes for tensor in self.tensors), default=0)
+
+    @property
     def devices(self) -> set[torch.device]:
         return {tensor.device for tensor in self.tensors}
 
@@ -156,7 +161,7 @@ def workspace_bytes(call: Call | None) -> int:
     if call.key not in _known:
         found = _measured(call) if _can_run(call) else None
         if found is None:
-            return max((tensor.bytes for tensor in call.tensors), default=0)
+            return call.largest_bytes
         _known[call.key] = found
     return _known[call.key]
 
@@ -166,6 +171,11 @@ def _can_run(call: Call) -> bool:
         return False
     if _torch.profiler_is_running():  # the meter is a profiler too, and two cannot run at once
         return False
+    return has_room(call)
+
+
+def has_room(call: Call) -> bool:
+    """Whether the devices of an op have room to run it."""
     needed = _TIMES * sum(tensor.bytes for tensor in call.tensors)
     return all(needed <= free_bytes(device) for device in call.devices)
 

@@ -49,3 +49,13 @@ def test_computed_again_it_gives_the_same_gradients_within_the_smallest_budget()
     found = run_step(ours, {"x": x})
     assert found.peak_bytes <= budget < expected.peak_bytes
     assert all(torch.equal(found.gradients[name], gradient) for name, gradient in expected.gradients.items())
+
+
+def test_a_layer_that_there_is_no_room_to_run_keeps_more_than_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("remat.rnn.has_room", lambda _: False)
+    model, x = nn.LSTM(24, 40), torch.randn(12, 4, 24)
+    peaks = []
+    for _room in range(2):
+        peaks.append(remat.plan(model.train(), (x,), budget=None).peak_bytes)
+        monkeypatch.undo()
+    assert peaks[0] >= peaks[1]
