@@ -23,8 +23,8 @@ from remat._torch import pytree
 from remat.capture import Captured
 from remat.cost import op_cost_us
 from remat.devices import DeviceProfile
+from remat.fake_kernels import as_run
 from remat.passes.aliasing import results
-from remat.rnn import as_run
 from remat.steps import bind, recompute_inputs
 from remat.workspace import Call
 

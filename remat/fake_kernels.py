@@ -1,7 +1,8 @@
-"""A CPU's recurrent layers (oneDNN's kernels, behind `nn.LSTM`) on fake tensors, with what torch's own fake kernels leave out.
+"""What real kernels return where torch's fake ones leave something out.
 
-Those say that forward keeps nothing for backward, where it keeps more than it returns, and return one tensor as the gradient
-of both biases, where there are two.
+A CPU's recurrent layers (oneDNN's, behind `nn.LSTM`): the fake kernels say that forward keeps nothing for backward, where it
+keeps more than it returns, and return one tensor as the gradient of both biases, where there are two. Losses that are summed
+in place return a scalar in the storage of all that was summed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from remat._torch import OpOverload
+from remat.passes.aliasing import summed_shape
 from remat.workspace import Call, has_room
 
 aten = torch.ops.aten
@@ -29,7 +31,8 @@ def as_run(op: OpOverload, args: Any, kwargs: Any, result: Any) -> Any:
         return _replaced(result, _KEPT, result[_KEPT].new_empty(_kept_bytes(Call.of(op, args, kwargs))))
     if op is _BACKWARD:
         return _replaced(result, _SECOND_BIAS, torch.empty_like(result[_SECOND_BIAS]))
-    return result
+    shape = summed_shape(op, args, result)
+    return result if shape is None else result.new_empty(shape).resize_(())
 
 
 def _replaced(results: tuple[torch.Tensor, ...], at: int, by: torch.Tensor) -> tuple[torch.Tensor, ...]:
