@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Hashable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 from remat.budget import format_bytes
@@ -49,9 +50,10 @@ class Ladder:
     _rungs: dict[int, Solution] = field(default_factory=dict)
     _peaks: dict[Hashable, int] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self._rungs[0] = smallest_solution(self.program, self.menus)
-        self._rungs[_RUNGS] = self.everything
+    @cached_property
+    def smallest(self) -> Solution:
+        """Found when first asked for, since it takes time, and what `everything` fits does not ask for it."""
+        return smallest_solution(self.program, self.menus)
 
     def within(self, limit: int) -> Generator[Attempt, int, None]:
         """Plans to compile, each answered with the peak in bytes of its generated code; the last one is the one to take.
@@ -100,10 +102,15 @@ class Ladder:
         return self._peaks[attempt.decisions]
 
     def _target(self, rung: int) -> int:
-        low, high = self._rungs[0].replay.peak_bytes, self.everything.replay.peak_bytes
+        high = self.everything.replay.peak_bytes
+        if rung == _RUNGS:
+            return high
+        low = self.smallest.replay.peak_bytes
         return int(low * (high / low) ** (rung / _RUNGS))
 
     def _solution(self, rung: int) -> Solution:
+        if rung in (0, _RUNGS):
+            return self.everything if rung else self.smallest
         if rung not in self._rungs:
             self._rungs[rung] = solve(self.program, self.menus, self._target(rung))
         return self._rungs[rung]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -18,7 +17,7 @@ from remat.program import Decision, Move, Program
 from remat.replay import Replay
 from remat.simulate import simulate
 from remat.solvers.improve import improve, prune
-from remat.solvers.menu import Option
+from remat.solvers.menu import Option, recomputed_for_nothing
 from remat.solvers.moves import Found
 from remat.solvers.search import search, shrunk
 from remat.solvers.select import Choice, select
@@ -121,13 +120,10 @@ def joined(program: Program, dropped: frozenset[int], regions: tuple[tuple[int, 
 def fastest_solution(program: Program, menus: Menus) -> Solution:
     """Nothing is recomputed that takes time: everything is saved but what a compiler fuses into its readers, and what a person
     has decided otherwise about."""
-    if all(value.passing for value in program.values):
-        dropped, moved = program.pinned(Decision.RECOMPUTE), program.pinned(Decision.OFFLOAD)
-        return solution_of(program, dropped, moved, tuple(itertools.pairwise(menus.cuts)) if dropped or moved else ())
-    path = select(menus.choices, len(menus.cuts) - 1, sys.maxsize)
-    assert path is not None
-    dropped = prune(program, _positions(menus, path, lambda option: option.dropped))
-    return solution_of(program, dropped, frozenset(), _spans(menus, path))
+    dropped, moved = program.pinned(Decision.RECOMPUTE), program.pinned(Decision.OFFLOAD)
+    if any(not value.passing for value in program.values):
+        dropped = prune(program, dropped | recomputed_for_nothing(program))
+    return solution_of(program, dropped, moved, tuple(itertools.pairwise(menus.cuts)) if dropped or moved else ())
 
 
 @without_gc()

@@ -8,17 +8,18 @@ layers of a deep model are solved once.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 
 from remat.program import HELD, Decision, Fixed, Move, Op, Program, Value
 from remat.simulate import simulate
-from remat.solvers.mincut import Items, closure, hull
+from remat.solvers.mincut import Items, Network, closure, hull
 
 _SHARES = (0.25, 0.5, 0.75, 1.0)
 _LEAVES = "leaves the block"
+_WORTH = 1e-6  # of all bytes: what recompute that takes no time has to save
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,17 @@ def make_menu(block: Program, least_bytes: int | None = None) -> tuple[Option, .
         options += [_option(block, d, moved | always) for d in candidates for moved in _movable(block, d, least_bytes)]
     kept = [o for o in options if not any(_better(other, o) for other in options)]
     return tuple(sorted(kept, key=lambda o: o.recompute_us))
+
+
+def recomputed_for_nothing(program: Program) -> frozenset[int]:
+    """The ops, of those that take no time to run again, whose recompute leaves the fewest bytes saved."""
+    items, positions = _items(program)
+    takes_time = (program.forward[p].again_us > 0 and program.forward[p].pin is not Decision.RECOMPUTE for p in positions)
+    banned = [banned or costs for banned, costs in zip(items.banned, takes_time, strict=True)]
+    gain = sum(items.bytes) * _WORTH
+    free = replace(items, cost_us=[gain] * len(positions), banned=banned)
+    again, _ = closure(free, Network(free).cheapest(1.0))
+    return frozenset(positions[v] for v in again)
 
 
 def _movable(block: Program, dropped: frozenset[int], least_bytes: int) -> set[frozenset[int]]:
