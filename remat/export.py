@@ -48,7 +48,7 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
         except Exception as error:  # export raises many types, none of them documented
             cause = find_cause(error, patches.OpaqueAutograd)
             if cause is not None:
-                raise CaptureError(_opaque_message(cause.what)) from error
+                raise CaptureError(_opaque_message(cause.what, _user_line(error))) from error
             log.debug("%s: cannot be exported as it is: %s", type(model).__name__, error)
             errors.append(error)
     reason = str(errors[0]).strip().splitlines()[0] if str(errors[0]).strip() else type(errors[0]).__name__
@@ -124,13 +124,13 @@ def _caching(model: nn.Module) -> list[Any]:
     return list({id(c): c for c in found if getattr(c, "use_cache", None) is True}.values())
 
 
-def _opaque_message(what: str) -> str:
+def _opaque_message(what: str, line: str) -> str:
     if what == patches.CHECKPOINTS:
         return (
             f"the model already {what}, which remat replaces; turn it off first "
             "(transformers: model.activation_checkpointing_disable(), gradient_checkpointing_disable() before 5.23)"
         )
-    return f"the model {what}, which an exported graph does not keep; {DOOR_2}"
+    return f"the model {what}, which an exported graph does not keep ({line}); {DOOR_2}"
 
 
 def _user_line(error: BaseException) -> str:
