@@ -24,7 +24,7 @@ from remat.twin import Twin
 log = logging.getLogger("remat")
 
 DOOR_2 = 'torch.compile(model, backend="remat", options={"budget": ...}) handles this'
-_OURS = (Path(torch.__file__).parent, Path(__file__).parent)
+_OURS = (Path(torch.__file__).parent, Path(__file__).parent, Path(contextlib.__file__))
 _ASSIGNED = r"The tensor attributes? .* assigned during export"  # one that matters is an error: OpaqueAutograd
 
 
@@ -134,7 +134,7 @@ def _opaque_message(what: str, line: str) -> str:
 
 
 def _user_line(error: BaseException) -> str:
-    """The last line of a traceback that is neither torch's nor ours."""
+    """The last line of a traceback that is neither torch's nor ours, nor of `contextlib`."""
     frames = traceback.extract_tb(error.__traceback__)
     theirs = [frame for frame in frames if not any(map(Path(frame.filename).is_relative_to, _OURS))]
     return f"{theirs[-1].filename}:{theirs[-1].lineno}: {theirs[-1].line}" if theirs else "an unknown line"

@@ -22,6 +22,7 @@ from remat._torch import (
     V,
     export_grad_modes,
     inductor_config,
+    is_functorch_wrapped_tensor,
     post_grad,
     pytree,
 )
@@ -199,8 +200,9 @@ class _UnseenWrites(TorchFunctionMode):
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
-    leaves = pytree.tree_leaves(tree)
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided]
+    """The tensors that have a storage: not those of `torch.func`, nor sparse ones."""
+    leaves = [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    return [leaf for leaf in leaves if leaf.layout is torch.strided and not is_functorch_wrapped_tensor(leaf)]
 
 
 def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:

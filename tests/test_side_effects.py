@@ -121,6 +121,10 @@ def _write_seen(_: Writing, h: torch.Tensor) -> torch.Tensor:
     return filled.add_(h).mul_(2)
 
 
+def _write_in_vmap(_: Writing, h: torch.Tensor) -> torch.Tensor:
+    return torch.func.vmap(lambda row: row.clone().mul_(2))(h)
+
+
 def refused(model: nn.Module, match: str) -> None:
     with pytest.raises(remat.CaptureError, match=match):
         remat.optimize(model.train(), (torch.randn(8, 32),), budget=None)
@@ -147,6 +151,15 @@ def test_weights_that_torch_computes_for_each_forward_are_no_trouble() -> None:
     assert_same_gradients(run_step(remat.optimize(model, (x,), budget=None), {"x": x}).gradients, expected.gradients)
 
 
+class Differentiating(Mlp):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(torch.func.grad(lambda h: self.layers[0](h).sum())(x))
+
+
+def test_gradients_by_torch_func_are_refused_with_their_line() -> None:
+    refused(Differentiating(), r"(?s)torch\.func.*side_effects\.py:\d+.*backend=\"remat\"")
+
+
 def test_a_hook_on_a_tensor_is_refused() -> None:
     refused(Hooked(), "hooks the gradient of a tensor in forward")
 
@@ -166,7 +179,7 @@ def test_a_write_that_autograd_does_not_see_is_refused(write: Callable[[Writing,
     refused(Writing(write), r"writes without grad to a tensor that has a gradient.*effects\.py:\d+.*whole_model=False")
 
 
-@pytest.mark.parametrize("write", [_update_average, _write_seen])
+@pytest.mark.parametrize("write", [_update_average, _write_seen, _write_in_vmap])
 def test_other_writes_are_no_trouble(write: Callable[[Writing, torch.Tensor], torch.Tensor]) -> None:
     model, x = Writing(write).train(), torch.randn(8, 32)
     twin = copy.deepcopy(model)
