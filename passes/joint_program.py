@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from remat._torch import TANGENTS_GO, OpOverload, pytree
+from remat._torch import TANGENTS_GO, InputMutationAOTOutput, OpOverload, pytree
 from remat.cost import arithmetic_us, op_cost_us
 from remat.devices import DeviceProfile
 from remat.op_times import OpTimes
@@ -123,6 +123,7 @@ def _lifetimes(
     escaping = {owner(node) for node in halves.forward_outputs}
     grads = {owner(node) for node in halves.backward_outputs}
     over = _overwritten(graph, halves, escaping | grads) if halves.fuses else {}
+    mutated = _mutated_inputs(graph)
     values: list[Value] = []
     fixed: list[Fixed] = []
     where: dict[fx.Node, int] = {}  # storages of forward among `values`, of backward among `fixed`
@@ -148,12 +149,21 @@ def _lifetimes(
             last_forward = end if held else max([born, *(p for p in uses if p < n_forward)])
             after = tuple(p for p in uses if p >= n_forward)
             release = after[-1] if after else -1
-            pin = HELD if held else _pin(node, halves.fuses)
+            pin = HELD if held else _pin(node, halves.fuses, mutated)
             passing = 0 if node in halves.inlined else None
             under = tuple(where[source] for source in over.get(item, ()) if source in where)
             where[item] = len(values)
             values.append(Value(item.name, size, born, last_forward, after, release, pin, passing, under))
     return values, fixed
+
+
+def _mutated_inputs(graph: fx.Graph) -> frozenset[fx.Node]:
+    """The inputs that the step writes to, within the graph or with what it returns: backward would read the new values."""
+    copies = graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
+    returned = graph.output_node().meta.get("desc", ())
+    written = [desc.mutated_input for desc in returned if isinstance(desc, InputMutationAOTOutput)]
+    inputs = graph.find_nodes(op="placeholder")
+    return frozenset(node for node in inputs if node.meta.get("desc") in written).union(owner(copy.args[0]) for copy in copies)
 
 
 def _overwritten(graph: fx.Graph, halves: JointHalves, kept: set[fx.Node]) -> dict[fx.Node, tuple[fx.Node, ...]]:
@@ -255,12 +265,12 @@ def _scratch_bytes(node: fx.Node, args: Any, kwargs: Any, halves: JointHalves, d
     return workspace_bytes(Call.of(node.target, args, kwargs)) + device.allocated_bytes(_unread_bytes(node) + copied)
 
 
-def _pin(node: fx.Node, fuses: bool) -> str:
+def _pin(node: fx.Node, fuses: bool, mutated: frozenset[fx.Node]) -> str:
     if op_name(node) in _SEEDS:
         return "a seed: the draw may be repeated, the seed may not"
     if is_random(node) and not fuses:
         return "random: its result is saved so that backward sees the same draw"
-    return why_pinned(node, frozenset())
+    return why_pinned(node, mutated)
 
 
 def _sources(node: fx.Node) -> list[str]:

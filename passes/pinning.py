@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from remat._torch import HigherOrderOperator, OpOverload
+from remat.passes.aliasing import owner
 from remat.passes.randomness import is_random
 
 aten = torch.ops.aten
@@ -60,4 +61,4 @@ def why_pinned(node: fx.Node, mutated: frozenset[fx.Node]) -> str:
 
 
 def _reads_mutated(node: fx.Node, mutated: frozenset[fx.Node]) -> str:
-    return "reads a buffer that the step updates" if mutated.intersection(node.all_input_nodes) else ""
+    return "reads a buffer that the step updates" if mutated.intersection(map(owner, node.all_input_nodes)) else ""

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 from torch._C._autograd import DeviceType, _get_sequence_nr, _profiler_enabled
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._dynamo.exc import ShortenTraceback
 from torch._export.passes import replace_set_grad_with_hop_pass as export_grad_modes
 from torch._functorch import config as functorch_config
@@ -113,6 +114,7 @@ __all__ = [
     "inductor_ir",
     "invoke_subgraph",
     "is_fake",
+    "is_functorch_wrapped_tensor",
     "is_traceable_wrapper_subclass",
     "joint_graph",
     "local",

@@ -26,6 +26,7 @@ from remat.passes.randomness import argument
 _BLOCKWISE = "; or block by block: remat.enable(model, budget, whole_model=False)"
 _BATCH_NORM = torch.ops.aten._native_batch_norm_legit_functional.default
 _WRONG_AGAIN = (torch.ops.aten.rrelu_with_noise_functional.default,)  # its derivative takes the noise from before the draw
+_GRAPHS_OWN = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph())))
 _DROPPED = ("_assert_tensor_metadata", "_assert_scalar", "_guards_fn", "sym_constrain_range", "_assert_async")
 
 
@@ -81,6 +82,9 @@ def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if _torch.is_traceable_wrapper_subclass(tensor):
             raise CaptureError(f"{name} is a {type(tensor).__name__}, which a graph of plain tensors cannot hold; {DOOR_2}")
+    for name in itertools.chain(model._parameters, model._buffers, model._modules):
+        if name in _GRAPHS_OWN:
+            raise CaptureError(f"the model's {name} has a name that captured graphs use themselves; rename it, or {DOOR_2}")
     for path, part in model.named_modules():
         if path and (part._backward_hooks or part._backward_pre_hooks):
             raise CaptureError(f"{path} has a backward hook, which an exported graph does not keep; take it off")

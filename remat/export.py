@@ -24,7 +24,7 @@ from remat.twin import Twin
 log = logging.getLogger("remat")
 
 DOOR_2 = 'torch.compile(model, backend="remat", options={"budget": ...}) handles this'
-_OURS = (Path(torch.__file__).parent, Path(__file__).parent)
+_OURS = (Path(torch.__file__).parent, Path(__file__).parent, Path(contextlib.__file__))
 _ASSIGNED = r"The tensor attributes? .* assigned during export"  # one that matters is an error: OpaqueAutograd
 
 
@@ -48,7 +48,7 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
         except Exception as error:  # export raises many types, none of them documented
             cause = find_cause(error, patches.OpaqueAutograd)
             if cause is not None:
-                raise CaptureError(_opaque_message(cause.what)) from error
+                raise CaptureError(_opaque_message(cause.what, _user_line(error))) from error
             log.debug("%s: cannot be exported as it is: %s", type(model).__name__, error)
             errors.append(error)
     reason = str(errors[0]).strip().splitlines()[0] if str(errors[0]).strip() else type(errors[0]).__name__
@@ -124,17 +124,17 @@ def _caching(model: nn.Module) -> list[Any]:
     return list({id(c): c for c in found if getattr(c, "use_cache", None) is True}.values())
 
 
-def _opaque_message(what: str) -> str:
+def _opaque_message(what: str, line: str) -> str:
     if what == patches.CHECKPOINTS:
         return (
             f"the model already {what}, which remat replaces; turn it off first "
             "(transformers: model.activation_checkpointing_disable(), gradient_checkpointing_disable() before 5.23)"
         )
-    return f"the model {what}, which an exported graph does not keep; {DOOR_2}"
+    return f"the model {what}, which an exported graph does not keep ({line}); {DOOR_2}"
 
 
 def _user_line(error: BaseException) -> str:
-    """The last line of a traceback that is neither torch's nor ours."""
+    """The last line of a traceback that is neither torch's nor ours, nor of `contextlib`."""
     frames = traceback.extract_tb(error.__traceback__)
     theirs = [frame for frame in frames if not any(map(Path(frame.filename).is_relative_to, _OURS))]
     return f"{theirs[-1].filename}:{theirs[-1].lineno}: {theirs[-1].line}" if theirs else "an unknown line"

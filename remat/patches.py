@@ -12,9 +12,20 @@ from unittest import mock
 
 import torch
 from torch import fx
+from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
-from remat._torch import PythonWrapperCodegen, Scheduler, SubgraphLowering, V, export_grad_modes, inductor_config, post_grad
+from remat._torch import (
+    PythonWrapperCodegen,
+    Scheduler,
+    SubgraphLowering,
+    V,
+    export_grad_modes,
+    inductor_config,
+    is_functorch_wrapped_tensor,
+    post_grad,
+    pytree,
+)
 
 # ---- while Inductor compiles ----
 
@@ -162,12 +173,50 @@ class OpaqueAutograd(Exception):
 
 
 CHECKPOINTS = "checkpoints itself with torch.utils.checkpoint"
+_EMBEDDINGS = (torch.nn.functional.embedding, torch.nn.functional.embedding_bag)
+
+
+class _UnseenWrites(TorchFunctionMode):
+    """Raises OpaqueAutograd where a model writes to a tensor that has a gradient and autograd does not see it: without grad, or
+    through `detach`. The values change then, and the gradient does not. (A mode that sees ops and not functions would change
+    what export makes of gradients within forward.)"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._training: dict[int, torch.UntypedStorage] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for tensor in _tensors((args, kwargs)):
+            if tensor.requires_grad:
+                storage = tensor.untyped_storage()
+                self._training[storage._cdata] = storage
+        is_renormed = func in _EMBEDDINGS and kwargs.get("max_norm") is not None  # their weights, without grad
+        for tensor in _tensors(args[1] if is_renormed else _written(func, args, kwargs)):
+            is_seen = tensor.requires_grad and torch.is_grad_enabled() and not is_renormed
+            if not is_seen and tensor.untyped_storage()._cdata in self._training:
+                raise OpaqueAutograd("writes without grad to a tensor that has a gradient")
+        return func(*args, **kwargs)
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    """The tensors that have a storage: not those of `torch.func`, nor sparse ones."""
+    leaves = [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    return [leaf for leaf in leaves if leaf.layout is torch.strided and not is_functorch_wrapped_tensor(leaf)]
+
+
+def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """What a function writes to, by the names of functions and arguments."""
+    name = getattr(func, "__name__", "")
+    is_named = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+    is_operator = name == "__setitem__" or (name.startswith("__i") and hasattr(torch.Tensor, f"__{name[3:]}"))  # y *= 2
+    return args[:1] if is_named or is_operator or kwargs.get("inplace") else kwargs.get("out")
 
 
 @contextlib.contextmanager
 def watch_for_opaque_autograd() -> Iterator[None]:
-    """Raise OpaqueAutograd where a model checkpoints itself, calls its own autograd.Function, hooks a tensor, or keeps one that
-    has a gradient as an attribute.
+    """Raise OpaqueAutograd where a model checkpoints itself, calls its own autograd.Function, hooks a tensor, keeps one that
+    has a gradient as an attribute, or writes to one where autograd does not see it.
 
     Non-strict export runs through all of these, and keeps none of them.
     """
@@ -198,5 +247,6 @@ def watch_for_opaque_autograd() -> Iterator[None]:
         mock.patch.object(torch.autograd.Function, "apply", classmethod(no_function)),
         mock.patch.object(torch.Tensor, "register_hook", no_hook),
         mock.patch.object(torch.nn.Module, "__setattr__", no_result),
+        _UnseenWrites(),
     ):
         yield

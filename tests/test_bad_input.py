@@ -111,6 +111,27 @@ def test_a_model_with_nothing_to_train() -> None:
         remat.optimize(model.requires_grad_(False), (x,), budget=None)
 
 
+class Named(nn.Module):
+    def __init__(self, name: str, kind: str) -> None:
+        super().__init__()
+        self.name = name
+        register = {"buffer": self.register_buffer, "parameter": self.register_parameter, "module": self.add_module}[kind]
+        register(name, nn.Linear(4, 4) if kind == "module" else nn.Parameter(torch.ones(4)))  # type: ignore[operator]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        part = getattr(self, self.name)
+        return (part(x) if isinstance(part, nn.Module) else x * part).sum()
+
+
+@pytest.mark.parametrize("kind", ["parameter", "buffer", "module"])
+@pytest.mark.parametrize("name", ["code", "graph", "plan"])
+def test_names_that_graphs_use_themselves_are_refused_unless_they_are_of_a_part(name: str, kind: str) -> None:
+    x = torch.randn(2, 4, requires_grad=True)
+    with pytest.raises(remat.RematError, match=rf"{name}.*rename it"):
+        remat.optimize(Named(name, kind).train(), (x,), budget=None)
+    remat.optimize(nn.Sequential(Named(name, kind)).train(), (x,), budget=None)(x).backward()
+
+
 def test_a_model_in_eval_mode() -> None:
     model, x = mlp()
     with pytest.raises(remat.RematError, match=r"model\.train\(\)"):

@@ -437,6 +437,30 @@ def test_eval_and_no_grad() -> None:
         assert torch.equal(module(x), model(x))
 
 
+class Counting(Mlp):
+    """Scales by what a buffer holds before and after it is written to."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=2, dropout=0.0)
+        self.register_buffer("steps", torch.ones(64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        before = self.steps[:32].sum() / 32
+        x = torch.tanh(self.layers[0](x) * before)
+        self.steps.mul_(1.5)
+        return super().forward(x * torch.sin(self.steps[:32]))
+
+
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+def test_backward_recomputes_nothing_from_a_buffer_that_forward_has_written_to(compiler: str) -> None:
+    torch.manual_seed(0)
+    model, x = Counting().train(), torch.randn(64, 32)
+    module = compiled(copy.deepcopy(model), compiler=compiler, policy="blocks")
+    expected, outcome = run_step(model, {"x": x}), run_step(module, {"x": x})
+    assert_close_gradients(outcome.gradients, expected.gradients, 1e-4)
+    assert torch.equal(module.steps, model.steps)
+
+
 def test_training_with_an_optimizer() -> None:
     model, x = mlp(dropout=0.0)
     twin = copy.deepcopy(model)

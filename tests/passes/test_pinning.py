@@ -66,8 +66,10 @@ def test_a_reader_of_an_updated_buffer_is_pinned() -> None:
     graph = fx.Graph()
     buffer, x = graph.placeholder("buffer"), graph.placeholder("x")
     reads = graph.call_function(aten.mul.Tensor, (x, buffer))
+    through_view = graph.call_function(aten.sum.default, (graph.call_function(aten.slice.Tensor, (buffer, 0, 1)),))
     rest = graph.call_function(aten.mul.Tensor, (x, x))
     assert "buffer" in why_pinned(reads, frozenset({buffer}))
+    assert "buffer" in why_pinned(through_view, frozenset({buffer}))
     assert why_pinned(rest, frozenset({buffer})) == ""
 
 
