@@ -72,7 +72,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], blo
         raise
 
 
-@patches.native_upsampling()
+@patches.native_kernels()
 def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
     kwargs = dict(sorted(kwargs.items()))
     flat, in_spec = pytree.tree_flatten((args, kwargs))

@@ -147,8 +147,12 @@ class _Question:
         traced = self.call.traced({self.dim: units * self.multiple_of})
         limit = traced.limit_bytes(settings.budget)
         assert limit is not None, "a budget for fit() is one in bytes"
-        steps = (traced, traced.worth_sharing(limit, settings))
-        least = min((step.smallest(settings) for step in steps if step is not None), key=lambda s: s.replay.peak_bytes)
+        least = traced.smallest(settings)
+        other = traced.worth_sharing(limit, settings)
+        if other is None and least.replay.peak_bytes > limit:
+            other = traced.in_shares(settings)
+        if other is not None:
+            least = min(least, other.smallest(settings), key=lambda s: s.replay.peak_bytes)
         return _Trial(traced, limit, least)
 
 

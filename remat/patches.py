@@ -135,10 +135,11 @@ def grad_modes_in_autocast() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def native_upsampling() -> Iterator[None]:
-    """Keep torch's kernels for upsampling in what is traced. Its Python decompositions of them into gathers and products, which
-    tracing takes by default, need several times the memory in a step that runs them one by one."""
-    packets = [getattr(torch.ops.aten, name) for name in _UPSAMPLING]
+def native_kernels() -> Iterator[None]:
+    """Keep some kernels of torch's that it decomposes in Python while it traces: those for upsampling, which as gathers and
+    products need several times the memory in a step that runs them one by one, and those of the margin losses, which are
+    other numbers (of several labels, those that are none count)."""
+    packets = [getattr(torch.ops.aten, name) for name in (*_UPSAMPLING, *_MARGIN_LOSSES)]
     ops = [getattr(packet, overload) for packet in packets for overload in packet.overloads()]
     removed = [(op, key, op.py_kernels.pop(key, None)) for op in ops for key in _COMPOSITE]
     for op, _, _ in removed:
@@ -157,6 +158,7 @@ _UPSAMPLING = [
     *("upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d"),
     *("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"),
 ]
+_MARGIN_LOSSES = ("multi_margin_loss", "multilabel_margin_loss_forward")
 _COMPOSITE = (torch._C.DispatchKey.CompositeImplicitAutograd, torch._C.DispatchKey.Autograd)
 
 

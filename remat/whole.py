@@ -69,22 +69,30 @@ class TracedModel(Traced):
                 plan = traced.plan(settings)
                 return traced, plan if traced is self else with_baseline(plan, self.everything)
             settings = dataclasses.replace(settings, plan=None)
-        other = self.worth_sharing(limit, settings)
+        try:
+            plan = self.plan(settings)
+        except BudgetError as error:
+            return self._planned_in_shares(settings, error)
+        other = self.worth_sharing(limit, settings) if plan.recompute_us + plan.stall_us else None
         if other is None:
-            return self, self.plan(settings)
-        found: list[tuple[TracedModel, Plan]] = []
-        errors: list[BudgetError] = []
-        for traced in (self, other):
-            try:
-                found.append((traced, traced.plan(settings)))
-            except BudgetError as error:
-                errors.append(error)
-            if found and not found[0][1].recompute_us + found[0][1].stall_us:
-                break
-        if not found:
-            raise min(errors, key=_shortage)
-        traced, plan = min(found, key=lambda pair: pair[1].step_us)
+            return self, plan
+        try:
+            shared = other.plan(settings)
+        except BudgetError:
+            return self, with_baseline(plan, self.everything)
+        traced, plan = min((self, plan), (other, shared), key=lambda pair: pair[1].step_us)
         return traced, with_baseline(plan, self.everything)
+
+    def _planned_in_shares(self, settings: Settings, whole: BudgetError) -> tuple[TracedModel, Plan]:
+        """The plan with shares where there is none without, however little they save: the error names the smallest budget of
+        both ways, and that has to do."""
+        other = self.in_shares(settings)
+        if other is None:
+            raise whole
+        try:
+            return other, with_baseline(other.plan(settings), self.everything)
+        except BudgetError as shared:
+            raise min(whole, shared, key=_shortage) from None
 
     def of(self, plan: Plan) -> TracedModel:
         """This step, or the same with its cross-entropy in shares: whichever the plan was made for."""
@@ -99,12 +107,16 @@ class TracedModel(Traced):
             return None
         return self.again(dataclasses.replace(self.captured, graph=share_losses(self.captured.graph)))
 
+    def in_shares(self, settings: Settings) -> TracedModel | None:
+        """`sharing` where the planner decides."""
+        return self.sharing if settings.policy == "auto" and settings.pin is None and self.in_flight == 1 else None
+
     def worth_sharing(self, peak_bytes: int | None, settings: Settings) -> TracedModel | None:
-        """`sharing` where the planner decides and what autograd keeps of the loss is much of what such a peak has room for."""
-        if peak_bytes is None or settings.policy != "auto" or settings.pin is not None or self.in_flight > 1:
+        """`in_shares` where what autograd keeps of the loss is much of what such a peak has room for."""
+        if peak_bytes is None:
             return None
         kept = sum(storage_bytes(loss.all_input_nodes[0].meta["val"]) for loss in find_losses(self.captured.graph))
-        return self.sharing if kept > _MUCH * (peak_bytes - self.program.resident_bytes) else None
+        return self.in_shares(settings) if kept > _MUCH * (peak_bytes - self.program.resident_bytes) else None
 
 
 def _shortage(error: BudgetError) -> tuple[bool, float]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch._higher_order_ops.associative_scan import associative_scan
+from torch.nn import functional
 from torch.nn.functional import interpolate
 
 import remat
@@ -221,6 +222,29 @@ def test_upsampling_keeps_its_kernels() -> None:
         each(x).backward()
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
     assert torch.ops.aten.upsample_bilinear2d.vec.py_kernels, "other tracing goes on as before"
+
+
+class _Margins(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 10)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        scores = self.layer(x)
+        return functional.multilabel_margin_loss(scores, labels) + functional.multi_margin_loss(scores, labels[:, 0])
+
+
+def test_margin_losses_keep_their_kernels() -> None:
+    """As torch decomposes them, the first is nine times as large."""
+    torch.manual_seed(0)
+    model, x, labels = _Margins(), torch.randn(6, 8), torch.full((6, 10), -1)
+    labels[:, 0] = torch.arange(6)
+    plain = copy.deepcopy(model)
+    loss, expected = remat.optimize(model, (x, labels), budget=None)(x, labels), plain(x, labels)
+    assert torch.equal(loss, expected)
+    loss.backward()
+    expected.backward()
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
 
 
 def test_the_line_that_cannot_be_captured_may_lie_in_any_folder(tmp_path: Path) -> None:
