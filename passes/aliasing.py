@@ -23,11 +23,12 @@ _COPY_STORAGES = {  # ops that keep their first argument's strides, by a copy of
     torch.ops.aten.diagonal_scatter.default,
     torch.ops.aten.as_strided_scatter.default,
 }
-_SUMMED_IN_PLACE = {  # losses whose mean or sum lies in the storage of what was summed
-    torch.ops.aten.mse_loss.default,
-    torch.ops.aten.smooth_l1_loss.default,
-    torch.ops.aten.soft_margin_loss.default,
-    torch.ops.aten.binary_cross_entropy.default,
+_MADE_LIKE_INPUTS = {  # ops whose result lies in storage made for the elements of so many first inputs, and then resized
+    torch.ops.aten.mse_loss.default: 2,
+    torch.ops.aten.smooth_l1_loss.default: 2,
+    torch.ops.aten.soft_margin_loss.default: 2,
+    torch.ops.aten.binary_cross_entropy.default: 2,
+    torch.ops.aten.col2im.default: 1,
 }
 
 
@@ -82,15 +83,14 @@ def made_bytes(node: fx.Node) -> int:
     while node.target in _COPY_STORAGES and isinstance(node.args[0], fx.Node):
         node = owner(node.args[0])
         size = max(size, storage_bytes(node.meta.get("val")))
-    shape = summed_shape(node.target, [source.meta.get("val") for source in node.all_input_nodes], node.meta.get("val"))
-    return size if shape is None else math.prod(shape) * node.meta["val"].element_size()
+    numel = made_numel(node.target, [source.meta.get("val") for source in node.all_input_nodes])
+    return max(size, numel * node.meta["val"].element_size() if numel else 0)
 
 
-def summed_shape(op: Any, inputs: Sequence[Any], result: Any) -> torch.Size | None:
-    """The shape of the elementwise losses whose storage holds their mean or sum; None where the result has its own."""
-    if op not in _SUMMED_IN_PLACE or result.dim():
-        return None
-    return torch.broadcast_shapes(*(tensor.shape for tensor in inputs[:2]))
+def made_numel(op: Any, inputs: Sequence[Any]) -> int:
+    """Elements that the storage of an op's result has at least; 0 where it has what the result shows."""
+    n = _MADE_LIKE_INPUTS.get(op, 0)
+    return math.prod(torch.broadcast_shapes(*(tensor.shape for tensor in inputs[:n]))) if n else 0
 
 
 def storage_bytes(value: Any) -> int:

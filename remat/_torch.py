@@ -181,23 +181,12 @@ def publish(name: str, encoding: str, payload: Callable[[], str]) -> None:
     trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": encoding}, payload_fn=payload)
 
 
-def joint_graph(module: fx.GraphModule, inputs: tuple[Any, ...]) -> fx.GraphModule:
-    """AOTAutograd's joint graph of a module with flat inputs; placeholders and outputs carry `meta["desc"]`. Its ops have
-    derivatives, since forward runs under autograd again: what `copy_` becomes in a graph (`aten.copy`) has none."""
+def joint_graph(
+    module: fx.GraphModule, inputs: tuple[Any, ...], decompositions: dict[OpOverload, Callable[..., Any]]
+) -> fx.GraphModule:
+    """AOTAutograd's joint graph of a module with flat inputs; placeholders and outputs carry `meta["desc"]`."""
     with contextlib.ExitStack() as stack:
-        found = aot_export_joint_with_descriptors(stack, module, inputs, decompositions={torch.ops.aten.copy.default: _copied})
-        return found.graph_module
-
-
-def _copied(into: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
-    """`aten.copy` from ops that have derivatives; in the layout of `into`, where that is no part of something larger."""
-    found = source.to(device=into.device, dtype=into.dtype, non_blocking=non_blocking)
-    found = found if found.shape == into.shape else found.expand_as(into)
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(into.shape, into.stride(), strict=True))
-    if extent != into.numel():
-        return found
-    order = sorted(range(into.dim()), key=into.stride, reverse=True)
-    return found.permute(order).contiguous().permute([order.index(d) for d in range(into.dim())])
+        return aot_export_joint_with_descriptors(stack, module, inputs, decompositions=decompositions).graph_module
 
 
 def extract_forward_backward(

@@ -18,6 +18,7 @@ from torch import fx, nn
 
 from remat import _torch, patches
 from remat._torch import pytree
+from remat.differentiable import DECOMPOSITIONS
 from remat.errors import CaptureError
 from remat.export import DOOR_2, export
 from remat.passes.aliasing import results
@@ -92,7 +93,7 @@ def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     module, constant_outputs = _flat_module(exported, flat)
     inputs = tuple(leaf for leaf in flat if isinstance(leaf, torch.Tensor))
     try:
-        joint = _torch.joint_graph(module, inputs)
+        joint = _torch.joint_graph(module, inputs, DECOMPOSITIONS)
     except RuntimeError as error:
         raise CaptureError(f"AOTAutograd could not trace the exported model: {error}; {DOOR_2}") from error
     own = frozenset(name for name, _ in model.named_buffers(remove_duplicate=False))

@@ -1,8 +1,8 @@
 """What real kernels return where torch's fake ones leave something out.
 
 A CPU's recurrent layers (oneDNN's, behind `nn.LSTM`): the fake kernels say that forward keeps nothing for backward, where it
-keeps more than it returns, and return one tensor as the gradient of both biases, where there are two. Losses that are summed
-in place return a scalar in the storage of all that was summed.
+keeps more than it returns, and return one tensor as the gradient of both biases, where there are two. Some
+kernels make their result as large as an input and then shrink it: a mean of losses lies in the storage of all of them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from remat._torch import OpOverload
-from remat.passes.aliasing import summed_shape
+from remat.passes.aliasing import made_numel
 from remat.workspace import Call, has_room
 
 aten = torch.ops.aten
@@ -31,8 +31,9 @@ def as_run(op: OpOverload, args: Any, kwargs: Any, result: Any) -> Any:
         return _replaced(result, _KEPT, result[_KEPT].new_empty(_kept_bytes(Call.of(op, args, kwargs))))
     if op is _BACKWARD:
         return _replaced(result, _SECOND_BIAS, torch.empty_like(result[_SECOND_BIAS]))
-    shape = summed_shape(op, args, result)
-    return result if shape is None else result.new_empty(shape).resize_(())
+    if (numel := made_numel(op, args)) and numel > result.numel():
+        return result.new_empty(numel).as_strided(result.shape, result.stride())
+    return result
 
 
 def _replaced(results: tuple[torch.Tensor, ...], at: int, by: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -23,6 +23,7 @@ from remat import _torch
 from remat._torch import pytree
 from remat.budget import free_bytes
 from remat.measure import measure_accelerator, measure_cpu
+from remat.passes.aliasing import made_numel, storage_bytes
 from remat.passes.pinning import is_collective
 
 log = logging.getLogger("remat")
@@ -58,10 +59,11 @@ class TensorLike:
     stride: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    is_conj: bool = False  # a conjugate view, which most kernels copy first
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> TensorLike:
-        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device, tensor.is_conj())
 
     @property
     def bytes(self) -> int:
@@ -81,7 +83,8 @@ class TensorLike:
         flat = torch.zeros(size, dtype=self.dtype, device=self.device)
         if random and self.dtype.is_floating_point and self.dtype.itemsize > 1:
             flat.normal_()
-        return flat.as_strided(self.shape, self.stride)
+        tensor = flat.as_strided(self.shape, self.stride)
+        return tensor.conj() if self.is_conj else tensor
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,8 @@ class Call:
     @property
     def has_scratch(self) -> bool:
         """False for an op that allocates its results and nothing else."""
+        if any(tensor.is_conj for tensor in self.tensors):
+            return True
         if self.op in _PRODUCTS:  # a CPU's have some in half precision, and where it copies a matrix first
             return any(x.device.type != "cpu" or x.dtype.itemsize < 4 or x.has_gaps for x in self.tensors)
         return self.op not in _EXACT or self._converts
@@ -212,5 +217,8 @@ def _run_once(call: Call, random: bool = False) -> int:
     with call.ready(random) as run:
         keep = lambda: results.append(run())  # noqa: E731
         peak = measure_cpu(keep)[0] if accelerator is None else measure_accelerator(keep, accelerator).above_resident_bytes
-    outputs = [t for t in pytree.tree_leaves(results) if isinstance(t, torch.Tensor)]
-    return max(0, peak - sum({_torch.storage_key(t): t.untyped_storage().nbytes() for t in outputs}.values()))
+    made: dict[int, int] = {}  # by storage; what a kernel shrinks its result from is no part of that
+    for t in (leaf for leaf in pytree.tree_leaves(results) if isinstance(leaf, torch.Tensor)):
+        size = max(storage_bytes(t), made_numel(call.op, call.tensors) * t.element_size())
+        made[_torch.storage_key(t)] = max(size, made.get(_torch.storage_key(t), 0))
+    return max(0, peak - sum(made.values()))

@@ -156,6 +156,29 @@ def test_assignments_to_parts_of_tensors() -> None:
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
 
 
+class _Modes(nn.Module):
+    """A layer of a Fourier neural operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4, 8, dtype=torch.cfloat))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        modes = torch.fft.rfft(x)
+        kept = torch.zeros_like(modes)
+        kept[..., :8] = torch.einsum("bix,iox->box", modes[..., :8].conj(), self.weight)
+        kept[..., -1] = modes[..., 0]
+        return torch.fft.irfft(kept).square().mean()
+
+
+def test_assignments_to_parts_of_complex_tensors() -> None:
+    plain, x = _Modes(), torch.randn(3, 4, 64)
+    ours = remat.optimize(copy.deepcopy(plain), (x,), budget=None)
+    for model in (plain, ours):
+        model(x).backward()
+    assert torch.equal(ours.weight.grad, plain.weight.grad)
+
+
 class _Redraws(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import remat
+from remat._torch import FakeTensorMode
+from remat.fake_kernels import as_run
+from remat.workspace import Call, workspace_bytes
 from tests.steps import run_step
 
 recurrent = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
@@ -88,3 +91,19 @@ def test_a_mean_in_the_storage_of_what_it_is_the_mean_of(loss: Callable[[torch.T
     measured = run_step(compiled, {"x": x}).peak_bytes
     (graph,) = remat.plans(compiled)
     assert measured <= graph.plan.peak_bytes <= 1.02 * measured
+
+
+def test_a_sum_in_the_storage_of_what_it_is_the_sum_of() -> None:
+    op, windows = torch.ops.aten.col2im.default, torch.randn(8, 100, 144).mT
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        args = (mode.from_tensor(windows), [100, 1], [9, 1], [1, 1], [4, 0], [1, 1])
+        found = as_run(op, args, {}, op(*args))
+    real = op(windows, *args[1:])
+    assert found.shape == real.shape
+    assert found.stride() == real.stride()
+    assert found.untyped_storage().nbytes() == real.untyped_storage().nbytes() == windows.nbytes > real.nbytes
+
+
+def test_what_a_kernel_makes_too_large_is_no_part_of_what_it_returns() -> None:
+    call = Call.of(torch.ops.aten.col2im.default, (torch.randn(8, 144, 100), [100, 1], [9, 1], [1, 1], [4, 0], [1, 1]), {})
+    assert workspace_bytes(call) == 0

@@ -55,6 +55,12 @@ def test_products_copy_matrices_with_gaps(matrix: torch.Tensor, expected: int) -
     assert workspace_bytes(Call.of(aten.mm.default, (matrix, torch.zeros(64, 64)), {})) == expected
 
 
+def test_conjugate_views_are_copied_first() -> None:
+    x = torch.zeros(2, 64, 64, dtype=torch.cfloat)
+    expected = ((x, 0), (x.conj(), x.nbytes), (x.conj().mT, x.nbytes))
+    assert [workspace_bytes(Call.of(aten.bmm.default, (x, y), {})) for y, _ in expected] == [found for _, found in expected]
+
+
 @pytest.mark.parametrize("op", [aten.mkldnn_rnn_layer_backward.default, aten._cudnn_rnn_backward.default])
 def test_what_only_its_forward_can_feed_is_not_run(op: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run without that it ends the process."""
