@@ -38,10 +38,10 @@ _OPAQUE = {  # zeros crash the process: in the place of what only their forward 
 }  # fmt: skip
 _BY_VALUES = {aten.linalg_matrix_exp.default}  # it takes the powers of a matrix that its norm asks for, none of zeros
 _BAG_SIZES = {aten._embedding_bag_backward.default: 4}  # the argument with the sizes of bags: empty ones are passed over
+_COPIES = {aten.clone.default, aten.copy_.default, aten._to_copy.default}
 _SUMS = {aten.sum.dim_IntList, aten.sum.default, aten.mean.dim, aten.mean.default}
-_EXACT = _SUMS | {
-    aten.cat.default, aten.clone.default,
-    aten._to_copy.default, aten.copy_.default, aten.ones_like.default, aten.zeros_like.default, aten.full.default,
+_EXACT = _SUMS | _COPIES | {
+    aten.cat.default, aten.ones_like.default, aten.zeros_like.default, aten.full.default,
     aten.new_zeros.default, aten.zeros.default, aten.arange.start, aten.arange.default, aten.arange.start_step,
     aten.scalar_tensor.default, aten.slice_backward.default, aten.constant_pad_nd.default, aten.empty.memory_format,
     aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar, aten.add.Scalar,
@@ -76,6 +76,11 @@ class TensorLike:
             return False
         (rows, columns), (down, along) = self.shape[-2:], self.stride[-2:]
         return not ((along == 1 and down >= columns) or (down == 1 and along >= rows) or 1 in (rows, columns))
+
+    @property
+    def is_transposed(self) -> bool:
+        """True for a matrix that lies column by column, which a CPU copies by blocks, through a buffer."""
+        return len(self.shape) == 2 and self.stride == (1, self.shape[0])
 
     def tensor(self, random: bool = False) -> torch.Tensor:
         """Zeros, or normally distributed numbers where the dtype has them, laid out like this."""
@@ -136,6 +141,8 @@ class Call:
             return True
         if self.op in _PRODUCTS:  # a CPU's have some in half precision, and where it copies a matrix first
             return any(x.device.type != "cpu" or x.dtype.itemsize < 4 or x.has_gaps for x in self.tensors)
+        if self.op in _COPIES and any(tensor.is_transposed for tensor in self.tensors):
+            return True
         return self.op not in _EXACT or self._converts
 
     @property

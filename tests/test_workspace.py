@@ -55,6 +55,16 @@ def test_products_copy_matrices_with_gaps(matrix: torch.Tensor, expected: int) -
     assert workspace_bytes(Call.of(aten.mm.default, (matrix, torch.zeros(64, 64)), {})) == expected
 
 
+def test_transposed_matrices_are_copied_by_blocks() -> None:
+    x = torch.zeros(64, 64)
+    measured, _ = measure_cpu(lambda: aten.clone.default(x.t(), memory_format=torch.contiguous_format))
+    assert (
+        workspace_bytes(Call.of(aten.clone.default, (x.t(),), {"memory_format": torch.contiguous_format}))
+        == measured - x.nbytes
+    )
+    assert workspace_bytes(Call.of(aten.clone.default, (x,), {"memory_format": torch.contiguous_format})) == 0
+
+
 def test_conjugate_views_are_copied_first() -> None:
     x = torch.zeros(2, 64, 64, dtype=torch.cfloat)
     expected = ((x, 0), (x.conj(), x.nbytes), (x.conj().mT, x.nbytes))
