@@ -252,7 +252,7 @@ class Compilation:
         limit = resolve_budget(parse_budget(self.options.budget), memory_of(device, resident), resident, baseline_bytes)
         if limit is None:
             return None, None
-        if self._shares:
+        if self._shares or any(isinstance(t, torch.Tensor) and t.grad_fn is not None for t in self.inputs):
             self.session.say_broken()
         target = limit - limit // _PASSES if self._shares else limit
         if not self.more_graphs:

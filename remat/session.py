@@ -78,7 +78,7 @@ class Session:
         """Once: what no plan counts."""
         if not self.said_broken:
             log.warning(
-                "the model has graph breaks: what runs between its graphs is not in the budget "
+                "the model has graph breaks, or inputs with a gradient: what runs outside of its graphs is not in the budget "
                 "(torch.compile's fullgraph=True says where)"
             )
             self.said_broken = True

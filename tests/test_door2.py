@@ -343,7 +343,7 @@ def test_graphs_of_one_model_share_the_budget(caplog: pytest.LogCaptureFixture) 
     assert_same(outcome, expected)
     assert outcome.peak_bytes <= budget
     assert len(remat.plans(module)) == 2
-    assert sum("what runs between its graphs" in message for message in caplog.messages) == 1
+    assert sum("what runs outside of its graphs" in message for message in caplog.messages) == 1
 
 
 class BrokenAtTheEnd(nn.Module):
@@ -503,6 +503,14 @@ def test_a_rewritten_module_compiles_without_a_break() -> None:
     gradients = sum(g.nbytes for g in outcome.gradients.values())
     assert outcome.peak_bytes <= 1.1 * expected.peak_bytes + gradients
     assert outcome.peak_bytes < unconstrained.peak_bytes
+
+
+def test_what_runs_before_the_one_graph_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    """Dynamo runs a loop with a graph break in it as it is, all of it."""
+    layers = nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(32, momentum=None), nn.ReLU())
+    for model, count in ((nn.Linear(32, 32), 0), (nn.Sequential(nn.Sequential(layers), Mlp()), 1)):
+        compiled(model.train(), "1GiB")(torch.randn(64, 32, requires_grad=True)).sum().backward()
+        assert caplog.text.count("graph breaks") == count
 
 
 def test_a_model_that_is_compiled_for_another_shape_has_no_graph_break(caplog: pytest.LogCaptureFixture) -> None:
