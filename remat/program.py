@@ -14,7 +14,6 @@ No torch in here, and none needed to test what is built on it.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -86,6 +85,16 @@ class Value(NamedTuple):
     @property
     def passing(self) -> int:
         return self.bytes if self.passing_bytes is None else self.passing_bytes
+
+
+class ValueTable(NamedTuple):
+    """The numbers of a program's values, an array of each."""
+
+    op: np.ndarray
+    bytes: np.ndarray
+    passing: np.ndarray
+    last_forward: np.ndarray
+    release: np.ndarray
 
 
 class Fixed(NamedTuple):
@@ -160,6 +169,32 @@ class Program:
         return table[:, 0], table[:, 1], table[:, 2]
 
     @cached_property
+    def fixed_kinds(self) -> np.ndarray:
+        """The kinds of `fixed`, as indices of `KINDS`."""
+        return np.array([KINDS.index(fixed.kind) for fixed in self.fixed], dtype=np.int64)
+
+    @cached_property
+    def value_table(self) -> ValueTable:
+        columns = zip(*((v.op, v.bytes, v.passing, v.last_forward, v.release) for v in self.values), strict=True)
+        arrays = [np.array(column, dtype=np.int64) for column in columns]
+        return ValueTable(*(arrays or [np.zeros(0, dtype=np.int64)] * len(ValueTable._fields)))
+
+    @cached_property
+    def is_held(self) -> np.ndarray:
+        """By value, whether it is an output of the model."""
+        return np.array([value.pinned == HELD for value in self.values], dtype=bool)
+
+    @cached_property
+    def fused(self) -> tuple[Op, ...]:
+        """The forward ops with a result that is not stored where it is not kept, the last first."""
+        return tuple(op for op in reversed(self.forward) if any(not self.values[v].passing for v in op.outputs))
+
+    @cached_property
+    def writing(self) -> tuple[int, ...]:
+        """The values that are written over others."""
+        return tuple(v for v, value in enumerate(self.values) if value.over)
+
+    @cached_property
     def scratch_bytes(self) -> np.ndarray:
         """`workspace_bytes` of each op, by position."""
         return np.array([op.workspace_bytes for op in (*self.forward, *self.backward)], dtype=np.int64)
@@ -206,13 +241,13 @@ class Program:
         return self.modules[origin] if 0 <= origin < len(self.modules) else ""
 
 
-def held_until(program: Program, regions: Sequence[tuple[int, int]], op: int, reader: int) -> int:
-    """The forward position to which the result of `op` stays, when `reader` is the last to read it: inputs of a region stay to
-    its end. A `reader` after forward says that it is never let go of there."""
-    if not program.regions_hold or reader >= len(program.forward):
-        return reader
-    index = bisect_right(regions, reader, key=lambda region: region[0]) - 1
-    if index < 0:
-        return reader
-    start, stop = regions[index]
-    return stop - 1 if op < start <= reader < stop else reader
+def held_until(program: Program, regions: Sequence[tuple[int, int]], ops: np.ndarray, readers: np.ndarray) -> np.ndarray:
+    """The forward positions to which results of `ops` stay, when `readers` are the last to read them: inputs of a region stay
+    to its end. A reader after forward says that one is never let go of there."""
+    if not program.regions_hold or not regions:
+        return readers
+    starts, stops = np.array(regions).T
+    index = np.searchsorted(starts, readers, side="right") - 1  # -1 before the first, and then no reader is before its stop
+    start, stop = np.where(index >= 0, starts[index], len(program.forward)), np.where(index >= 0, stops[index], 0)
+    inside = (readers < len(program.forward)) & (ops < start) & (start <= readers) & (readers < stop)
+    return np.where(inside, stop - 1, readers)

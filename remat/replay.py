@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -42,6 +42,22 @@ class Span(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Spans:
+    """Storages' stays as arrays, an entry for each; iterates over them as `Span`. `kinds` are indices of `KINDS`."""
+
+    born: np.ndarray
+    dies: np.ndarray
+    bytes: np.ndarray
+    kinds: np.ndarray
+    values: np.ndarray
+
+    def __iter__(self) -> Iterator[Span]:
+        columns = (column.tolist() for column in (self.born, self.dies, self.bytes, self.kinds, self.values))
+        for born, dies, size, kind, value in zip(*columns, strict=True):
+            yield Span(born, dies, size, KINDS[kind], value)
+
+
+@dataclass(frozen=True)
 class Replay:
     """The outcome of one step: peaks and live bytes include what is resident.
 
@@ -60,7 +76,7 @@ class Replay:
     stall_us: float = 0.0
     kept: tuple[int, ...] = ()
     trips: tuple[Trip, ...] = ()
-    spans: tuple[Span, ...] = field(default=(), repr=False)
+    spans: Iterable[Span] = field(default=(), repr=False, compare=False)
 
     @property
     def added_us(self) -> float:

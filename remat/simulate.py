@@ -14,9 +14,11 @@ from typing import NamedTuple
 import numpy as np
 
 from remat.link import Trip, timing
-from remat.program import HELD, Move, Program, held_until
-from remat.replay import Replay, Span
+from remat.program import KINDS, Move, Program, held_until
+from remat.replay import Replay, Span, Spans
 from remat.schedule import Stay, make_schedule
+
+_OUTPUTS, _ACTIVATIONS, _WORKING_SET = (KINDS.index(kind) for kind in ("outputs", "activations", "working set"))
 
 
 def simulate(
@@ -32,105 +34,125 @@ def simulate(
     """
     moves = moves or {}
     step = _lives(program, dropped, regions, repeats or {})
-    travelling = [v for v, value in enumerate(program.values) if step.kept[v] and value.op in moves]
+    travelling = [v for v in step.kept_values if program.values[v].op in moves] if moves else []
     trips = {v: _trip(step, v, moves[program.values[v].op]) for v in travelling}
     spans = _spans(step, trips)
     in_order = sorted(trips.values(), key=lambda trip: trip.use)
-    recomputed = [program.forward[position] for position, is_again in step.entries if is_again]
     host_bytes = sum(program.values[v].bytes for v in trips)
     return Replay(
         program,
         tuple(step.entries),
-        tuple(_live_bytes(program, step.entries, spans)),
-        sum(value.bytes for value, is_kept in zip(program.values, step.kept, strict=True) if is_kept) - host_bytes,
-        sum(op.again_us for op in recomputed),
+        tuple(_live_bytes(step, spans)),
+        int(program.value_table.bytes[step.kept].sum()) - host_bytes,
+        sum(program.forward[step.entries[index][0]].again_us for index in step.runs_again),
         host_bytes,
         timing(program, step.entries, in_order).lost_us if trips else 0.0,
-        tuple(v for v, is_kept in enumerate(step.kept) if is_kept),
+        tuple(step.kept_values),
         tuple(in_order),
-        tuple(spans),
+        spans,
     )
 
 
 class _Lives(NamedTuple):
     """The values of a step under some decisions. Those in `gone` are of dropped ops. By value: `dies` is where backward last
     reads what forward made, -1 for never; `kept` whether it is held for that; `leaves` where forward is done with it; `stays`
-    when a repeated one is there. All are indices of the schedule's `entries`; `when` has the index of each position."""
+    when a repeated one is there. All are indices of the schedule's `entries`: `when` is that of each position,
+    `runs_again` those of recomputed ops."""
 
     program: Program
     gone: frozenset[int]
     entries: list[tuple[int, bool]]
+    runs_again: list[int]
     stays: dict[int, list[Stay]]
-    when: dict[int, int]
+    when: np.ndarray
     again: _Again
-    dies: list[int]
-    kept: list[bool]
-    leaves: list[int]
+    dies: np.ndarray
+    kept: np.ndarray
+    leaves: np.ndarray
+
+    @property
+    def kept_values(self) -> list[int]:
+        found: list[int] = np.flatnonzero(self.kept).tolist()
+        return found
 
 
 def _lives(
     program: Program, dropped: Collection[int], regions: Sequence[tuple[int, int]], repeats: Mapping[int, int]
 ) -> _Lives:
+    values = program.value_table
     gone = frozenset(v for op in dropped for v in program.forward[op].outputs)
     made = make_schedule(program, dropped, repeats)
-    when = {position: index for index, (position, is_again) in enumerate(made.entries) if not is_again}
-    again = _again(program, made.entries, when)
-    dies = [max(when.get(value.release, -1), again.last.get(v, -1)) for v, value in enumerate(program.values)]
-    kept = [v not in gone and last >= len(program.forward) for v, last in enumerate(dies)]
-    readers = zip(program.values, _last_forward(program, kept), strict=True)
-    leaves = [when[held_until(program, regions, value.op, last)] for value, last in readers]
-    return _Lives(program, gone, made.entries, made.stays, when, again, dies, kept, leaves)
+    runs_again = [index for index, (_, is_again) in enumerate(made.entries) if is_again]
+    is_first = np.ones(len(made.entries), dtype=bool)
+    is_first[runs_again] = False
+    when = np.flatnonzero(is_first)  # first runs are in the order of positions
+    again = _again(program, made.entries, runs_again, when)
+    dies = np.where(values.release >= 0, when[values.release], -1)
+    for v, last in again.last.items():
+        dies[v] = max(dies[v], last)
+    kept = dies >= len(program.forward)
+    kept[list(gone)] = False
+    leaves = when[held_until(program, regions, values.op, _last_forward(program, kept))]
+    return _Lives(program, gone, made.entries, runs_again, made.stays, when, again, dies, kept, leaves)
 
 
 def _trip(step: _Lives, v: int, move: Move) -> Trip:
     """A value's way to the host and back."""
     value, when = step.program.values[v], step.when
-    first_use = min([step.again.first.get(v, len(step.entries)), *(when[p] for p in value.reads)])
-    back = first_use if move.reload < 0 else min(first_use, when[move.reload - 1] + 1)
-    return Trip(v, when[value.op], max(when[move.release], step.leaves[v]), back, first_use)
+    first_use = min([step.again.first.get(v, len(step.entries)), *(int(when[p]) for p in value.reads)])
+    back = first_use if move.reload < 0 else min(first_use, int(when[move.reload - 1]) + 1)
+    return Trip(v, int(when[value.op]), max(int(when[move.release]), int(step.leaves[v])), back, first_use)
 
 
-def _spans(step: _Lives, trips: Mapping[int, Trip]) -> list[Span]:
+def _spans(step: _Lives, trips: Mapping[int, Trip]) -> Spans:
     """Every storage's stays on the device."""
-    program, when = step.program, step.when
-    spans = [Span(when[f.born], when[f.dies], f.bytes, f.kind) for f in program.fixed]
-    spans += _random_states(program, step.entries, when)
-    open_to: dict[int, int] = {}  # by value its span, if something may be written over it
-    for v, value in enumerate(program.values):
-        if v in trips:
-            spans.append(Span(trips[v].born, trips[v].release, value.bytes, "activations", v))
-            spans.append(Span(trips[v].reload, step.dies[v], value.bytes, "activations", v))
-            continue
-        born, is_kept, stays = when[value.op], step.kept[v], _stays(step, v)
-        kept_until = stays.pop(0)[1] if stays and v not in step.gone else step.dies[v] if is_kept else 0
-        kind = "outputs" if value.pinned == HELD else "activations" if is_kept else "working set"
-        size = value.bytes if is_kept else value.passing
-        if size:
-            _write_over(spans, open_to, value.over, born)
-            if not (is_kept and (v in step.stays or v in step.again.beside)):
-                open_to[v] = len(spans)
-        spans.append(Span(born, max(step.leaves[v], kept_until), size, kind, v))
-        spans += [Span(start, end, value.passing, "recomputed", v) for start, end in stays]
-    for fixed in program.fixed:
-        _write_over(spans, open_to, fixed.over, when[fixed.born])
-    return spans
+    program, when, again = step.program, step.when, step.again
+    values, (born, dies, sizes) = program.value_table, program.fixed_table
+    size = np.where(step.kept, values.bytes, values.passing)
+    until = np.maximum(step.leaves, np.where(step.kept, step.dies, 0))
+    more = list(_random_states(step))
+    for v in {**step.stays, **again.born}:
+        stays = _stays(step, v)
+        if stays and v not in step.gone:
+            until[v] = max(step.leaves[v], stays.pop(0)[1])
+        more += [Span(start, end, int(values.passing[v]), "recomputed", v) for start, end in stays]
+    for v, trip in trips.items():
+        more.append(Span(trip.reload, int(step.dies[v]), int(values.bytes[v]), "activations", v))
+        until[v] = trip.release
+    fixed_until = when[dies]
+    _write_over(step, trips, size, until, fixed_until)
+    kinds = np.where(program.is_held, _OUTPUTS, np.where(step.kept, _ACTIVATIONS, _WORKING_SET))
+    rest = np.array([(s.born, s.dies, s.bytes, KINDS.index(s.kind), s.value) for s in more], dtype=np.int64).reshape(-1, 5)
+    n = len(program.values)
+    return Spans(
+        np.concatenate((when[born], when[values.op], rest[:, 0])),
+        np.concatenate((fixed_until, until, rest[:, 1])),
+        np.concatenate((sizes, size, rest[:, 2])),
+        np.concatenate((program.fixed_kinds, kinds, rest[:, 3])),
+        np.concatenate((np.full(len(born), -1), np.arange(n), rest[:, 4])),
+    )
 
 
 def _stays(step: _Lives, v: int) -> list[tuple[int, int]]:
     """First and last index of each of a value's stays in backward."""
-    dies, born = step.dies[v], step.again.born.get(v)
+    dies, born = int(step.dies[v]), step.again.born.get(v)
     if repeated := step.stays.get(v):
         return [(stay.born, max(stay.last, dies) if stay.is_last else stay.last) for stay in repeated]
     return [] if born is None else [(born, max(dies, born))]
 
 
-def _write_over(spans: list[Span], open_to: Mapping[int, int], over: Sequence[int], index: int) -> None:
-    """The op at `index` may be written over the first of the values in `over` that it is the last to read: that value's span
-    then ends one moment earlier."""
-    for at in (open_to[v] for v in over if v in open_to):
-        if spans[at].dies == index:
-            spans[at] = spans[at]._replace(dies=index - 1)
-            return
+def _write_over(step: _Lives, trips: Mapping[int, Trip], size: np.ndarray, until: np.ndarray, fixed_until: np.ndarray) -> None:
+    """An op may be written over the first of the values that it is the last to read: that value's span then ends one moment
+    earlier."""
+    values, fixed = step.program.values, step.program.fixed
+    written = [(values[v].over, values[v].op) for v in step.program.writing if size[v] and v not in trips]
+    for over, position in (*written, *((f.over, f.born) for f in fixed if f.over)):
+        index = step.when[position]
+        for v in over:
+            held = v in trips or (step.kept[v] and (v in step.stays or v in step.again.beside))
+            if size[v] and not held and until[v] == index:
+                until[v] = index - 1
+                break
 
 
 class _Again(NamedTuple):
@@ -143,9 +165,9 @@ class _Again(NamedTuple):
     beside: set[int]
 
 
-def _again(program: Program, schedule: Sequence[tuple[int, bool]], when: Mapping[int, int]) -> _Again:
+def _again(program: Program, schedule: Sequence[tuple[int, bool]], runs_again: Sequence[int], when: np.ndarray) -> _Again:
     found = _Again({}, {}, {}, set())
-    for index in reversed([i for i, (_, is_again) in enumerate(schedule) if is_again]):
+    for index in reversed(runs_again):
         op, read = program.forward[schedule[index][0]], index
         if any(program.values[v].passing or v in found.beside for v in op.outputs):
             found.beside.update(op.inputs)
@@ -153,40 +175,42 @@ def _again(program: Program, schedule: Sequence[tuple[int, bool]], when: Mapping
             found.born[v] = index
             if program.values[v].passing == 0:  # computed inside each reader, which reads its inputs instead
                 release = program.values[v].release
-                read = max(read, when[release] if release >= 0 else 0, found.last.get(v, 0))
+                read = max(read, int(when[release]) if release >= 0 else 0, found.last.get(v, 0))
         for v in op.inputs:
             found.first[v] = index
             found.last[v] = max(found.last.get(v, -1), read)
     return found
 
 
-def _random_states(program: Program, schedule: Sequence[tuple[int, bool]], when: Mapping[int, int]) -> Iterator[Span]:
+def _random_states(step: _Lives) -> Iterator[Span]:
     """Those of recomputed ops, from the first run to the second, and the present one, put aside meanwhile."""
-    for index, (position, is_again) in enumerate(schedule):
-        size = program.forward[position].state_bytes if is_again else 0
+    for index in step.runs_again:
+        position = step.entries[index][0]
+        size = step.program.forward[position].state_bytes
         if size:
-            yield Span(when[position], index, size, "activations")
+            yield Span(int(step.when[position]), index, size, "activations")
             yield Span(index, index, size, "working set")
 
 
-def _live_bytes(program: Program, schedule: Sequence[tuple[int, bool]], spans: Sequence[Span]) -> list[int]:
+def _live_bytes(step: _Lives, spans: Spans) -> list[int]:
     """What is allocated during each op."""
-    delta = [0] * (len(schedule) + 1)
-    for span in spans:
-        delta[span.born] += span.bytes
-        delta[span.dies + 1] -= span.bytes
-    scratch = program.scratch_bytes[[position for position, _ in schedule]]
-    live: list[int] = (np.cumsum(delta[:-1]) + scratch + program.resident_bytes).tolist()
+    program, length = step.program, len(step.entries)
+    scratch = np.zeros(length, dtype=np.int64)
+    scratch[step.when] = program.scratch_bytes
+    scratch[step.runs_again] = program.scratch_bytes[[step.entries[index][0] for index in step.runs_again]]
+    begins, ends = (np.bincount(at, spans.bytes, length + 1) for at in (spans.born, spans.dies + 1))
+    held = np.cumsum((begins - ends)[:-1].astype(np.int64))  # sums of bytes are exact as floats, up to petabytes
+    live: list[int] = (held + scratch + program.resident_bytes).tolist()
     return live
 
 
-def _last_forward(program: Program, kept: Sequence[bool]) -> list[int]:
+def _last_forward(program: Program, kept: np.ndarray) -> np.ndarray:
     """The last forward position that reads each value; where the reader is computed inside its own readers, theirs."""
-    last = [value.last_forward for value in program.values]
-    if all(value.passing for value in program.values):
-        return last
-    for op in reversed(program.forward):
+    if not program.fused:
+        return program.value_table.last_forward
+    last = program.value_table.last_forward.tolist()
+    for op in program.fused:
         fused = [last[v] for v in op.outputs if program.values[v].passing == 0 and not kept[v]]
         for v in op.inputs if fused else ():
             last[v] = max(last[v], *fused)
-    return last
+    return np.array(last)

@@ -12,6 +12,8 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Sequence
 from itertools import accumulate
 
+import numpy as np
+
 from remat.program import Move, Program, held_until
 from remat.replay import Replay
 from remat.simulate import simulate
@@ -24,10 +26,10 @@ def timetable(
 
     regions: the stretches [start, stop) of forward positions that run as one.
     """
-    moves: dict[int, Move] = {}
-    for op in sorted(offloaded):
-        reader = max(program.values[v].last_forward for v in program.forward[op].outputs)
-        moves[op] = Move(held_until(program, regions, op, max(reader, op)))
+    ops = np.array(sorted(offloaded), dtype=np.int64)
+    last = (max(program.values[v].last_forward for v in program.forward[op].outputs) for op in ops)
+    releases = held_until(program, regions, ops, np.maximum(np.fromiter(last, np.int64), ops))
+    moves = dict(zip(ops.tolist(), map(Move, releases.tolist()), strict=True))
     if program.link is None or not program.link.overlaps or not program.moments:
         return moves
     replay = simulate(program, dropped, moves, regions)
