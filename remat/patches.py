@@ -189,6 +189,8 @@ class _UnseenWrites(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_dynamo_compiling():  # a branch of `torch.cond`, which is for compiled steps anyway
+            return func(*args, **kwargs)
         for tensor in _tensors((args, kwargs)):
             if tensor.requires_grad:
                 storage = tensor.untyped_storage()
