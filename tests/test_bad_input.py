@@ -115,8 +115,10 @@ class Named(nn.Module):
     def __init__(self, name: str, kind: str) -> None:
         super().__init__()
         self.name = name
-        register = {"buffer": self.register_buffer, "parameter": self.register_parameter, "module": self.add_module}[kind]
-        register(name, nn.Linear(4, 4) if kind == "module" else nn.Parameter(torch.ones(4)))  # type: ignore[operator]
+        if kind == "buffer":
+            self.register_buffer(name, torch.ones(4))
+        else:
+            setattr(self, name, nn.Linear(4, 4) if kind == "module" else nn.Parameter(torch.ones(4)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         part = getattr(self, self.name)
