@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from remat.program import Decision, Program
@@ -102,6 +102,7 @@ class _Task:
     left: int
     fixed: frozenset[int] = field(init=False)
     moves: Moves = field(init=False)
+    seen: dict[Hashable, Found] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.moves = Moves(self.program)
@@ -113,7 +114,11 @@ class _Task:
         )
 
     def replayed(self, dropped: frozenset[int], repeats: Mapping[int, int]) -> Found:
-        found = meant(self.program, dropped, repeats, self.regions)
+        """Counted again each time, though the same decisions, which come up often in small programs, are replayed once."""
+        decisions = dropped, frozenset(repeats.items())
+        if decisions not in self.seen:
+            self.seen[decisions] = meant(self.program, dropped, repeats, self.regions)
+        found = self.seen[decisions]
         self.left -= len(found.replay.schedule)
         return found
 
