@@ -1,7 +1,7 @@
 """The inverse question: the largest batch or the longest sequence that a budget has room for, found by planning.
 
 No step runs and nothing runs out of memory: each size that is tried is captured and planned, as `remat.plan` does. The smallest
-peak grows almost linearly with a size, so that a few steps of regula falsi find the last one that fits.
+peak grows almost linearly with a size, so that few steps of regula falsi (Dowell and Jarratt 1971) find the last one that fits.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from remat.shapes import named_axes
 from remat.sizes import SizedCall
 from remat.whole import TracedModel
 
-_DOUBLINGS = 24
+_DOUBLINGS = 24  # of the example's size, after which there is no largest
+_FARTHEST = 16  # times a size that fits to the next that is tried
 
 
 @dataclass(frozen=True)
@@ -196,16 +197,27 @@ class _Trials:
 def _largest(trials: _Trials, start: int, dim: str) -> tuple[int, int, str]:
     """The largest size that fits (0: none) and the next, and why where it is the model that does not take that."""
     low, high, limit = _bracket(trials.room, start, dim)
+    spare = float(trials.room(low)) if low else 0.0
+    lacking = float(trials.room(high)) if high in trials.at else None  # None: the model does not take it
+    fitted = None
     while high - low > 1:
         middle = (low + high) // 2
-        if high in trials.at and len(trials.at) % 3:  # now and then by halves: a curve may be bent
-            share = trials.room(low) / (trials.room(low) - trials.room(high))
-            middle = min(max(low + int(share * (high - low)), low + 1), high - 1)
+        if lacking is not None:
+            middle = min(max(low + int(spare / (spare - lacking) * (high - low)), low + 1), high - 1)
         try:
-            fits = trials.room(middle) >= 0
+            room = trials.room(middle)
         except CaptureError as error:
-            fits, limit = False, str(error).splitlines()[0]
-        low, high = (middle, high) if fits else (low, middle)
+            high, lacking, limit = middle, None, str(error).splitlines()[0]
+            continue
+        if room >= 0:
+            low, spare = middle, room
+            if fitted and lacking is not None:  # the other end stays a second time: it counts half (Illinois)
+                lacking /= 2
+        else:
+            high, lacking = middle, room
+            if fitted is False:
+                spare /= 2
+        fitted = room >= 0
     return low, high, limit
 
 
@@ -218,11 +230,15 @@ def _bracket(room: Callable[[int], int], start: int, dim: str) -> tuple[int, int
                 return 0, 1, ""
             low, high = low // 2, low
         return low, high, ""
-    for _ in range(_DOUBLINGS):
-        low, high = high, high * 2
+    following = 2 * start
+    while high < start << _DOUBLINGS:
+        low, high = high, following
         try:
-            if room(high) < 0:
-                return low, high, ""
+            left = room(high)
         except CaptureError as error:
             return low, high, str(error).splitlines()[0]
+        if left < 0:
+            return low, high, ""
+        reach = high + (high - low) * left // max(room(low) - left, 1) + 1  # the first that does not fit, were all this linear
+        following = min(max(reach, 2 * high), _FARTHEST * high, start << _DOUBLINGS)
     raise RematError(f"the step fits at {dim} {high} and hardly grows with it; there is no largest size")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import types
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
 
 import remat
+from remat.fit import _largest
 from remat.shapes import named_axes, resized
 from tests.models import Mlp, build, llama, mlp
 from tests.steps import run_step
@@ -54,6 +58,22 @@ def test_smaller_than_the_example() -> None:
     found = remat.fit(model, (x,), budget=budget)
     assert found.size < 4096
     assert remat.optimize(model, (torch.randn(found.size, 32),), budget=budget)(torch.randn(found.size, 32)).dim() == 0
+
+
+@pytest.mark.parametrize(
+    "needs", [lambda n: 1000 + 7 * n, lambda n: 1000 + 7 * n + n * n // 50, lambda n: 5000 + 7 * n + n % 3]
+)
+def test_far_sizes_are_found_in_few_trials(needs: Callable[[int], int]) -> None:
+    tried: dict[int, int] = {}
+
+    def room(units: int) -> int:
+        tried[units] = 10**6 - needs(units)
+        return tried[units]
+
+    low, high, limit = _largest(types.SimpleNamespace(room=room, at=tried), 4, "batch")  # type: ignore[arg-type]
+    assert (high, limit) == (low + 1, "")
+    assert tried[low] >= 0 > tried[high]
+    assert len(tried) <= 11
 
 
 class Bounded(Mlp):
