@@ -196,7 +196,7 @@ def _read(path: Path) -> DeviceProfile | None:
 def _measure(device: torch.device) -> DeviceProfile:
     on_gpu = device.type != "cpu"
     base = _assumed(device)
-    side, size = (8192, 1 << 28) if on_gpu else (1024, 1 << 24)
+    side, size = (8192, 1 << 28) if on_gpu else (512, 1 << 24)  # bfloat16 is slow on most CPUs
 
     def matmul_flop_per_us(dtype: torch.dtype) -> float:
         a = torch.ones(side, side, dtype=dtype, device=device)
