@@ -9,6 +9,9 @@ import pytest
 import torch
 
 import remat
+from remat.module import RematModule
+from remat.settings import Settings
+from remat.whole import Rewriting, TracedModel, trace
 from tests.models import MODELS, build
 from tests.steps import Outcome, assert_close_gradients, assert_same, run_step
 
@@ -31,6 +34,13 @@ class Reference:
 
 
 @functools.cache
+def traced(name: str) -> TracedModel:
+    """Once for all budgets: capturing takes longest."""
+    model, kwargs = build(name)
+    return trace(model, (), kwargs)
+
+
+@functools.cache
 def reference(name: str) -> Reference:
     model, kwargs = build(name)
     original = run_step(model, kwargs)
@@ -38,15 +48,17 @@ def reference(name: str) -> Reference:
     captured = remat.optimize(model, (), kwargs, budget=None)
     outcome = run_step(captured, kwargs)
     assert captured.plan is not None
-    return Reference(original, outcome, captured.plan, tuple(remat.frontier(model, (), kwargs, points=5)))
+    return Reference(original, outcome, captured.plan, tuple(traced(name).frontier(Settings(None), points=5)))
 
 
 @functools.cache
 def within_budget(name: str, share: float) -> tuple[remat.Plan, Outcome]:
     model, kwargs = build(name)
-    module = remat.optimize(model, (), kwargs, budget=reference(name).budget(share))
+    plan_for = Rewriting(Settings(reference(name).budget(share)))
+    module = RematModule(model, lambda *call: plan_for(*call[:3], traced(name).captured))
+    outcome = run_step(module, kwargs)
     assert module.plan is not None
-    return module.plan, run_step(module, kwargs)
+    return module.plan, outcome
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -135,7 +147,7 @@ class Target(torch.nn.Module):
 def test_what_runs_without_grad_is_not_kept() -> None:
     torch.manual_seed(0)
     model, x = Target().train(), torch.randn(512, 32)
-    budget = remat.frontier(model, (x,))[-1].peak_bytes
+    budget = remat.frontier(model, (x,), points=2)[-1].peak_bytes
     module = remat.optimize(model, (x,), budget=budget)
     assert module.plan.dropped
     outcome = run_step(module, {"x": x})
@@ -163,7 +175,7 @@ class Encoded(torch.nn.Module):
 def test_autograd_keeps_nothing_where_trained_parameters_are_read_without_grad(shared: bool, lowered: bool) -> None:
     torch.manual_seed(0)
     model, x = Encoded(shared, lowered).train(), torch.randn(512, 32)
-    for budget in (2**30, remat.frontier(model, (x,))[-1].peak_bytes):
+    for budget in (2**30, remat.frontier(model, (x,), points=2)[-1].peak_bytes):
         module = remat.optimize(model, (x,), budget=budget)
         outcome = run_step(module, {"x": x})
         assert module.plan is not None

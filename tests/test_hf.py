@@ -198,7 +198,7 @@ def saved_bytes(model: nn.Module) -> int:
 
 
 def test_frozen_layers_below_the_first_adapter_cost_nothing() -> None:
-    layers = 8
+    layers = 4
     plain = saved_bytes(lora_on_the_top_half(tiny(layers), layers))
     model = lora_on_the_top_half(tiny(layers), layers)
     enable(model, 0.6)

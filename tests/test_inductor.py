@@ -39,7 +39,7 @@ def compiled(model: nn.Module, budget: Any) -> Any:
 
 def test_llama_within_a_budget() -> None:
     torch.manual_seed(0)
-    model, kwargs = llama(width=128, length=128)
+    model, kwargs = llama(layers=1, width=128, length=128)
     expected = run_step(model.train(), kwargs)
     module = compiled(model, 0.75)
     outcome = run_step(module, kwargs)
@@ -119,7 +119,7 @@ def test_gradients_of_logits_are_gone_when_that_of_the_embedding_is_summed_up() 
 
 
 def test_dropout_is_replayed() -> None:
-    model, x = mlp(dropout=0.3, rows=512)
+    model, x = mlp(layers=2, dropout=0.3, rows=512)
     expected = run_step(compiled(model, None), {"x": x})
     torch._dynamo.reset()
     module = compiled(model, 0.8)
@@ -237,7 +237,7 @@ def test_a_model_without_options_is_compiled_with_inductor_and_saves_what_is_fas
 
 
 def test_a_rewritten_module_under_inductor() -> None:
-    model, x = mlp(rows=512, dropout=0.0)
+    model, x = mlp(layers=2, rows=512, dropout=0.0)
     budget = remat.frontier(model, (x,), points=2)[-1].peak_bytes
     module = remat.optimize(model, (x,), budget=budget)
     expected = run_step(module, {"x": x})
@@ -265,7 +265,7 @@ def test_values_wait_on_the_host_through_inductor() -> None:
 
 
 def test_code_from_inductors_cache_has_its_peak() -> None:
-    model, x = mlp(dropout=0.3, rows=512)
+    model, x = mlp(layers=2, dropout=0.3, rows=512)
     run_step(module := compiled(model, 0.8), {"x": x})
     (first,) = remat.plans(module)
     torch._dynamo.reset()
@@ -292,7 +292,7 @@ def test_freed_buffers_wait_for_later_ones_below_the_peak(monkeypatch: pytest.Mo
             return super().read(lines)
 
     monkeypatch.setattr("remat.inductor._Reading", Spy)
-    model, x = mlp(layers=4, rows=512)
+    model, x = mlp(layers=2, rows=512)
     outcome = run_step(module := compiled(model, None), {"x": x})
     (graph,) = remat.plans(module)
     (peak, in_place), (peak_with_reuse, reused) = seen[2:]  # of backward
@@ -342,7 +342,7 @@ def test_only_code_that_was_too_large_is_given_up(given_up: bool, monkeypatch: p
 
 
 def test_cached_code_that_tells_of_another_graph_is_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = mlp(dropout=0.3, rows=512)
+    model, x = mlp(layers=2, dropout=0.3, rows=512)
     expected = run_step(module := compiled(model, None), {"x": x})
     (first,) = remat.plans(module)
     torch._dynamo.reset()
@@ -362,7 +362,7 @@ def test_fusion_is_ours_after_other_compilations_and_only_then(monkeypatch: pyte
         return ours(*args)
 
     monkeypatch.setattr(LocalFusion, "can_fuse_vertical", can_fuse_vertical)
-    model, x = mlp(dropout=0.0, rows=8)
+    model, x = mlp(layers=1, dropout=0.0, rows=8)
     plain = torch.compile(model, backend="inductor")
     plain(x).sum().backward()
     assert not asked
