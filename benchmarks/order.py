@@ -1,7 +1,8 @@
 """Do predicted step times put plans in the right order? Plans of one model and door, from fastest to smallest, all in turn.
 
-Each plan is a process of its own, as in `frontier.py`; in a round each takes one step. Spearman's rank correlation is between
-predicted times and medians of CPU seconds; plans that are predicted to be equal count once.
+Each plan is a process of its own, as in `frontier.py`; in a round each takes two steps, and the second counts: the kernel takes
+memory from processes that wait, and most from those that have most. Spearman's rank correlation is between predicted times and
+medians of CPU seconds, relative to their round's; plans that are predicted to be equal count once.
 
     python benchmarks/order.py [MODEL ...] [--door remat|remat-compiled] [--plans 8] [--rounds 9]
 """
@@ -36,9 +37,11 @@ def main() -> None:
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for model in options.models or MODELS:
         points = measured(model, options.door, options.plans, options.rounds)
-        rank = spearmanr([p.predicted_us for p in points], [statistics.median(p.times) for p in points]).statistic
+        times = np.array([point.times for point in points])
+        relative = np.median(times / np.median(times, axis=0), axis=1)
+        rank = spearmanr([p.predicted_us for p in points], relative).statistic
         console.print(f"{model}, {options.door}: {len(points)} plans, Spearman {rank:.3f}")
-        found[f"{model}/{options.door}"] = {"spearman": round(float(rank), 3), "plans": [_row(point) for point in points]}
+        found[f"{model}/{options.door}"] = {"spearman": round(float(rank), 3), "plans": list(map(_row, points, relative))}
         RESULTS.write_text(json.dumps(dict(sorted(found.items())), indent=1) + "\n")
 
 
@@ -53,6 +56,7 @@ def measured(model: str, door: str, plans: int, rounds: int) -> list[Point]:
             kept[point.predicted_us] = worker, point
         for _ in range(rounds):
             for worker, point in kept.values():
+                worker.step()
                 point.times.append(worker.step())
         return [point for _, point in kept.values()]
 
@@ -66,11 +70,12 @@ def _started(model: str, name: str, stack: contextlib.ExitStack) -> tuple[Worker
     return worker, point
 
 
-def _row(point: Point) -> dict[str, Any]:
+def _row(point: Point, relative: float) -> dict[str, Any]:
     times = sorted(point.times)
     return {
         "peak_bytes": point.peak_bytes,
         "predicted_us": point.predicted_us,
+        "relative": round(float(relative), 4),
         "median_s": statistics.median(times),
         "least_s": times[0],
         "most_s": times[-1],
