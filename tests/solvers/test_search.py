@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Mapping
+from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from remat.planner import joined
 from remat.program import Decision, Op, Program, Value
 from remat.simulate import simulate
-from remat.solvers.search import search, shrunk
+from remat.solvers.moves import Found
+from remat.solvers.search import meant, search, shrunk
 from tests.programs import programs, stack
 
 
@@ -44,6 +48,20 @@ def test_few_blocks_are_solved_as_well_as_by_trying_everything() -> None:
     for share in (0.1, 0.3, 0.5, 0.7, 0.9):
         budget = int(bottom + share * (top - bottom))
         assert search(program, everything, budget).replay.recompute_us == best_us(program, budget)
+
+
+def test_the_same_decisions_are_replayed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[frozenset[int], frozenset[tuple[int, int]]]] = []
+
+    def noted(program: Program, dropped: frozenset[int], repeats: Mapping[int, int], regions: Any) -> Found:
+        asked.append((dropped, frozenset(repeats.items())))
+        return meant(program, dropped, repeats, regions)
+
+    monkeypatch.setattr("remat.solvers.search.meant", noted)
+    program = stack(blocks=3)
+    everything = frozenset(range(len(program.forward)))
+    search(program, everything, (simulate(program, ()).peak_bytes + simulate(program, everything).peak_bytes) // 2)
+    assert len(asked) == len(set(asked)) > 5
 
 
 def test_a_value_kept_only_to_recompute_another_goes_with_it() -> None:
