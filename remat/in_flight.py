@@ -17,7 +17,6 @@ from remat.replay import Replay
 from remat.simulate import simulate
 
 _HALVINGS = 8
-_PRECISION = 0.004  # of the budget, to which the amount is found
 
 
 def kept_bytes(replay: Replay) -> int:
@@ -45,19 +44,16 @@ def solve_in_flight(program: Program, menus: Menus, budget_bytes: int | None, ot
     best = None
     low, high = 0, kept_bytes(simulate(program, ()))
     for _ in range(_HALVINGS):
-        if best is not None and others * (high - low) <= budget_bytes * _PRECISION:
-            break
         assumed = (low + high) // 2
         try:
             found = solve(program, menus, budget_bytes - others * assumed)
         except BudgetError:
             high = assumed
             continue
-        kept = kept_bytes(found.replay)  # the less, the more is assumed: so the amount sought lies between the two
-        if kept <= assumed:
-            best, low, high = found, max(low, kept), assumed
+        if kept_bytes(found.replay) <= assumed:
+            best, high = found, assumed
         else:
-            low, high = assumed, min(high, kept)
+            low = assumed
     if best is None:
         best = smallest_solution(program, menus)
     solution = with_others(program, best, others)
