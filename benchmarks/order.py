@@ -1,7 +1,7 @@
 """Do predicted step times put plans in the right order? Plans of one model and door, from fastest to smallest, all in turn.
 
-Each plan is a process of its own, as in `frontier.py`; in a round each takes two steps, and the second counts: the kernel takes
-memory from processes that wait, and most from those that have most. Spearman's rank correlation is between predicted times and
+Each plan is a process of its own, as in `frontier.py`; in a round each takes two steps, and the second counts: a process that
+has waited is slow at first, most where its plan takes most memory. Spearman's rank correlation is between predicted times and
 medians of CPU seconds, relative to their round's; plans that are predicted to be equal count once.
 
     python benchmarks/order.py [MODEL ...] [--door remat|remat-compiled] [--plans 8] [--rounds 9]

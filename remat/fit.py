@@ -94,7 +94,7 @@ def fit(
     question = _Question(SizedCall(model, args, kwargs or {}, axes, settings, device), dim, multiple_of, dynamic_shapes is None)
     trials = _Trials(question)
     try:
-        low, high, limit = _largest(trials, question.start, dim)
+        low, high, limit = _largest(trials.room, question.start, dim)
         if limit and question.guessed and {*trials.at} == {question.start}:
             trials.room(max(question.start // 2, 1))  # is it the largest, or the only one?
     except CaptureError as error:  # at a size smaller than the example's, or at that
@@ -194,18 +194,18 @@ class _Trials:
         return self.at[units].budget_bytes - self.at[units].least_bytes
 
 
-def _largest(trials: _Trials, start: int, dim: str) -> tuple[int, int, str]:
+def _largest(room_at: Callable[[int], int], start: int, dim: str) -> tuple[int, int, str]:
     """The largest size that fits (0: none) and the next, and why where it is the model that does not take that."""
-    low, high, limit = _bracket(trials.room, start, dim)
-    spare = float(trials.room(low)) if low else 0.0
-    lacking = float(trials.room(high)) if high in trials.at else None  # None: the model does not take it
+    low, high, limit = _bracket(room_at, start, dim)
+    spare = float(room_at(low)) if low else 0.0
+    lacking = None if limit else float(room_at(high))  # None: the model does not take it
     fitted = None
     while high - low > 1:
         middle = (low + high) // 2
         if lacking is not None:
             middle = min(max(low + int(spare / (spare - lacking) * (high - low)), low + 1), high - 1)
         try:
-            room = trials.room(middle)
+            room = room_at(middle)
         except CaptureError as error:
             high, lacking, limit = middle, None, str(error).splitlines()[0]
             continue

@@ -60,9 +60,8 @@ def reference(name: str) -> Reference:
     return Reference(outcome, graph.plan.peak_bytes, error.minimum_bytes)
 
 
-@pytest.mark.parametrize(
-    ("name", "share"), [*((name, 0.0) for name in MODELS), ("gpt2", 0.5), ("lora", 0.5), ("convnext", 0.5)]
-)
+@pytest.mark.parametrize("share", [0.0, 0.5], ids=["smallest", "middle"])
+@pytest.mark.parametrize("name", MODELS)
 def test_a_budget_holds_and_changes_nothing(name: str, share: float) -> None:
     found = reference(name)
     budget = int(found.minimum_bytes + share * (found.peak_bytes - found.minimum_bytes))

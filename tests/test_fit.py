@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable
 
 import pytest
@@ -70,7 +69,7 @@ def test_far_sizes_are_found_in_few_trials(needs: Callable[[int], int]) -> None:
         tried[units] = 10**6 - needs(units)
         return tried[units]
 
-    low, high, limit = _largest(types.SimpleNamespace(room=room, at=tried), 4, "batch")  # type: ignore[arg-type]
+    low, high, limit = _largest(room, 4, "batch")
     assert (high, limit) == (low + 1, "")
     assert tried[low] >= 0 > tried[high]
     assert len(tried) <= 11

@@ -55,7 +55,8 @@ def opened(browser: Browser, file: Path, width: int = 1280, dark: bool = False) 
     return page, said
 
 
-@pytest.mark.parametrize(("width", "dark"), [(1280, False), (768, True), (390, False)])
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [1280, 768, 390])
 def test_it_draws_everything_and_is_accessible(browser: Browser, file: Path, width: int, dark: bool) -> None:
     page, said = opened(browser, file, width, dark)
     assert said == []
