@@ -93,10 +93,12 @@ def specializing(single: Sequence[bool]) -> Iterator[None]:
     export runs on the branches of `torch.cond`, is told the truth.
 
     single: for each look that transformers takes at positions, whether it would find one sequence in each row whatever the
-    inputs are. It needs values for that, and takes rows for packed without.
+    inputs are. It needs values for that, and takes rows for packed without. Before 5.18 it also asks whether there is tracing
+    where it has no padding mask to read.
     """
     masks = sys.modules.get("transformers.masking_utils")
-    asked, looked = torch.compiler.is_exporting, getattr(masks, "find_packed_sequence_indices", None)
+    looked, traces = (getattr(masks, name, None) for name in ("find_packed_sequence_indices", "is_tracing"))
+    asked = torch.compiler.is_exporting
     honest = asked.__code__
     asked.__code__ = _is_dynamo_exporting.__code__  # another function in its place would get into tables that Dynamo makes once
     coming = iter(single)
@@ -104,9 +106,12 @@ def specializing(single: Sequence[bool]) -> Iterator[None]:
     def look(ids: torch.Tensor) -> torch.Tensor | None:
         return None if next(coming, False) or looked is None else looked(ids)
 
-    replaced = mock.patch.object(masks, "find_packed_sequence_indices", look) if looked else contextlib.nullcontext()
+    def is_tracing(tensor: torch.Tensor | None = None) -> bool:
+        return tensor is not None and traces is not None and bool(traces(tensor))
+
+    there: dict[str, Any] = {"find_packed_sequence_indices": look, "is_tracing": is_tracing} if looked and traces else {}
     try:
-        with replaced:
+        with mock.patch.multiple(masks, **there) if there else contextlib.nullcontext():
             yield
     finally:
         asked.__code__ = honest

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from remat import _torch
 from remat._torch import pytree
+from remat.devices import cuda_block_bytes
 
 
 def resident_memory(
@@ -80,9 +81,26 @@ def _fake_trained(part: torch.Tensor, trains: bool) -> nn.Parameter:
 
 
 def _bytes(tensors: Iterable[torch.Tensor], seen: set[int] | None = None) -> int:
-    """Of storages not in `seen`, to which they are added."""
+    """What storages not in `seen`, to which they are added, take of their device's memory."""
     seen = set() if seen is None else seen
-    storages = {_torch.storage_key(t): t.untyped_storage().nbytes() for t in map(_torch.local, tensors)}
-    size = sum(size for key, size in storages.items() if key not in seen)
-    seen.update(storages)
-    return size
+    fresh = {_torch.storage_key(t): t for t in map(_torch.local, tensors) if _torch.storage_key(t) not in seen}
+    seen.update(fresh)
+    blocks = _cuda_blocks() if any(t.device.type == "cuda" and not _torch.is_fake(t) for t in fresh.values()) else {}
+    return sum(_allocated_bytes(tensor, blocks) for tensor in fresh.values())
+
+
+def _allocated_bytes(tensor: torch.Tensor, blocks: Mapping[int, int]) -> int:
+    storage = tensor.untyped_storage()
+    if tensor.device.type != "cuda":
+        return storage.nbytes()
+    block = None if _torch.is_fake(tensor) else blocks.get(storage.data_ptr())
+    return cuda_block_bytes(storage.nbytes()) if block is None else block
+
+
+def _cuda_blocks() -> dict[int, int]:
+    """Bytes of the blocks that torch's CUDA allocator has given out, by address. It gives a tensor up to 1 MiB more than asked
+    for rather than split a block (`CUDACachingAllocator`, `should_split`)."""
+    if torch.cuda.get_allocator_backend() != "native":
+        return {}
+    segments = torch.cuda.memory_snapshot(include_traces=False)
+    return {block["address"]: block["size"] for segment in segments for block in segment["blocks"]}

@@ -29,7 +29,7 @@ class Case(unittest.TestCase):
         if DEVICE is None:
             raise unittest.SkipTest("needs an accelerator")
         cls.device = DEVICE
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(True)
 
     @classmethod
     def tearDownClass(cls) -> None:

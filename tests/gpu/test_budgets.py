@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 import remat
+from remat.backend import remat_backend  # by name it is known where remat is installed
 from tests.gpu.case import Case, peak_of, plan_of, run_step, small
 
 POLICIES = ("blocks", "every-2", "sqrt", "selective", "offload", "offload-all")
@@ -55,7 +56,7 @@ class Door2(Case):
 
         def through(**options: object) -> tuple[object, remat.Plan, list[torch.Tensor], int]:
             torch.compiler.reset()
-            compiled = torch.compile(model, backend="remat", options={"compiler": compiler, **options})
+            compiled = torch.compile(model, backend=remat_backend, options={"compiler": compiler, **options})
             found = run_step(compiled, model, x)
             return compiled, remat.plans(compiled)[0].plan, found, peak_of(compiled, model, x)
 
