@@ -30,7 +30,15 @@ from remat.backend import remat_backend
 
 PEERS = {
     "eager": ("eager", "checkpoint/1", "checkpoint/2", "selective/matmuls", "save_on_cpu"),
-    "compiled": ("compile", "compile+checkpoint/1", "compile+checkpoint/2", "ratio/0.5", "ratio/0.2", "regional/0.3", "regional/0.0"),
+    "compiled": (
+        "compile",
+        "compile+checkpoint/1",
+        "compile+checkpoint/2",
+        "ratio/0.5",
+        "ratio/0.2",
+        "regional/0.3",
+        "regional/0.0",
+    ),
 }
 PLAIN = ("eager", "compile")
 THREADS = "3"  # that each Inductor compiles with: there are many at once
@@ -104,7 +112,9 @@ def work(name: str, width: int, depth: int, length: int) -> None:
         step()
         measured = remat.measure(step)
         plan = None if ours is None else getattr(ours, "plan", None) or remat.plans(ours)[-1].plan
-        told = {"planned_bytes": plan.peak_bytes, "planned_ms": plan.step_us / 1e3, "host_bytes": plan.host_bytes} if plan else {}
+        told = (
+            {"planned_bytes": plan.peak_bytes, "planned_ms": plan.step_us / 1e3, "host_bytes": plan.host_bytes} if plan else {}
+        )
         answer = {"peak_bytes": measured.peak_bytes, "resident_bytes": measured.resident_bytes, "setup_s": setup_s, **told}
     except Exception as error:  # whatever a peer dies of goes into the table
         answer = {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}

@@ -193,11 +193,23 @@ def run_region(program: RegionProgram, inputs: Sequence[Any]) -> tuple[Any, ...]
 
 def _run_step(run: _Run, step: Step) -> None:
     env = run.env
-    values = [env[slot] for slot in step.slots]
+    run.group = []
+    if step.is_plain:
+        env[step.out] = step.call(*[env[slot] for slot in step.slots])
+    else:
+        env[step.out] = _run_tracked(run, step, [env[slot] for slot in step.slots])
+    for slot in step.dead:
+        env[slot] = None
+    if step.releases:
+        for moved in run.state.moved(step.releases):
+            moved.release()
+
+
+def _run_tracked(run: _Run, step: Step, values: list[Any]) -> Any:
+    """Run an op whose results will be computed again, or move."""
     cell = run.suspend(step) if step.dropped or step.repeats else None
     run.pending = [] if cell is not None or step.offloaded else None
-    run.group = []
-    result = env[step.out] = step.call(*values)
+    result = step.call(*values)
     if cell is not None:
         run.cells[step.out] = cell if step.item is not None else run.own(step, cell, result)
     if isinstance(cell, Cell) and not step.dropped:
@@ -207,8 +219,4 @@ def _run_step(run: _Run, step: Step) -> None:
     run.settle()
     if step.reloads and result.grad_fn is not None:
         result.register_hook(run.state.reloader(step.reloads))
-    del values, result
-    for slot in step.dead:
-        env[slot] = None
-    for moved in run.state.moved(step.releases):
-        moved.release()
+    return result
