@@ -7,7 +7,7 @@ export KINETO_LOG_LEVEL := 99
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check docs bench gpu
+.PHONY: help setup demo test check docs bench gpu gpu-test gpu-bench
 
 help:
 	@echo "make demo    fine-tune a small Llama with and without a byte budget, through both doors (about 3 minutes)"
@@ -16,6 +16,7 @@ help:
 	@echo "make docs    the documentation, into build/docs/"
 	@echo "make bench   all benchmarks that a CPU can run, printed and written to benchmarks/results/ (a night, most of it compiling)"
 	@echo "make gpu     the tests and benchmarks that need an accelerator, with the python3 that is there and no set-up"
+	@echo "              (gpu-test: about 4 minutes; gpu-bench: about 10)"
 	@echo "make setup   only the set-up: .venv with the versions of constraints.txt"
 
 setup: $(STAMP)
@@ -57,7 +58,12 @@ bench: setup
 	$(BIN)/python benchmarks/frontier_report.py
 	$(BIN)/python benchmarks/order.py
 
-gpu:
+gpu: gpu-test gpu-bench
+
+gpu-test:
 	PYTHONPATH=. $(PYTHON) -m unittest -v $(wildcard tests/gpu/test_*.py)
+
+gpu-bench:
 	PYTHONPATH=. $(PYTHON) -m benchmarks.prediction
+	PYTHONPATH=. $(PYTHON) -m benchmarks.accelerator
 	PYTHONPATH=. $(PYTHON) -m benchmarks.depth

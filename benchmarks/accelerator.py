@@ -1,9 +1,9 @@
-"""Step time against peak memory on an accelerator: remat through both doors against eager and compiled peers, at each peer's peak.
+"""Step time against peak memory on an accelerator: remat through both doors against eager and compiled peers.
 
 On a stack of Llama blocks in bfloat16 (stack.py). Every configuration is a process of its own. Peers are set up first, all at
-once; then remat, with the peers' measured peaks as its budgets; per-block checkpointing is also met at 1.5 times its peak. Once
-all are warm they take steps in turn. A time is the median over the rounds, from a synchronized device to a synchronized device,
-a ratio the median of the ratios within a round. Peaks are the allocator's.
+once; then remat, with each peer's measured peak as its budget, and for per-block checkpointing 1.5 times its peak as well. Once
+all are warm they take steps in turn. A time is the median over the rounds, between synchronizations of the device; a ratio is
+the median of the ratios within a round. Peaks are the allocator's.
 
     python -m benchmarks.accelerator [--width 2048] [--depth 6] [--length 8192] [--rounds 9] [--kinds eager compiled]
 """

@@ -66,7 +66,7 @@ def main() -> None:
         del model, x
         gc.collect()
         torch.accelerator.empty_cache()
-    write("prediction", rows)
+        write("prediction", rows)
 
 
 def _within(peak: float, time: float) -> bool:

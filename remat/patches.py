@@ -143,19 +143,32 @@ def grad_modes_in_autocast() -> Iterator[None]:
 def native_kernels() -> Iterator[None]:
     """Keep some kernels of torch's that it decomposes in Python while it traces: those for upsampling, which as gathers and
     products need several times the memory in a step that runs them one by one, and those of the margin losses, which are
-    other numbers (of several labels, those that are none count)."""
+    other numbers (of several labels, those that are none count). Dropout that drops nothing is no copy, as eagerly."""
     packets = [getattr(torch.ops.aten, name) for name in (*_UPSAMPLING, *_MARGIN_LOSSES)]
-    ops = [getattr(packet, overload) for packet in packets for overload in packet.overloads()]
-    removed = [(op, key, op.py_kernels.pop(key, None)) for op in ops for key in _COMPOSITE]
-    for op, _, _ in removed:
-        op._dispatch_cache.clear()
+    kernels: dict[Any, Any] = {getattr(packet, overload): None for packet in packets for overload in packet.overloads()}
+    kernels[torch.ops.aten.dropout.default] = _dropout
+    before = [(op, key, op.py_kernels.get(key)) for op in kernels for key in _COMPOSITE]
+    for op, key, _ in before:
+        _set_kernel(op, key, kernels[op])
     try:
         yield
     finally:
-        for op, key, kernel in removed:
-            op._dispatch_cache.clear()
-            if kernel is not None:
-                op.py_kernels[key] = kernel
+        for op, key, kernel in before:
+            _set_kernel(op, key, kernel)
+
+
+def _set_kernel(op: Any, key: torch._C.DispatchKey, kernel: Callable[..., Any] | None) -> None:
+    """Have an op decomposed by a function of Python's, or by none."""
+    op._dispatch_cache.clear()
+    if kernel is None:
+        op.py_kernels.pop(key, None)
+    else:
+        op.py_kernels[key] = kernel
+
+
+def _dropout(input: torch.Tensor, p: float, train: bool) -> torch.Tensor:
+    """torch's own is a clone where nothing is dropped."""
+    return torch.ops.aten.native_dropout(input, p, train)[0] if train and p else input
 
 
 _UPSAMPLING = [

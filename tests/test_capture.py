@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from torch._higher_order_ops.associative_scan import associative_scan
 from torch.nn import functional
 from torch.nn.functional import interpolate
+from transformers import masking_utils
 
 import remat
 from remat.capture import capture
@@ -29,6 +31,19 @@ def test_no_causal_mask_where_positions_are_the_models_own() -> None:
     """As in an eager step, where transformers leaves it to the attention kernel."""
     model, kwargs = models.llama(layers=1)
     assert not _has_mask(model, **kwargs)
+
+
+def test_no_causal_mask_with_older_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before 5.18 it left it to the kernel where nothing was traced, whether there was a padding mask or not."""
+    ignores = masking_utils._ignore_causal_mask_sdpa
+
+    def ignored(padding_mask: torch.Tensor | None, *args: Any, **kwargs: Any) -> bool:
+        return not masking_utils.is_tracing(padding_mask) and ignores(padding_mask, *args, **kwargs)
+
+    monkeypatch.setattr(masking_utils, "_ignore_causal_mask_sdpa", ignored)
+    model, kwargs = models.llama(layers=1)
+    assert not _has_mask(model, **kwargs)
+    assert _has_mask(model, **kwargs, attention_mask=torch.ones_like(kwargs["input_ids"]))
 
 
 def test_positions_among_the_inputs_may_be_of_several_sequences() -> None:
@@ -245,6 +260,18 @@ def test_upsampling_keeps_its_kernels() -> None:
         each(x).backward()
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
     assert torch.ops.aten.upsample_bilinear2d.vec.py_kernels, "other tracing goes on as before"
+
+
+def test_dropout_that_drops_nothing_is_no_copy() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.0), nn.Linear(8, 8), nn.Dropout(0.5).eval()), torch.randn(4, 8)
+    assert not any("clone" in str(node.target) for node in remat.optimize(model, (x,), budget=None).graph.nodes)
+    with torch.random.fork_rng():
+        model[1].p = 0.5
+        ours = remat.optimize(model, (x,), budget=None)
+        torch.manual_seed(0)
+        found = ours(x)
+        torch.manual_seed(0)
+        assert torch.equal(found, model(x))
 
 
 class _Margins(nn.Module):
