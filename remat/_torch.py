@@ -8,7 +8,6 @@ import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from torch import fx
@@ -185,14 +184,8 @@ def publish(name: str, encoding: str, payload: Callable[[], str]) -> None:
 def joint_graph(
     module: fx.GraphModule, inputs: tuple[Any, ...], decompositions: dict[OpOverload, Callable[..., Any]]
 ) -> fx.GraphModule:
-    """AOTAutograd's joint graph of a module with flat inputs; placeholders and outputs carry `meta["desc"]`. Its backward,
-    half of the time that tracing takes, is left out: nothing gets a gradient.
-    """
-
-    def no_gradients(outputs: Any, inputs: Sequence[Any], *_: Any, **__: Any) -> tuple[None, ...]:
-        return (None,) * len(inputs)
-
-    with contextlib.ExitStack() as stack, mock.patch.object(torch.autograd, "grad", no_gradients):
+    """AOTAutograd's joint graph of a module with flat inputs; placeholders and outputs carry `meta["desc"]`."""
+    with contextlib.ExitStack() as stack:
         return aot_export_joint_with_descriptors(stack, module, inputs, decompositions=decompositions).graph_module
 
 

@@ -93,7 +93,8 @@ def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     module, constant_outputs = _flat_module(exported, flat)
     inputs = tuple(leaf for leaf in flat if isinstance(leaf, torch.Tensor))
     try:
-        joint = _torch.joint_graph(module, inputs, DECOMPOSITIONS)
+        with patches.without_backward():
+            joint = _torch.joint_graph(module, inputs, DECOMPOSITIONS)
     except RuntimeError as error:
         raise CaptureError(f"AOTAutograd could not trace the exported model: {error}; {DOOR_2}") from error
     own = frozenset(name for name, _ in model.named_buffers(remove_duplicate=False))

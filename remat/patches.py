@@ -139,6 +139,15 @@ def grad_modes_in_autocast() -> Iterator[None]:
         yield
 
 
+def without_backward() -> contextlib.AbstractContextManager[Any]:
+    """AOTAutograd traces no backward, which is half of its work: nothing has a gradient."""
+
+    def no_gradients(outputs: Any, inputs: Sequence[Any], *_: Any, **__: Any) -> tuple[None, ...]:
+        return (None,) * len(inputs)
+
+    return mock.patch.object(torch.autograd, "grad", no_gradients)
+
+
 @contextlib.contextmanager
 def native_kernels() -> Iterator[None]:
     """Keep some kernels of torch's that it decomposes in Python while it traces: those for upsampling, which as gathers and

@@ -143,8 +143,8 @@ def _with_grad(call: Callable[..., Any], *values: torch.Tensor) -> Any:
 
 
 def bind(node: fx.Node) -> tuple[Callable[..., Any], tuple[fx.Node, ...]]:
-    """A callable that takes the node's tensor inputs in order and runs the node's op with its other arguments. It is written as
-    code, which takes half the time of putting arguments together in each call."""
+    """A callable that takes the node's tensor inputs in order and runs the node's op with its other arguments; compiled from
+    source, so that a call puts no arguments together."""
     order: list[fx.Node] = []
     names: dict[str, Any] = {"target": node.target}
 
