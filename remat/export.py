@@ -28,6 +28,7 @@ _OURS = (Path(torch.__file__).parent, Path(__file__).parent, Path(contextlib.__f
 _ASSIGNED = r"The tensor attributes? .* assigned during export"  # one that matters is an error: OpaqueAutograd
 
 
+@patches.quiet_trials()
 @patches.grad_modes_in_autocast()
 def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
     """The model as it runs eagerly; where that cannot be exported, as its libraries would have it exported."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -124,6 +125,22 @@ def _is_dynamo_exporting() -> bool:
     import torch
 
     return torch.compiler._is_exporting_flag and sys._getframe(1).f_globals["__name__"].startswith("torch._dynamo")
+
+
+@contextlib.contextmanager
+def quiet_trials() -> Iterator[None]:
+    """No error in the log where an op has no kernel for what it is given: it is raised as well, and transformers tries kernels
+    for its experts so, and takes others."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+
+    def is_less(record: logging.LogRecord) -> bool:
+        return record.levelno < logging.ERROR
+
+    log.addFilter(is_less)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_less)
 
 
 @contextlib.contextmanager

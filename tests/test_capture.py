@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import logging
+import logging.handlers
 import runpy
 import subprocess
 import sys
@@ -44,6 +46,19 @@ def test_no_causal_mask_with_older_transformers(monkeypatch: pytest.MonkeyPatch)
     model, kwargs = models.llama(layers=1)
     assert not _has_mask(model, **kwargs)
     assert _has_mask(model, **kwargs, attention_mask=torch.ones_like(kwargs["input_ids"]))
+
+
+def test_kernels_that_are_tried_and_left_are_not_in_the_log() -> None:
+    """Those for experts, which transformers finds another for in float32."""
+    log, handler = logging.getLogger("torch._subclasses.fake_tensor"), logging.handlers.BufferingHandler(1000)
+    log.addHandler(handler)
+    try:
+        model, kwargs = models.build("mixtral")
+        remat.optimize(model, (), kwargs, budget=None)
+    finally:
+        log.removeHandler(handler)
+    assert not [record for record in handler.buffer if record.levelno >= logging.ERROR]
+    assert not log.filters
 
 
 def test_positions_among_the_inputs_may_be_of_several_sequences() -> None:
