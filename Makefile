@@ -16,7 +16,7 @@ help:
 	@echo "make docs    the documentation, into build/docs/"
 	@echo "make bench   all benchmarks that a CPU can run, printed and written to benchmarks/results/ (a night, most of it compiling)"
 	@echo "make gpu     the tests and benchmarks that need an accelerator, with the python3 that is there and no set-up"
-	@echo "              (gpu-test: about 4 minutes; gpu-bench: about 10)"
+	@echo "              (gpu-test and gpu-bench: each of them alone)"
 	@echo "make setup   only the set-up: .venv with the versions of constraints.txt"
 
 setup: $(STAMP)

@@ -17,16 +17,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch._functorch import config as functorch_config
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import remat
-from benchmarks.stack import Stack, need_accelerator, stack, step_of, write
-from remat.backend import remat_backend
+from benchmarks.peers import prepare
+from benchmarks.stack import need_accelerator, stack, step_of, write
 
 PEERS = {
     "eager": ("eager", "checkpoint/1", "checkpoint/2", "selective/matmuls", "save_on_cpu"),
@@ -34,67 +32,14 @@ PEERS = {
         "compile",
         "compile+checkpoint/1",
         "compile+checkpoint/2",
-        "ratio/0.5",
-        "ratio/0.2",
-        "regional/0.3",
-        "regional/0.0",
+        "ratio/0.5/dp",
+        "ratio/0.2/dp",
+        "regional/0.3/dp",
+        "regional/0.0/dp",
     ),
 }
 PLAIN = ("eager", "compile")
 THREADS = "3"  # that each Inductor compiles with: there are many at once
-
-aten = torch.ops.aten
-_MATMULS = frozenset(
-    [
-        aten.mm.default,
-        aten.addmm.default,
-        aten._scaled_dot_product_flash_attention.default,
-        aten._scaled_dot_product_efficient_attention.default,
-        aten._scaled_dot_product_cudnn_attention.default,
-    ]
-)
-
-
-def prepared(name: str, model: Stack, x: torch.Tensor, budget: int) -> tuple[Callable[[torch.Tensor], torch.Tensor], Any]:
-    """What to call for a configuration; and for remat the module that its plan is found by."""
-    kind, *details = name.split("/")
-    if kind in ("checkpoint", "compile+checkpoint"):
-        for block in list(model.layers)[:: int(details[0])]:
-            _checkpoint(block)
-    elif kind == "selective":
-        for block in model.layers:
-            _checkpoint(block, lambda: create_selective_checkpoint_contexts(_save_matmuls))
-    elif kind in ("ratio", "regional"):
-        functorch_config.activation_memory_budget = float(details[0])
-    if kind == "regional":
-        for block in model.layers:
-            block.compile()
-    elif kind in ("compile", "compile+checkpoint", "ratio"):
-        return torch.compile(model), None
-    elif kind == "save_on_cpu":
-        return lambda x: _on_host(model, x), None
-    elif kind in ("remat", "remat+host"):
-        module = remat.optimize(model, (x,), budget=budget, host_budget=0 if kind == "remat" else None)
-        return module, module
-    elif kind in ("remat-compiled", "remat-compiled+host"):
-        options = {"budget": budget, **({"host_budget": "16GiB"} if kind.endswith("host") else {})}
-        module = torch.compile(model, backend=remat_backend, options=options)
-        return module, module
-    return model, None
-
-
-def _checkpoint(block: torch.nn.Module, context: Any = None) -> None:
-    forward, more = block.forward, {} if context is None else {"context_fn": context}
-    block.forward = lambda *args: checkpoint(forward, *args, use_reentrant=False, **more)  # type: ignore[method-assign]
-
-
-def _save_matmuls(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _MATMULS else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _on_host(model: Stack, x: torch.Tensor) -> torch.Tensor:
-    with torch.autograd.graph.save_on_cpu(pin_memory=True):
-        return model(x)
 
 
 def work(name: str, width: int, depth: int, length: int) -> None:
@@ -105,13 +50,15 @@ def work(name: str, width: int, depth: int, length: int) -> None:
     budget = int(sys.stdin.readline())
     start = time.perf_counter()
     try:
-        call, ours = prepared(name, model, x, budget)
-        step = step_of(call, x, model)
+        call, loss = prepare(f"{name}/{budget}" if name.startswith("remat") else name, (model, {"x": x}, list(model.layers)))
+        step = step_of(lambda _: loss(), x, model)
         step()
         setup_s = time.perf_counter() - start
         step()
         measured = remat.measure(step)
-        plan = None if ours is None else getattr(ours, "plan", None) or remat.plans(ours)[-1].plan
+        plan = None
+        if name.startswith("remat"):
+            plan = remat.plans(call)[-1].plan if name.startswith("remat-compiled") else call.plan
         told = (
             {"planned_bytes": plan.peak_bytes, "planned_ms": plan.step_us / 1e3, "host_bytes": plan.host_bytes} if plan else {}
         )

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers import MODELS, build, prepare
+from models import MODELS, build
+from peers import prepare
 from rich.console import Console
 from rich.table import Table
 

@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers import MODELS, SOLVERS, build, compiled_peers, eager_peers, prepare
+from models import MODELS, build
+from peers import SOLVERS, compiled_peers, eager_peers, prepare
 from rich.progress import Progress
 
 import remat

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from frontier import Point, Worker
-from peers import MODELS
+from models import MODELS
 from rich.console import Console
 from scipy.stats import spearmanr
 
