@@ -9,6 +9,7 @@ import sympy
 import torch
 
 import remat
+from remat import record
 from remat.formulas import grid, interpolated
 from remat.shapes import named_axes, resized
 from tests.models import Mlp, llama, mlp
@@ -64,6 +65,15 @@ def test_a_formula_takes_the_largest_of_its_polynomials() -> None:
     assert [formula({"n": n}) for n in (1, 8, 50)] == [103, 124, 2500]
     n = sympy.Symbol("n", integer=True, positive=True)
     assert formula.expression == sympy.Max(n**2, 3 * n + 100)
+
+
+def test_scratch_memory_that_grows_in_steps_counts_with_the_most_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "workspace_bytes", lambda call: 40_000 if call and call.largest_bytes > 4 * 70 * 128 else 0)
+    model, x = mlp(rows=64)
+    plan = remat.plan(model, (x,), budget=0.7, dynamic_shapes={"x": {0: "rows"}})
+    for rows in (64, 80):
+        there = remat.plan(model, (torch.randn(rows, 32),), budget=None, policy=_same(plan))
+        assert there.peak_bytes <= plan.peak_bytes_at(rows=rows) <= there.peak_bytes + 40_000
 
 
 def test_grids_stay_below_where_they_can() -> None:
