@@ -152,6 +152,7 @@ def _referents(item: object) -> Iterable[object]:
     return list(getattr(item, "__dict__", {}).values())
 
 
+@functools.lru_cache(maxsize=10_000)
 def _names(code: types.CodeType) -> set[str]:
     """The globals that code reads; `co_names` has attributes among them."""
     nested = [_names(const) for const in code.co_consts if isinstance(const, types.CodeType)]
