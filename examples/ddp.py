@@ -35,4 +35,5 @@ for batch in data:
 
 if rank == 0:
     report(model, data[0], optimizer, losses)
+del wrapped  # after its process group, it may wait for that forever
 dist.destroy_process_group()
