@@ -179,7 +179,8 @@ def main() -> None:
     remat.profile_device()
     shape = options.width, options.depth, options.length
     for kind in options.kinds:
-        write(f"accelerator-{kind}", race(kind, shape, options.rounds))
+        if rows := race(kind, shape, options.rounds):  # else each has printed its error
+            write(f"accelerator-{kind}", rows)
 
 
 if __name__ == "__main__":

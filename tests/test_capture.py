@@ -22,6 +22,7 @@ from transformers import masking_utils
 import remat
 from remat.capture import capture
 from tests import models
+from tests.steps import assert_same, run_step
 
 
 def _has_mask(model: nn.Module, **kwargs: torch.Tensor) -> bool:
@@ -275,6 +276,17 @@ def test_upsampling_keeps_its_kernels() -> None:
         each(x).backward()
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
     assert torch.ops.aten.upsample_bilinear2d.vec.py_kernels, "other tracing goes on as before"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dropout_in_half_precision_rounds_as_the_plain_models(dtype: torch.dtype) -> None:
+    model = nn.TransformerEncoderLayer(16, 2, 64, dropout=0.3, batch_first=True).to(dtype)  # one of its dropouts is transposed
+    kwargs = {"src": torch.randn(64, 12, 16).to(dtype)}
+    plain = run_step(copy.deepcopy(model), kwargs)
+    module = remat.optimize(model, (), kwargs, budget=0.7)
+    assert_same(run_step(module, kwargs), plain)
+    assert module.plan is not None
+    assert module.plan.dropped
 
 
 def test_dropout_that_drops_nothing_is_no_copy() -> None:
