@@ -125,13 +125,14 @@ class Recorder(_torch.TorchDispatchMode):
         """Backward runs within, after forward; the step ends with it."""
         self.in_forward = False
         self.position = len(self.ran)
-        with self:
+        with self, _torch.without_autocast():
             yield
         self.position += 1
         self.kernels.append(Kernel("end of step", 0.0, None, -1))
 
     def run_graph(self, captured: Captured, inputs: list[torch.Tensor]) -> list[Any]:
-        """Run a captured forward graph op by op. `inputs` has a tensor for each placeholder, all held by the caller."""
+        """Run a captured forward graph op by op, without autocast, since its casts are in the graph. `inputs` has a tensor for
+        each placeholder, all held by the caller."""
         nodes = list(captured.graph.nodes)
         env: dict[fx.Node, Any] = dict(zip((n for n in nodes if n.op == "placeholder"), inputs, strict=True))
         for node in nodes:
@@ -146,7 +147,8 @@ class Recorder(_torch.TorchDispatchMode):
             self.position = len(self.ran)
             call, order = bind(node)
             values = [env[source] for source in order]
-            out = env[node] = call(*values)
+            with _torch.without_autocast():
+                out = env[node] = call(*values)
             self.note(out)
             self._watch(out)
             read = self.behind([env[source] for source in node.all_input_nodes])

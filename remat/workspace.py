@@ -131,7 +131,8 @@ class Call:
         in, and with the random state as before afterwards. Bags have one element each."""
         others = [device for device in self.devices if device.type != "cpu"]
         kind = others[0].type if others else "cpu"
-        with _torch.no_dispatch_modes(), torch.no_grad(), torch.random.fork_rng(others, device_type=kind):
+        rng = torch.random.fork_rng(others, device_type=kind)
+        with _torch.no_dispatch_modes(), _torch.without_autocast(), torch.no_grad(), rng:
             leaves = [leaf.tensor(random) if isinstance(leaf, TensorLike) else leaf for leaf in self.leaves]
             args, kwargs = pytree.tree_unflatten(leaves, self.spec)
             args = tuple(arg.cpu() if i in _SEEDS.get(self.op, ()) else arg for i, arg in enumerate(args))
