@@ -40,9 +40,9 @@ def test_a_plan_for_another_dtype_is_refused() -> None:
 
 
 def test_a_plan_for_a_range_is_simulated_in_the_dtype_at_hand() -> None:
-    half, x = mlp()
+    half, x = mlp(dropout=0.0)  # which is other ops in half precision
     plan = remat.plan(half.bfloat16(), (x.bfloat16(),), budget=0.7, dynamic_shapes={"x": {0: "rows"}})
-    model, x = mlp()
+    model, x = mlp(dropout=0.0)
     found = remat.plan(model, (x,), budget=None, plan=plan)
     assert found.dropped == plan.dropped
     assert found.peak_bytes > 1.5 * plan.peak_bytes
