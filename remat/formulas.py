@@ -67,16 +67,15 @@ def _ops(program: Program) -> Any:
 
 
 def _with_even_scratch(replays: Mapping[tuple[int, ...], Replay], check: tuple[int, ...]) -> dict[tuple[int, ...], np.ndarray]:
-    """Live bytes of each replay, with the most scratch memory of any where that at `check` is not what interpolation says."""
+    """Live bytes of each replay. Scratch memory that at `check` is not what interpolation between the others says counts as the
+    most of it in any of those."""
     scratch = {point: replay.program.scratch_bytes[[at for at, _ in replay.schedule]] for point, replay in replays.items()}
-    others = {point: row for point, row in scratch.items() if point != check}
-    powers = _powers(len(check))
-    expected = (_coefficients(others, powers) @ _products(check, powers)).astype(float)
-    uneven = np.abs(expected - scratch[check]) > TOLERANCE * replays[check].peak_bytes
-    most = np.max(list(scratch.values()), axis=0)
-    return {
-        point: np.array(replay.live_bytes) + np.where(uneven, most - scratch[point], 0) for point, replay in replays.items()
-    }
+    others, powers = [point for point in replays if point != check], _powers(len(check))
+    between = np.array([scratch[point] for point in others])
+    weights = (np.array(_products(check, powers), dtype=object) @ _inverse(others, powers)).astype(float)
+    uneven = np.abs(weights @ between - scratch[check]) > TOLERANCE * replays[check].peak_bytes
+    more = {point: np.where(uneven, between.max(axis=0) - row, 0) for point, row in scratch.items()}
+    return {point: np.array(replay.live_bytes) + more[point] for point, replay in replays.items()}
 
 
 def grid(size: int) -> tuple[int, ...]:
@@ -91,7 +90,8 @@ def interpolated(samples: Mapping[tuple[int, ...], Sequence[float] | np.ndarray]
     """The formula that takes the largest of the given numbers at each sample: a grid of DEGREE + 1 sizes in each dimension."""
     powers = _powers(len(dims))
     distinct = np.unique(np.array(list(samples.values())), axis=1)
-    rows = _undominated(_coefficients(dict(zip(samples, distinct, strict=True)), powers))
+    exact = np.array([[Fraction(x) for x in row] for row in distinct.tolist()], dtype=object)
+    rows = _undominated((_inverse(list(samples), powers) @ exact).T)
     return Formula(dims, powers, tuple(tuple(map(str, row)) for row in rows))
 
 
@@ -103,12 +103,10 @@ def _products(point: tuple[int, ...], powers: Sequence[tuple[int, ...]]) -> list
     return [math.prod(s**p for s, p in zip(point, power, strict=True)) for power in powers]
 
 
-def _coefficients(samples: Mapping[tuple[int, ...], np.ndarray], powers: Sequence[tuple[int, ...]]) -> np.ndarray:
-    """Of the polynomials through the samples: one row for each number of a sample, exact fractions for each of `powers`."""
-    matrix = sympy.Matrix([_products(point, powers) for point in samples])
-    inverse = np.array([[Fraction(int(x.p), int(x.q)) for x in row] for row in matrix.inv().tolist()], dtype=object)
-    exact = np.array([[Fraction(x) for x in row.tolist()] for row in samples.values()], dtype=object)
-    return (inverse @ exact).T
+def _inverse(points: Sequence[tuple[int, ...]], powers: Sequence[tuple[int, ...]]) -> np.ndarray:
+    """What numbers at the points are multiplied with for the coefficients of the polynomial through them: exact fractions."""
+    matrix = sympy.Matrix([_products(point, powers) for point in points])
+    return np.array([[Fraction(int(x.p), int(x.q)) for x in row] for row in matrix.inv().tolist()], dtype=object)
 
 
 def _undominated(rows: np.ndarray) -> list[np.ndarray]:

@@ -68,10 +68,11 @@ def test_a_formula_takes_the_largest_of_its_polynomials() -> None:
 
 
 def test_scratch_memory_that_grows_in_steps_counts_with_the_most_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record, "workspace_bytes", lambda call: 40_000 if call and call.largest_bytes > 4 * 70 * 128 else 0)
+    monkeypatch.setattr(record, "workspace_bytes", lambda call: 40_000 if call and call.largest_bytes > 4 * 40 * 128 else 0)
     model, x = mlp(rows=64)
     plan = remat.plan(model, (x,), budget=0.7, dynamic_shapes={"x": {0: "rows"}})
-    for rows in (64, 80):
+    assert plan.peak_bytes_at(rows=64) == pytest.approx(plan.peak_bytes, rel=1e-3)
+    for rows in (16, 32):
         there = remat.plan(model, (torch.randn(rows, 32),), budget=None, policy=_same(plan))
         assert there.peak_bytes <= plan.peak_bytes_at(rows=rows) <= there.peak_bytes + 40_000
 
