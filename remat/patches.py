@@ -171,11 +171,13 @@ def native_kernels() -> Iterator[None]:
     products need several times the memory in a step that runs them one by one, and those of the margin losses, which are
     other numbers (of several labels, those that are none count). Dropout that drops nothing is no copy, as eagerly."""
     packets = [getattr(torch.ops.aten, name) for name in (*_UPSAMPLING, *_MARGIN_LOSSES)]
-    kernels: dict[Any, Any] = {getattr(packet, overload): None for packet in packets for overload in packet.overloads()}
-    kernels[torch.ops.aten.dropout.default] = _dropout
-    before = [(op, key, op.py_kernels.get(key)) for op in kernels for key in _COMPOSITE]
-    for op, key, _ in before:
-        _set_kernel(op, key, kernels[op])
+    composite: dict[Any, Any] = {getattr(packet, overload): None for packet in packets for overload in packet.overloads()}
+    composite[torch.ops.aten.dropout.default] = _dropout
+    kernels = {(op, key): kernel for op, kernel in composite.items() for key in _COMPOSITE}
+    kernels[torch.ops.aten.bernoulli_.float, torch._C.DispatchKey.Autograd] = _bernoulli_
+    before = [(op, key, op.py_kernels.get(key)) for op, key in kernels]
+    for (op, key), kernel in kernels.items():
+        _set_kernel(op, key, kernel)
     try:
         yield
     finally:
@@ -199,6 +201,14 @@ def _dropout(input: torch.Tensor, p: float, train: bool) -> torch.Tensor:
     if input.device.type == "cpu" and input.dtype.itemsize < 4 and p < 1:
         return input * (_drawn(input, 1 - p) / (1 - p))
     return torch.ops.aten.native_dropout(input, p, train)[0]
+
+
+def _bernoulli_(input: torch.Tensor, p: float = 0.5, *, generator: torch.Generator | None = None) -> torch.Tensor:
+    """As a function, which it becomes, torch's draws in the order of indices, not as numbers lie in memory."""
+    if not input.is_contiguous() and generator is None:
+        return input.copy_(_drawn(input, p))
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.aten.bernoulli_.float(input, p, generator=generator)
 
 
 def _drawn(like: torch.Tensor, p: float) -> torch.Tensor:

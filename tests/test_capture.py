@@ -289,6 +289,30 @@ def test_dropout_in_half_precision_rounds_as_the_plain_models(dtype: torch.dtype
     assert module.plan.dropped
 
 
+class _DrawsInPlace(nn.Module):
+    """Of a tensor as it lies in memory, and of its transpose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for axes in ((0, 1), (1, 2)):
+            x = self.linear(x).transpose(*axes)[..., :8].sin()
+            x = nn.functional.dropout(x * 2, 0.3, inplace=True)
+            x = nn.functional.alpha_dropout(x, 0.3, training=True)
+            x = x * torch.empty_like(x).bernoulli_(0.7)
+        return x.square().mean()
+
+
+def test_draws_in_place_fall_on_the_same_elements() -> None:
+    model, kwargs = _DrawsInPlace(), {"x": torch.randn(8, 8, 8)}
+    plain = run_step(copy.deepcopy(model), kwargs)
+    module = remat.optimize(model, (), kwargs, budget=None)
+    assert_same(run_step(module, kwargs), plain)
+    assert not any("copy" in str(node.target) for node in module.graph.nodes)
+
+
 def test_dropout_that_drops_nothing_is_no_copy() -> None:
     model, x = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.0), nn.Linear(8, 8), nn.Dropout(0.5).eval()), torch.randn(4, 8)
     assert not any("clone" in str(node.target) for node in remat.optimize(model, (x,), budget=None).graph.nodes)
