@@ -7,11 +7,12 @@ export KINETO_LOG_LEVEL := 99
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check docs bench gpu gpu-test gpu-bench
+.PHONY: help setup demo test test-slow check docs bench gpu gpu-test gpu-bench
 
 help:
 	@echo "make demo    fine-tune a small Llama with and without a byte budget, through both doors (about 3 minutes)"
-	@echo "make test    run the tests"
+	@echo "make test    the tests that take seconds each (about 13 minutes on two cores)"
+	@echo "make test-slow  the others: several ranks, examples as programs, further models, most of what Inductor compiles"
 	@echo "make check   ruff and mypy"
 	@echo "make docs    the documentation, into build/docs/"
 	@echo "make bench   all benchmarks that a CPU can run, printed and written to benchmarks/results/ (a night, most of it compiling)"
@@ -33,7 +34,10 @@ demo: setup
 	$(BIN)/python examples/demo.py
 
 test: setup
-	$(BIN)/python -m pytest -q -n auto --dist worksteal
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "not gpu and not slow"
+
+test-slow: setup
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m slow
 
 check: setup
 	$(BIN)/ruff check .

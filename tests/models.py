@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import nn
@@ -141,6 +142,10 @@ MODELS: dict[str, Callable[[], Built]] = {
     builder.__name__: builder
     for builder in (llama, gpt2, bert, vit, qwen3, t5, mixtral, lora, resnet, convnext, encoder, gated)
 }
+
+
+_OF_A_KIND = {"gpt2", "bert", "qwen3", "lora", "resnet", "encoder"}  # with another of them
+EACH_MODEL = [pytest.param(name, marks=[pytest.mark.slow] if name in _OF_A_KIND else []) for name in MODELS]
 
 
 def build(name: str) -> Built:

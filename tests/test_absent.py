@@ -66,6 +66,7 @@ def test_the_same_plan_wherever_the_model_is() -> None:
     assert (here.peak_bytes, here.step_us) == (there.peak_bytes, there.step_us)
 
 
+@pytest.mark.slow
 def test_what_a_device_can_do_counts() -> None:
     model, kwargs = wide_llama(4, "meta")
     fast, slow = (remat.plan(model, (), kwargs, budget=None, device=name) for name in ("h100", "l4"))

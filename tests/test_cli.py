@@ -60,6 +60,7 @@ def test_plan_says_whether_it_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert "more for recompute" in text
 
 
+@pytest.mark.slow
 def test_plan_that_does_not_fit_names_the_smallest(capsys: pytest.CaptureFixture[str]) -> None:
     text = refusal(capsys, "plan", *LLAMA, "--budget", "1MiB", code=1)
     assert "the smallest needs" in text
@@ -80,6 +81,7 @@ def test_plan_shows_every_value(capsys: pytest.CaptureFixture[str]) -> None:
     assert "model.layers." in text
 
 
+@pytest.mark.slow
 def test_plan_writes_each_form(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     paths = [tmp_path / f"step{suffix}" for suffix in (".json", ".html", ".trace", ".pickle")]
     outputs = [part for path in paths for part in ("-o", str(path))]
@@ -288,6 +290,7 @@ def test_help_fits_one_screen(capsys: pytest.CaptureFixture[str], command: list[
     assert max(map(len, lines)) <= 80
 
 
+@pytest.mark.slow
 def test_as_a_program() -> None:
     found = subprocess.run([sys.executable, "-m", "remat", "devices", "--json"], capture_output=True, text=True, check=True)
     assert len(json.loads(found.stdout)) == len(DEVICES)

@@ -18,6 +18,8 @@ from tests.models import mlp
 
 _ROOT = Path(__file__).parent.parent
 
+pytestmark = pytest.mark.slow
+
 
 _CASES = (
     "ddp", "fsdp", "fsdp_later", "other_model", "other_shape", "wrong_setting", "fault", "no_room",

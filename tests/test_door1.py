@@ -12,7 +12,7 @@ import remat
 from remat.module import RematModule
 from remat.settings import Settings
 from remat.whole import Rewriting, TracedModel, trace
-from tests.models import MODELS, build
+from tests.models import EACH_MODEL, build
 from tests.steps import Outcome, assert_close_gradients, assert_same, run_step
 
 SHARES = {"smallest": 0.0, "middle": 0.5, "95%": 1.0}
@@ -61,7 +61,7 @@ def within_budget(name: str, share: float) -> tuple[remat.Plan, Outcome]:
     return module.plan, outcome
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EACH_MODEL)
 def test_without_a_budget_the_step_is_the_original(name: str) -> None:
     found = reference(name)
     assert found.captured.output_type is found.original.output_type
@@ -72,7 +72,7 @@ def test_without_a_budget_the_step_is_the_original(name: str) -> None:
 
 
 @pytest.mark.parametrize("share", SHARES.values(), ids=SHARES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EACH_MODEL)
 def test_a_budget_holds_and_changes_nothing(name: str, share: float) -> None:
     budget = reference(name).budget(share)
     plan, outcome = within_budget(name, share)
@@ -84,14 +84,14 @@ def test_a_budget_holds_and_changes_nothing(name: str, share: float) -> None:
     assert abs(plan.peak_bytes / outcome.peak_bytes - 1) <= 0.01
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EACH_MODEL)
 def test_a_smaller_budget_never_measures_a_higher_peak(name: str) -> None:
     peaks = [within_budget(name, share)[1].peak_bytes for share in SHARES.values()]
     assert sorted(peaks) == peaks
     assert peaks[-1] <= reference(name).captured.peak_bytes
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EACH_MODEL)
 def test_along_the_frontier_peaks_shrink_and_steps_grow(name: str) -> None:
     frontier = reference(name).frontier
     assert frontier[0].peak_bytes == reference(name).unconstrained.peak_bytes
@@ -171,6 +171,7 @@ class Encoded(torch.nn.Module):
         return (torch.tanh(self.decoder(y)) - known).square().mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shared", "lowered"), [(False, False), (True, False), (False, True)])
 def test_autograd_keeps_nothing_where_trained_parameters_are_read_without_grad(shared: bool, lowered: bool) -> None:
     torch.manual_seed(0)

@@ -16,7 +16,7 @@ from torch import nn
 
 import remat
 from remat import compilation
-from tests.models import MODELS, Mlp, build, mlp
+from tests.models import EACH_MODEL, Mlp, build, mlp
 from tests.steps import (
     Outcome,
     assert_close_gradients,
@@ -61,7 +61,7 @@ def reference(name: str) -> Reference:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5], ids=["smallest", "middle"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EACH_MODEL)
 def test_a_budget_holds_and_changes_nothing(name: str, share: float) -> None:
     found = reference(name)
     budget = int(found.minimum_bytes + share * (found.peak_bytes - found.minimum_bytes))
@@ -412,6 +412,7 @@ def test_the_budget_that_the_last_graph_names_is_enough() -> None:
     assert len(remat.plans(module)) == 2
 
 
+@pytest.mark.slow
 def test_gpt2_as_it_comes_breaks_at_its_loss() -> None:
     model, kwargs = build("gpt2")
     model.loss_type = None
@@ -451,6 +452,7 @@ class Counting(Mlp):
         return super().forward(x * torch.sin(self.steps[:32]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", ["eager", "inductor"])
 def test_backward_recomputes_nothing_from_a_buffer_that_forward_has_written_to(compiler: str) -> None:
     torch.manual_seed(0)
@@ -492,6 +494,7 @@ def test_backward_twice() -> None:
 # ---- door 1's result under torch.compile ----
 
 
+@pytest.mark.slow
 def test_a_rewritten_module_compiles_without_a_break() -> None:
     model, kwargs = build("llama")
     unconstrained = remat.plan(model, (), kwargs, budget=None)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 _EXAMPLES = Path(__file__).parent.parent / "examples"
 _STEPS = "6"
 _TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")

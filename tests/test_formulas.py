@@ -36,6 +36,7 @@ def _same(plan: remat.Plan) -> Any:
     return lambda activation: plan.decisions.get(activation.name)
 
 
+@pytest.mark.slow
 def test_two_dimensions() -> None:
     model, x = mlp(rows=64)
     plan = remat.plan(Wide(model), (x.expand(8, 64, 32).clone(),), budget=0.7, dynamic_shapes=({0: "batch", 1: "seq"},))

@@ -118,6 +118,7 @@ def test_a_trainer_with_a_loss_of_its_own(tmp_path: Path) -> None:
     assert callback.plan.dropped
 
 
+@pytest.mark.slow
 def test_a_run_resumes_where_it_was_killed(tmp_path: Path) -> None:
     class Killed(Exception):
         pass
@@ -197,6 +198,7 @@ def saved_bytes(model: nn.Module) -> int:
     return sum(found.values())
 
 
+@pytest.mark.slow
 def test_frozen_layers_below_the_first_adapter_cost_nothing() -> None:
     layers = 4
     plain = saved_bytes(lora_on_the_top_half(tiny(layers), layers))

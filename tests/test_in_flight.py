@@ -23,6 +23,7 @@ def _pipelined(model: nn.Module, batches: list[torch.Tensor], in_flight: int) ->
         loss.backward()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_flight", [2, 4])
 @pytest.mark.parametrize("whole_model", [True, False])
 def test_the_budget_is_for_all_of_them(in_flight: int, whole_model: bool) -> None:
@@ -60,6 +61,7 @@ def test_no_room_for_all_of_them() -> None:
     assert remat.plan(model, (x,), budget=least, in_flight=50).peak_bytes <= least
 
 
+@pytest.mark.slow
 def test_formulas_and_plans_for_a_range_count_all_of_them() -> None:
     model, x = models.mlp()
     shapes = {"x": {0: "rows"}}
@@ -75,6 +77,7 @@ def test_formulas_and_plans_for_a_range_count_all_of_them() -> None:
         assert held.peak_bytes < served.peak_bytes
 
 
+@pytest.mark.slow
 def test_fit_and_the_frontier_count_all_of_them() -> None:
     model, x = models.mlp()
     plans = remat.frontier(model, (x,), in_flight=3, points=3)

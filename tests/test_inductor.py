@@ -94,6 +94,7 @@ def stacked(kind: type[nn.Module]) -> tuple[nn.Module, dict[str, Any]]:
     return nn.Sequential(*(kind() for _ in range(4))), {"input": torch.randn(512, 64)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "budget"),
     [(lambda: stacked(Wide), 0.4), (lambda: stacked(Gated), 0.5), (lambda: (Tied(), {"x": torch.arange(512)}), 0.8)],
@@ -144,6 +145,7 @@ class Convolutions(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 def test_inputs_that_inductor_copies_for_a_convolution_count() -> None:
     torch.manual_seed(0)
     stem = nn.Sequential(nn.Conv2d(16, 8, 4, 4), nn.GELU(), nn.Conv2d(8, 16, 1), nn.GELU())
@@ -154,6 +156,7 @@ def test_inputs_that_inductor_copies_for_a_convolution_count() -> None:
     assert abs(graph.plan.peak_bytes / outcome.peak_bytes - 1) <= 0.05
 
 
+@pytest.mark.slow
 def test_weights_of_convolutions_are_saved_as_they_are() -> None:
     """Inductor would save copies with their channels last."""
     model = nn.Sequential(
@@ -182,6 +185,7 @@ class NextBlock(nn.Module):
         return x + nn.functional.gelu(mixed).permute(0, 3, 1, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(conv, "convolution_backward_lowering"), reason="this torch has traced layouts there (2.11)")
 def test_backward_runs_convolutions_with_channels_last_like_forward() -> None:
     """Though it recomputes none."""
@@ -211,6 +215,7 @@ def test_a_backward_without_ops() -> None:
     assert torch.equal(next(module.parameters()).grad, torch.full((8, 8), 3.0))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_graph_from_the_cache_is_that_of_its_budget() -> None:
     model, x = mlp(layers=2, rows=512)
     peaks = []
@@ -236,6 +241,7 @@ def test_a_model_without_options_is_compiled_with_inductor_and_saves_what_is_fas
     assert all(graph.plan.budget_bytes is None for plans in found for graph in plans)
 
 
+@pytest.mark.slow
 def test_a_rewritten_module_under_inductor() -> None:
     model, x = mlp(layers=2, rows=512, dropout=0.0)
     budget = remat.frontier(model, (x,), points=2)[-1].peak_bytes
@@ -247,6 +253,7 @@ def test_a_rewritten_module_under_inductor() -> None:
     assert outcome.peak_bytes <= 1.1 * expected.peak_bytes + gradients
 
 
+@pytest.mark.slow
 def test_values_wait_on_the_host_through_inductor() -> None:
     layers = [nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()) for _ in range(3)]
     model, kwargs = nn.Sequential(*layers), {"input": torch.randn(8, 16, 32, 32)}  # channels-last inside
@@ -301,6 +308,7 @@ def test_freed_buffers_wait_for_later_ones_below_the_peak(monkeypatch: pytest.Mo
     assert outcome.peak_bytes <= graph.plan.peak_bytes
 
 
+@pytest.mark.slow
 def test_fusion_gives_way_where_nothing_else_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("remat.ladder._TRIES", 0)
     monkeypatch.setattr(LocalFusion, "_room", lambda *_: float("inf"))  # where the plan does not know how much is left
@@ -353,6 +361,7 @@ def test_cached_code_that_tells_of_another_graph_is_compiled_again(monkeypatch: 
     assert_close_gradients(outcome.gradients, expected.gradients, 1e-4)
 
 
+@pytest.mark.slow
 def test_fusion_is_ours_after_other_compilations_and_only_then(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     ours = LocalFusion.can_fuse_vertical
@@ -393,6 +402,7 @@ class _ShowsMatrix(_Shows):
         return self.second(hidden).exp().sum(), hidden.detach() if self.shows else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [_Shows, _ShowsMatrix])
 def test_cached_code_knows_what_the_caller_holds(kind: type[_Shows]) -> None:
     x, peaks = torch.randn(512, 64), []

@@ -29,6 +29,7 @@ def stderr_of(**environment: str) -> str:
     return found.stderr
 
 
+@pytest.mark.slow
 def test_torch_logs_shows_plans() -> None:
     said = stderr_of(TORCH_LOGS="remat")
     assert "budget none: peak" in said

@@ -66,6 +66,7 @@ def _accelerated(model: nn.Module) -> tuple[list[float], nn.Module]:
     return losses, accelerator.unwrap_model(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loop", [_loop, _accelerated], ids=["plain", "accelerate"])
 @pytest.mark.parametrize("whole_model", [True, False], ids=["whole", "blocks"])
 def test_a_loss_curve_is_the_plain_models(loop: _Loop, whole_model: bool) -> None:

@@ -27,6 +27,7 @@ def shares(plan: remat.Plan | None) -> bool:
     return any("remat.cross_entropy" in moment.name for moment in plan.timeline)
 
 
+@pytest.mark.slow
 def test_where_a_plan_given_needs_too_much_the_loss_may_be_shared() -> None:
     model, kwargs = wide()
     plan = remat.plan(model, (), kwargs, budget=None, dynamic_shapes={key: {0: "batch"} for key in kwargs})
@@ -82,6 +83,7 @@ def test_of_two_shortages_the_one_that_names_a_budget_is_told() -> None:
     assert sorted([host, unknown, most, least], key=whole._shortage) == [least, most, unknown, host]
 
 
+@pytest.mark.slow
 def test_the_frontier_fit_and_formulas_know_of_it() -> None:
     model, kwargs = wide()
     plans = remat.frontier(model, (), kwargs, points=4)

@@ -140,6 +140,7 @@ def test_too_little_host_memory_is_named_as_what_binds() -> None:
     assert solve(program, make_menus(program, host_bytes=needed), budget).replay.peak_bytes <= budget
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_overlapping")
 def test_a_host_budget_is_kept() -> None:
     model, kwargs = build("gpt2")

@@ -47,6 +47,7 @@ def test_a_pin_comes_before_the_policy(policy: str, decision: Decision) -> None:
     assert [a.decision for a in others] == [free] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decision", list(Decision))
 def test_the_planner_plans_around_a_pin(decision: Decision, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = unchanged("llama")

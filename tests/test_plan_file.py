@@ -30,6 +30,7 @@ def data() -> dict[str, Any]:
     return json.loads(plans()[0].to_json())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", [0, 1])
 def test_round_trip(which: int) -> None:
     plan = plans()[which]

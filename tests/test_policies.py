@@ -163,6 +163,7 @@ def test_transfers_show_in_the_graph() -> None:
     assert f"on the host {module.plan.host_bytes / 2**10:.2f} KiB" in module.plan.summary()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_dynamo")
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("door", [1, 2])

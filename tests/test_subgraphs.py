@@ -71,6 +71,7 @@ def test_branches_within_the_smallest_budget() -> None:
     assert outcome.peak_bytes <= budget < 0.7 * expected.peak_bytes
 
 
+@pytest.mark.slow
 def test_branches_through_inductor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     model, kwargs = Gates(1, dropout=0.0), {"x": torch.randn(256, 16, 32)}

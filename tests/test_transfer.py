@@ -135,6 +135,7 @@ def test_steps_leak_nothing_and_allocate_no_new_buffers(policy: str, tier: HostT
     assert (tier.pool.made, tier.pool.bytes, tier.pool.in_use_bytes) == (made, held, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("door", [1, 2])
 @pytest.mark.usefixtures("_dynamo")
 def test_hundreds_of_steps_leak_nothing(door: int, tier: HostTier) -> None:
