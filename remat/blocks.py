@@ -194,7 +194,7 @@ class _Recording:
         leaves = _tensors(output)
         self.pins.update(dict.fromkeys((id(s) for s in recorder.behind(leaves) if id(s) in self.pins), HELD))
         with twin.mode, recorder.backward():
-            backward_from(leaves)
+            backward_from(output)
             sharded.end_backward()
         constants = [t for call in self.calls if call.captured is not None for t in call.captured.constants.values()]
         given, buffers = [*_tensors(args, kwargs), *constants], list(self.model.buffers())

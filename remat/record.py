@@ -34,8 +34,7 @@ def record(
     """Record one training step of the captured graph; one that adds to gradients where there are any, or for all if `adds`.
 
     tensors: one per placeholder; only their metadata is used. times: measured costs; None: those of the device's profile.
-    Outputs of the model are counted as held until the step ends. When one output is a scalar that requires grad it is the
-    loss; otherwise every output that requires grad gets a dense gradient from outside.
+    Outputs of the model are counted as held until the step ends. Backward begins as `backward_from` says.
     """
     recorder = Recorder(device)
     fake = _torch.FakeTensorMode()
@@ -52,7 +51,7 @@ def record(
         outputs = recorder.run_graph(captured, inputs)
     with fake, recorder.backward():
         try:
-            backward_from([o for o in outputs if isinstance(o, torch.Tensor)])
+            backward_from(captured.output_of(outputs))
         except RuntimeError as error:  # an op without a derivative, which an in-place one has become
             raise CaptureError(f"the captured graph has no backward: {error}; {DOOR_2}") from error
     produced = {ran.node: ran.storages for ran in recorder.ran}
@@ -61,12 +60,25 @@ def record(
     return write_program(recorder, pins | dict.fromkeys(escaping, HELD), resident, times)
 
 
-def backward_from(outputs: list[torch.Tensor]) -> None:
-    """Backward from the loss among `outputs`, or from all of them."""
-    differentiable = [o for o in outputs if o.requires_grad]
-    losses = [o for o in differentiable if o.dim() == 0]
+def backward_from(output: Any) -> None:
+    """Backward from a model's output: from what is named `loss` in it, or from a scalar that all else has led to. Otherwise
+    the loss is outside of the model, and gives every tensor that requires grad a dense gradient."""
+    differentiable = [o for o in _torch.pytree.tree_leaves(output) if isinstance(o, torch.Tensor) and o.requires_grad]
+    named = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    losses = [o for o in differentiable if o.dim() == 0 and (o is named or _is_after(o, differentiable))]
     if differentiable:
         (losses[0] if losses else _Loss.apply(*differentiable)).backward()
+
+
+def _is_after(loss: torch.Tensor, others: Sequence[torch.Tensor]) -> bool:
+    """Whether backward from `loss` passes through all `others`."""
+    seen, ahead = set(), [loss.grad_fn]
+    while ahead:
+        step = ahead.pop()
+        if step is not None and step not in seen:
+            seen.add(step)
+            ahead += [before for before, _ in step.next_functions]
+    return all(other is loss or other.grad_fn in seen for other in others)
 
 
 class _Loss(torch.autograd.Function):
