@@ -21,7 +21,7 @@ from remat.plan import Plan
 from remat.ranks import agreed
 from remat.settings import Settings
 from remat.sharding import local_parameters
-from remat.state import CallKey, call_key, device_type, flatten_call, keep, leaves_difference, leaves_key
+from remat.state import CallKey, call_key, device_type, flatten_call, is_step, keep, leaves_difference, leaves_key
 from remat.table import announce
 from remat.twin import imitate, without_hooks
 from remat.whole import Rewriting, check_training
@@ -72,7 +72,7 @@ class Enabled:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self.model
-        if not self.is_on or not model.training or not torch.is_grad_enabled():
+        if not self.is_on or not is_step(model):
             return type(model).forward(model, *args, **kwargs)
         if kwargs.get("use_cache"):
             raise RematError("use_cache=True: training keeps no key-value cache, which nothing there reads; leave it out")

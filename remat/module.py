@@ -3,7 +3,7 @@
 It shares the original's parameters, buffers and submodules (the same objects under the same names), its signature, its
 output type and its other attributes, which are set on the original. For each kind of call (shapes, dtypes, constants, autocast,
 and the model's state: remat/state.py) it captures and plans once, and plans once more for a step that adds to gradients. In
-`eval()` or without grad it runs the original forward, since there is nothing to save.
+`eval()` or without grad it runs the original forward.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from remat.passes.regions import RegionGraph
 from remat.plan import Plan
 from remat.runtime import one_step
 from remat.shapes import dynamic_axes
-from remat.state import CallKey, call_key, device_type, flatten_call, keep, serves, tensors_of
+from remat.state import CallKey, call_key, device_type, flatten_call, is_step, keep, serves, tensors_of
 from remat.table import announce
 from remat.twin import is_hooks
 
@@ -68,7 +68,7 @@ class RematModule(fx.GraphModule):
         self._variants: list[Variant] = []
         self.plan: Plan | None = None
         self._dynamic_shapes = dynamic_shapes
-        self._said: set[str] = set() if dynamic_shapes is None else {"again"}
+        self._said_again = dynamic_shapes is not None
         self.__dict__["_original"] = original  # from here on, names that are not here yet are the original's
         adopt(self, original)
         self.training = original.training
@@ -118,8 +118,7 @@ class RematModule(fx.GraphModule):
         self._modules = {**self._original._modules, **regions}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.training or not torch.is_grad_enabled():
-            self._say("eval", "runs the original forward in eval mode and without grad: nothing is saved there")
+        if not is_step(self._original):
             return self._original(*args, **kwargs)
         flat, spec = flatten_call(args, kwargs)
         variant = self._find(flat, spec)
@@ -139,8 +138,10 @@ class RematModule(fx.GraphModule):
         """Capture and plan for calls like this one. `optimize` does it ahead when given example inputs."""
         if torch.compiler.is_compiling():
             raise RematError("this module has not captured a call like this; call it once before torch.compile")
-        if self._variants:
-            self._say("again", "plans again: the inputs differ from those before, or there are gradients to add to")
+        if self._variants and not self._said_again:
+            self._said_again = True
+            name = type(self._original).__name__
+            log.info("%s plans again: the inputs differ from those before, or there are gradients to add to", name)
         inspect.signature(self._original.forward).bind(*args, **kwargs)  # a wrong call is a TypeError, as it always was
         if self._dynamic_shapes is not None:
             dynamic_axes(self._original, args, kwargs, self._dynamic_shapes)  # raises for axes that this call does not have
@@ -178,11 +179,6 @@ class RematModule(fx.GraphModule):
     def _adds(self) -> bool:
         return any(p.grad is not None for p in self._original.parameters())
 
-    def _say(self, topic: str, message: str) -> None:
-        if topic not in self._said:
-            self._said.add(topic)
-            log.info("%s %s", type(self._original).__name__, message)
-
     def train(self, mode: bool = True) -> RematModule:
         self._original.train(mode)
         super().train(mode)
@@ -214,7 +210,7 @@ class RematModule(fx.GraphModule):
     def _own_state(self) -> dict[str, Any]:
         """What a copy takes over: hooks, and what has been said."""
         hooks = {name: value for name, value in self.__dict__.items() if is_hooks(name, value)}
-        return {**hooks, "_is_full_backward_hook": self._is_full_backward_hook, "_said": set(self._said)}
+        return {**hooks, "_is_full_backward_hook": self._is_full_backward_hook, "_said_again": self._said_again}
 
 
 def _unpickle(original: nn.Module, build: Build, dynamic_shapes: Any, plan: Plan | None) -> RematModule:

@@ -7,6 +7,7 @@ and attributes whose names start with "_".
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import types
@@ -24,6 +25,24 @@ KEPT, OFTEN = 32, 8  # graphs of one model: how many are kept, and after how man
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)  # activations; a forward that was replaced
 _PLAIN = frozenset((bool, int, float, str, types.NoneType, torch.dtype, torch.device, *_FUNCTIONS))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def is_step(model: nn.Module) -> bool:
+    """Whether a call now is a training step. Says so once where it is none though gradients are recorded."""
+    if not torch.is_grad_enabled():
+        return False
+    if not model.training and not torch.compiler.is_compiling() and any(p.requires_grad for p in model.parameters()):
+        _say_unplanned(type(model).__name__)
+    return model.training
+
+
+@functools.cache
+def _say_unplanned(model: str) -> None:
+    log.warning(
+        "%s runs its own forward in eval mode, within no budget, and gradients are recorded: call it under torch.no_grad() to "
+        "evaluate; to train, call train(), and eval() of those modules that shall not drop or count",
+        model,
+    )
 
 
 class Constant(NamedTuple):

@@ -180,7 +180,7 @@ def trace(
 def check_training(model: nn.Module) -> None:
     """Raises RematError in eval mode."""
     if not model.training:
-        raise RematError("the model is in eval mode, where nothing is saved for backward; call model.train() first")
+        raise RematError("the model is in eval mode, where its own forward runs; call model.train() first")
 
 
 def inputs_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Input, ...]:

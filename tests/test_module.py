@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import remat
+from remat import state
 from remat.program import KINDS
 from tests.models import build, llama, mlp
 from tests.steps import assert_close_gradients, assert_same_gradients, gradients_of
@@ -93,13 +94,23 @@ def test_eval_and_no_grad_run_the_original() -> None:
     assert not found.requires_grad
 
 
-def test_eval_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    _, x, module = small()
+@pytest.mark.parametrize("in_place", [False, True])
+def test_gradients_in_eval_mode_are_outside_of_the_budget_and_that_is_said_once(
+    in_place: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    state._say_unplanned.cache_clear()
+    model, x, module = small()
+    if in_place:
+        module = remat.enable(model, 0.9)
     module.eval()
-    with caplog.at_level(logging.INFO, logger="remat"):
+    with caplog.at_level(logging.WARNING, logger="remat"):
+        with torch.no_grad():
+            module(x)
+        assert not [r for r in caplog.records if r.name == "remat"]
         module(x)
         module(x)
-    assert len([r for r in caplog.records if "original forward" in r.getMessage()]) == 1
+    (said,) = [r for r in caplog.records if r.name == "remat"]
+    assert "no_grad" in said.getMessage()
 
 
 def test_switching_the_mode_of_a_part_is_seen() -> None:
