@@ -98,7 +98,8 @@ def runnable(original: nn.Module, captured: Captured, outer: fx.Graph, regions: 
     adopt(root, original)
     for region in regions:
         root._modules[region.name] = Region(region)
-    root.__dict__.update(captured.constants)
+    own = {**captured.constants, "_own": original}
+    root.__dict__.update(own)
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     nodes = list(outer.nodes)
@@ -110,7 +111,7 @@ def runnable(original: nn.Module, captured: Captured, outer: fx.Graph, regions: 
         copies[node] = graph.node_copy(node)
     for node, source in zip(placeholders, captured.sources, strict=True):
         if source.kind != "input":
-            copies[node] = graph.get_attr(source.name)
+            copies[node] = graph.get_attr(f"_own.{source.name}" if source.kind == "attribute" else source.name)
             copies[node].meta.update(node.meta)
     sources = {source: node for node, source in zip(placeholders, captured.sources, strict=True)}
     for node in nodes:
@@ -122,6 +123,7 @@ def runnable(original: nn.Module, captured: Captured, outer: fx.Graph, regions: 
         elif node.op != "placeholder":
             copies[node] = graph.node_copy(node, lambda n: copies[n])
     runnable = fx.GraphModule(root, graph, "Step")
+    runnable._modules.pop("_own", None)  # fx's copy, for attributes that are read at each call
     adopt(runnable, original)
-    runnable.__dict__.update(captured.constants)
+    runnable.__dict__.update(own)
     return runnable

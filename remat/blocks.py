@@ -22,7 +22,7 @@ from remat.absent import LIBRARY_BYTES
 from remat.capture import Captured, capture
 from remat.devices import profile_of
 from remat.errors import CaptureError, RematError
-from remat.export import say_without_cache, without_cache, without_outer_hooks
+from remat.export import as_in_training, say_without_cache, without_cache
 from remat.op_times import op_times
 from remat.passes.pinning import why_pinned
 from remat.passes.regions import RegionGraph, form_regions
@@ -103,7 +103,7 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-@without_outer_hooks()
+@as_in_training()
 def trace_blocks(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], blocks: Mapping[str, nn.Module], settings: Settings
 ) -> TracedBlocks:
@@ -168,6 +168,7 @@ class _Recording:
         self.profile = profile_of(self.place)
         self.recorder = Recorder(self.profile)
         self.twin = Twin(model, groups, adds)
+        self.others: list[torch.Tensor] = []
         self.pins: dict[int, str] = {}
         self.parts: list[tuple[int, int]] = []
         self.trains: set[int] = set()
@@ -196,8 +197,7 @@ class _Recording:
         with twin.mode, recorder.backward():
             backward_from(output)
             sharded.end_backward()
-        constants = [t for call in self.calls if call.captured is not None for t in call.captured.constants.values()]
-        given, buffers = [*_tensors(args, kwargs), *constants], list(self.model.buffers())
+        given, buffers = [*_tensors(args, kwargs), *self.others], list(self.model.buffers())
         libraries = library_bytes(self.place) if self.profile.is_here else LIBRARY_BYTES if self.profile.is_gpu else 0
         resident = resident_memory(given, self.parameters, buffers, settings.optimizer, settings.in_flight > 1)
         self.there_bytes = libraries + there_bytes(given, self.parameters, buffers, settings.optimizer, self.place)
@@ -249,7 +249,8 @@ class _Recording:
         recorder, start = self.recorder, len(self.recorder.ran)
         tensors = placeholder_tensors(captured, block, args, kwargs)
         for i, source in enumerate(captured.sources):
-            if source.kind == "constant":
+            if source.kind in ("constant", "attribute"):
+                self.others.append(tensors[i])
                 tensors[i] = fake_like(tensors[i])
                 recorder.know(tensors[i])
         self._cross(args, kwargs)

@@ -23,6 +23,7 @@ from remat.errors import CaptureError
 from remat.export import DOOR_2, export
 from remat.passes.aliasing import results
 from remat.passes.randomness import argument
+from remat.state import tensor_key
 
 _BLOCKWISE = "; or block by block: remat.enable(model, budget, whole_model=False)"
 _BATCH_NORM = torch.ops.aten._native_batch_norm_legit_functional.default
@@ -33,7 +34,8 @@ _DROPPED = ("_assert_tensor_metadata", "_assert_scalar", "_guards_fn", "sym_cons
 
 @dataclass(frozen=True)
 class Source:
-    """Where a placeholder's tensor comes from: a parameter, buffer or lifted constant by name, or flat input `index`."""
+    """Where a placeholder's tensor comes from: a parameter, buffer, other attribute or lifted constant by name, or flat input
+    `index`."""
 
     kind: str
     name: str = ""
@@ -48,6 +50,7 @@ class Captured:
         mutated inputs.
     outputs: for each flat output of the model, its index among the graph's outputs, or the constant it always is.
     mutations: (index among the graph's outputs, source of the input it belongs to).
+    attributes: of each tensor that is an attribute of the model's and neither parameter nor buffer, what it has to be like.
     """
 
     graph: fx.Graph
@@ -57,6 +60,11 @@ class Captured:
     outputs: tuple[tuple[int, Any], ...]
     mutations: tuple[tuple[int, Source], ...]
     constants: dict[str, torch.Tensor]
+    attributes: dict[str, Any]
+
+    def fits(self, model: nn.Module) -> bool:
+        """Whether the graph can read the attributes of the model as they are now."""
+        return all(tensor_key(attribute(model, name)) == key for name, key in self.attributes.items())
 
     def output_of(self, results: Sequence[Any]) -> Any:
         """The model's output, from what the graph returns."""
@@ -97,8 +105,8 @@ def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             joint = _torch.joint_graph(module, inputs, DECOMPOSITIONS)
     except RuntimeError as error:
         raise CaptureError(f"AOTAutograd could not trace the exported model: {error}; {DOOR_2}") from error
-    own = frozenset(name for name, _ in model.named_buffers(remove_duplicate=False))
-    return _forward_half(joint, module, own, flat, in_spec, exported.module_call_graph[0].signature.out_spec, constant_outputs)
+    spec = exported.module_call_graph[0].signature.out_spec
+    return _forward_half(joint, module, model, flat, in_spec, spec, constant_outputs)
 
 
 def _flat_module(exported: torch.export.ExportedProgram, flat: list[Any]) -> tuple[fx.GraphModule, dict[int, Any]]:
@@ -149,7 +157,7 @@ def _cut_off_without_grad(graph: fx.Graph) -> None:
 def _forward_half(
     joint: fx.GraphModule,
     module: fx.GraphModule,
-    own: frozenset[str],
+    model: nn.Module,
     flat: list[Any],
     in_spec: pytree.TreeSpec,
     out_spec: pytree.TreeSpec,
@@ -159,23 +167,29 @@ def _forward_half(
     graph = fx.Graph()
     sources: list[Source] = []
     constants: dict[str, torch.Tensor] = {}
+    attributes: dict[str, Any] = {}
+    buffers = dict(model.named_buffers(remove_duplicate=False))
     copied: dict[fx.Node, fx.Node] = {}
     for node in joint.graph.nodes:
         if node.op == "placeholder":
             source = _source(node.meta["desc"], positions)
             if source is None:
                 continue
-            if source.kind == "buffer" and source.name not in own:
-                constant = _attribute(module, source.name)
-                source = Source("constant", source.name.replace(".", "_"))  # no submodule of the original has it
-                constants[source.name] = constant
+            if source.kind == "buffer" and source.name not in buffers:
+                constant = attribute(module, source.name)
+                if attribute(model, source.name) is constant:
+                    source = Source("attribute", source.name)
+                    attributes[source.name] = tensor_key(constant)
+                else:
+                    source = Source("constant", source.name.replace(".", "_"))  # no submodule of the original has it
+                    constants[source.name] = constant
             copied[node] = graph.node_copy(node)
             sources.append(source)
         elif node.op != "output" and all(n in copied for n in node.all_input_nodes):
             if node.target in _WRONG_AGAIN:
                 raise CaptureError(f"{node.target} has another derivative in a graph than in the model; {DOOR_2}")
             if node.op == "get_attr":
-                constants[node.target] = _attribute(joint, node.target)
+                constants[node.target] = attribute(joint, node.target)
             copied[node] = graph.node_copy(node, lambda n: copied[n])
             if node.target is _BATCH_NORM:
                 _free_running_statistics(copied[node])
@@ -189,6 +203,11 @@ def _forward_half(
         if isinstance(desc, _torch.InputMutationAOTOutput):
             source = _source(desc.mutated_input, positions)
             assert source is not None
+            if source not in sources:
+                raise CaptureError(
+                    f"the model writes to its attribute {source.name}, a tensor that is no buffer; call "
+                    f'register_buffer("{source.name.rpartition(".")[2]}", ...), or {DOOR_2}'
+                )
             mutations.append((len(kept), source))
         elif isinstance(desc, _torch.PlainAOTOutput):
             by_index[desc.idx] = len(kept)
@@ -206,7 +225,7 @@ def _forward_half(
         (-1, constant_outputs[i]) if i in constant_outputs else (by_index[next(tensors)], None)
         for i in range(out_spec.num_leaves)
     )
-    return Captured(graph, tuple(sources), in_spec, out_spec, flat_outputs, tuple(mutations), constants)
+    return Captured(graph, tuple(sources), in_spec, out_spec, flat_outputs, tuple(mutations), constants, attributes)
 
 
 def _free_running_statistics(node: fx.Node) -> None:
@@ -232,8 +251,9 @@ def _source(desc: Any, positions: list[int]) -> Source | None:
     raise CaptureError(f"remat does not know how to feed {desc!r} to the captured graph; {DOOR_2}")
 
 
-def _attribute(module: nn.Module, target: str) -> Any:
+def attribute(module: nn.Module, target: str) -> Any:
+    """What is at a path of names; None if nothing is."""
     value: Any = module
     for part in target.split("."):
-        value = getattr(value, part)
+        value = getattr(value, part, None)
     return value

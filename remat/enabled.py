@@ -123,6 +123,9 @@ class _BlockRun(NamedTuple):
     captured: Captured | None
     run: fx.GraphModule | None
 
+    def fits(self, block: nn.Module) -> bool:
+        return self.captured is None or self.captured.fits(block)
+
 
 class _Variant(NamedTuple):
     """One kind of call of the model; of each block its calls, in order."""
@@ -201,7 +204,8 @@ class EnabledBlocks(Enabled):
         called = leaves_key(flat, spec)
         if self._runs is None:
             key, adds = self._key(*flatten_call(*self._running))
-            serve = (v for v in self._variants if v.key == key and v.adds == adds and v.first == (path, called))
+            alike = (v for v in self._variants if v.key == key and v.adds == adds and v.first == (path, called))
+            serve = (v for v in alike if all(run.fits(self.blocks[p]) for p, runs in v.runs.items() for run in runs))
             variant = next(serve, None) or self.capture(*self._running)
             self.plan = variant.plan
             self._runs = {path: iter(runs) for path, runs in variant.runs.items()}

@@ -90,10 +90,11 @@ def _single_sequences(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
 
 
 @contextlib.contextmanager
-def without_outer_hooks() -> Iterator[None]:
-    """Keep what tracing saves from saved-tensor hooks around the call: from `torch.utils.checkpoint`, which counts it, and from
-    `save_on_cpu`."""
-    with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+def as_in_training() -> Iterator[None]:
+    """Trace with grad, whatever holds around the call, and keep what tracing saves from saved-tensor hooks there: from
+    `torch.utils.checkpoint`, which counts it, and from `save_on_cpu`."""
+    hooks = torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
+    with torch.inference_mode(False), torch.enable_grad(), hooks:
         yield
 
 

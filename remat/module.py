@@ -48,6 +48,10 @@ class Variant:
     regions: tuple[RegionGraph, ...]
     run: fx.GraphModule
 
+    def serves(self, key: CallKey, model: nn.Module) -> bool:
+        """Whether it serves calls of this key, as the model is now."""
+        return serves(self.key, self.modules, key) and self.captured.fits(model)
+
 
 class Build(Protocol):
     """Captures, plans and rewrites one kind of call; `captured` is what such a call was captured as before, if it was."""
@@ -147,7 +151,7 @@ class RematModule(fx.GraphModule):
             dynamic_axes(self._original, args, kwargs, self._dynamic_shapes)  # raises for axes that this call does not have
         flat, spec = flatten_call(args, kwargs)
         key = self._key(flat, spec)
-        known = next((variant.captured for variant in self._variants if variant.key == key), None)
+        known = next((v.captured for v in self._variants if v.key == key and v.captured.fits(self._original)), None)
         try:
             captured, plan, outer, regions = self._build(self._original, args, kwargs, known)
         except BudgetError as error:
@@ -170,7 +174,7 @@ class RematModule(fx.GraphModule):
 
     def _find(self, flat: list[Any], spec: Any) -> Variant | None:
         key, adds = self._key(flat, spec), self._adds()
-        return next((v for v in self._variants if v.adds == adds and serves(v.key, v.modules, key)), None)
+        return next((v for v in self._variants if v.adds == adds and v.serves(key, self._original)), None)
 
     def _key(self, flat: list[Any], spec: Any) -> CallKey:
         modules = tuple(self._original.modules())

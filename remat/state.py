@@ -82,14 +82,14 @@ def flatten_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[An
 
 def leaves_key(flat: list[Any], spec: Any) -> Any:
     """Equal for calls that a graph cannot tell apart."""
-    leaves = [_tensor_key(leaf) if isinstance(leaf, torch.Tensor) else Constant(type(leaf), leaf) for leaf in flat]
+    leaves = [tensor_key(leaf) if isinstance(leaf, torch.Tensor) else Constant(type(leaf), leaf) for leaf in flat]
     return spec, tuple(leaves)
 
 
 def call_key(flat: list[Any], spec: Any, device: str, modules: Sequence[nn.Module], tensors: Iterable[torch.Tensor]) -> CallKey:
     """The key of a call with these leaves, of a model on `device` whose graph has `modules` and `tensors` in it."""
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    found = tuple([_tensor_key(tensor) for tensor in tensors])
+    found = tuple([tensor_key(tensor) for tensor in tensors])
     states = () if torch.compiler.is_compiling() else tuple(map(_state, modules))
     return CallKey(leaves_key(flat, spec), autocast, found, tuple(map(id, modules)), states)
 
@@ -167,7 +167,10 @@ def _shown(leaf: Any) -> Any:
     return repr(leaf.value) if isinstance(leaf, Constant) else leaf
 
 
-def _tensor_key(tensor: torch.Tensor) -> tuple[Any, ...]:
+def tensor_key(tensor: Any) -> Any:
+    """Equal for tensors that a graph takes alike; None for anything else."""
+    if not isinstance(tensor, torch.Tensor):
+        return None
     return tuple(tensor.shape), tensor.dtype, tensor.device, tensor.requires_grad
 
 

@@ -15,10 +15,10 @@ from torch import fx, nn
 
 from remat._torch import pytree
 from remat.absent import LIBRARY_BYTES, stand_in
-from remat.capture import Captured, capture
+from remat.capture import Captured, attribute, capture
 from remat.devices import DeviceProfile, device_profile, profile_of
 from remat.errors import BudgetError, HostBudgetError, RematError
-from remat.export import without_outer_hooks
+from remat.export import as_in_training
 from remat.op_times import OpTimes, op_times
 from remat.passes.aliasing import storage_bytes, storage_roots
 from remat.passes.losses import find_losses, share_losses
@@ -135,7 +135,7 @@ def transfers_of(plan: Plan) -> Transfers:
     return Transfers({transfer.name: transfer.outputs for transfer in plan.transfers}, releases, reloads)
 
 
-@without_outer_hooks()
+@as_in_training()
 def trace(
     model: nn.Module,
     args: tuple[Any, ...],
@@ -234,6 +234,8 @@ def placeholder_tensors(
         if source.kind == "input"
         else captured.constants[source.name]
         if source.kind == "constant"
+        else attribute(model, source.name)
+        if source.kind == "attribute"
         else named[source.name]
         for source in captured.sources
     ]

@@ -430,3 +430,17 @@ def test_functional_call_uses_the_parameters_given() -> None:
     assert torch.equal(found, expected)
     for a, b in zip(torch.autograd.grad(found, list(other.values())), wanted, strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+class _Counts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.calls = nn.Linear(8, 8), torch.zeros(())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) / self.calls.add_(1)
+
+
+def test_a_model_that_writes_to_a_tensor_that_is_no_buffer() -> None:
+    with pytest.raises(remat.CaptureError, match=r'its attribute 0.calls.*register_buffer\("calls"'):
+        remat.optimize(nn.Sequential(_Counts()), (torch.randn(4, 8),), budget=None)

@@ -15,6 +15,7 @@ from remat import budget as budgets
 from remat import host_memory
 from remat.budget import Budget, format_bytes, memory_of, parse_budget, parse_host_budget, resolve_budget
 from remat.session import Options
+from tests.models import mlp
 
 CPU = torch.device("cpu")
 GIB = 1024**3
@@ -189,3 +190,20 @@ def test_no_more_than_all_of_the_device() -> None:
     assert parse_budget("100%") == Budget(share_of_device=1.0)
     with pytest.raises(remat.BudgetError, match=r"^budget='150%' is more than all of it; use"):
         parse_budget("150%")
+
+
+@pytest.mark.parametrize("whole_model", [True, False])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_plan_is_for_training_wherever_it_is_made(mode: Any, whole_model: bool) -> None:
+    make = remat.optimize if whole_model else remat.optimize_blocks
+    plans = []
+    for around in (torch.enable_grad, mode):
+        model, x = mlp()
+        with around():
+            optimized = make(model, (x,), budget=0.6)
+        plans.append(remat.plan_of(optimized))
+        optimized(x).backward()
+    assert plans[0] is not None
+    assert plans[1] is not None
+    assert plans[0].dropped
+    assert plans[1].peak_bytes == plans[0].peak_bytes

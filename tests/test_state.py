@@ -223,3 +223,40 @@ def test_arguments_of_other_types_are_other_calls() -> None:
     module = remat.optimize(model, budget=None)
     for by in (1, 1.0):
         assert module(torch.ones(2, 4), ids, by)[1].dtype == model(torch.ones(2, 4), ids, by)[1].dtype
+
+
+class _Masked(nn.Module):
+    """A tensor that is neither parameter nor buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.mask = nn.Linear(8, 8), torch.ones(4, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x * self.mask).tanh()
+
+
+@pytest.mark.parametrize("door", ["optimize", "whole", "blocks"])
+def test_a_tensor_that_is_an_attribute_is_read_at_each_call(door: str, caplog: pytest.LogCaptureFixture) -> None:
+    model, x = nn.Sequential(_Masked(), _Masked()), torch.randn(4, 8)
+    plain = copy.deepcopy(model)
+    if door == "optimize":
+        module: Any = remat.optimize(model, (x,), budget=None)
+    else:
+        module = remat.enable(model, None, whole_model=door == "whole")
+    module(x)
+    with caplog.at_level(logging.INFO, logger="remat"):
+        for mask in (torch.zeros(4, 8), torch.full((4, 8), 2.0)):
+            for each in (model, plain):
+                each[1].mask = mask
+            assert torch.equal(module(x), plain(x))
+        model[0].mask.fill_(0.5), plain[0].mask.fill_(0.5)
+        assert torch.equal(module(x), plain(x))
+        assert not [r for r in caplog.records if r.name == "remat"], "these are served by what was captured"
+    for another in (torch.rand(1, 8), 3.0):
+        for each in (model, plain):
+            each[1].mask = another
+        assert torch.equal(module(x), plain(x))
+    twin = copy.deepcopy(module)
+    model[1].mask = plain[1].mask = 4.0
+    assert not torch.equal(twin(x), plain(x))
