@@ -9,6 +9,8 @@ from torch import fx
 
 from remat._torch import OpOverload
 
+_TORCH = ("aten", "prims", "prim", "remat", "mkldnn", "quantized", "torchvision")
+
 
 def is_random(node: fx.Node) -> bool:
     """True if running the node advances a random number generator.
@@ -22,6 +24,12 @@ def is_random(node: fx.Node) -> bool:
     if probability is None:
         probability = argument(node, "dropout")
     return not (isinstance(probability, int | float) and probability == 0)
+
+
+def may_draw(node: fx.Node) -> bool:
+    """`is_random`, or an op from outside of torch, which may draw without its author having said so."""
+    is_foreign = isinstance(node.target, OpOverload) and node.target.namespace not in _TORCH
+    return is_foreign or is_random(node)
 
 
 def argument(node: fx.Node, name: str) -> Any:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from remat.budget import BudgetLike, format_bytes
-from remat.errors import BudgetError
+from remat.capture import check_model
+from remat.errors import BudgetError, RematError
 from remat.formulas import with_formulas
 from remat.module import RematModule
 from remat.pins import Pins
@@ -72,6 +73,7 @@ def optimize(
         BudgetError: nothing fits, or not the plan given, or the budget cannot be read.
         CaptureError: the model cannot be captured as one graph.
     """
+    check_model(model, args)
     module = RematModule(
         model,
         Rewriting(Settings(budget, policy, trainable_only, host_budget, pin, costs, plan, optimizer, in_flight)),
@@ -139,6 +141,8 @@ def frontier(
         BudgetError: none of them is within the budget, or that cannot be read.
         CaptureError: as in `optimize`.
     """
+    if not isinstance(points, int) or points < 1:
+        raise RematError(f"points={points} must be a whole number, at least 1")
     settings = Settings(budget, "auto", True, host_budget, pin, costs, None, optimizer, in_flight)
     traced = trace(model, args, kwargs or {}, optimizer, device, costs, in_flight)
     limit = traced.limit_bytes(budget)

@@ -112,9 +112,9 @@ def trace_blocks(
     groups = _torch.sharded_groups(model)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         whole = any(tensor is p.shard and not p.is_split for g in groups for p in g.parameters)
-        if _torch.is_traceable_wrapper_subclass(tensor) and not whole:
+        if tensor.layout is not torch.strided or (_torch.is_traceable_wrapper_subclass(tensor) and not whole):
             raise CaptureError(
-                f"{name} is a {type(tensor).__name__}, which a graph of plain tensors cannot hold; "
+                f"{name} is a {type(tensor).__name__} of layout {tensor.layout}, which a graph of plain tensors cannot hold; "
                 'torch.compile(model, backend="remat", options={"budget": ...}) handles this'
             )
     inside = {id(module): path for path, block in blocks.items() for module in block.modules() if module is not block}

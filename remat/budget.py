@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import numbers
 import re
 from dataclasses import dataclass
 from typing import NoReturn, TypeAlias
@@ -67,10 +68,10 @@ def parse_host_budget(host_budget: int | str | None) -> Budget:
 
 def _read_amount(name: str, amount: object) -> Budget:
     """Bytes, or a percentage; `name` is the argument's."""
-    if isinstance(amount, int) and not isinstance(amount, bool):
+    if isinstance(amount, numbers.Integral) and not isinstance(amount, bool):
         if amount < 0:
             _refuse(name, amount, "is below zero")
-        return Budget(bytes=amount)
+        return Budget(bytes=int(amount))
     if not isinstance(amount, str):
         _refuse(name, amount, f"is a {type(amount).__name__}, and no amount of memory")
     if match := _PERCENT.fullmatch(amount):

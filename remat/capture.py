@@ -19,15 +19,19 @@ from torch import fx, nn
 from remat import _torch, patches
 from remat._torch import pytree
 from remat.differentiable import DECOMPOSITIONS
-from remat.errors import CaptureError
+from remat.errors import CaptureError, RematError
 from remat.export import DOOR_2, export
 from remat.passes.aliasing import results
+from remat.passes.detaching import detach_without_gradient
 from remat.passes.randomness import argument
 from remat.state import tensor_key
 
 _BLOCKWISE = "; or block by block: remat.enable(model, budget, whole_model=False)"
 _BATCH_NORM = torch.ops.aten._native_batch_norm_legit_functional.default
-_WRONG_AGAIN = (torch.ops.aten.rrelu_with_noise_functional.default,)  # its derivative takes the noise from before the draw
+_WRONG_AGAIN = (
+    torch.ops.aten.rrelu_with_noise_functional.default,  # its derivative takes the noise from before the draw
+    torch.ops.aten.as_strided_scatter.default,  # its derivative lets the gradient of what was written over through
+)
 _GRAPHS_OWN = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph())))
 _DROPPED = ("_assert_tensor_metadata", "_assert_scalar", "_guards_fn", "sym_constrain_range", "_assert_async")
 
@@ -81,6 +85,17 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], blo
         raise
 
 
+def check_model(model: Any, args: Any) -> None:
+    """Raises RematError for what cannot be a model, or its inputs, or has been rewritten in place already."""
+    if not isinstance(model, nn.Module):
+        raise RematError(f"a {type(model).__name__} is no nn.Module; write one whose forward calls it")
+    if not isinstance(args, tuple):
+        raise RematError(f"args is a {type(args).__name__}; give a tuple of positional inputs, args=(x,)")
+    enabled = next((module for module in model.modules() if "_remat" in vars(module)), None)
+    if enabled is not None:
+        raise RematError(f"remat is enabled for {type(enabled).__name__} already; call remat.disable on it first")
+
+
 @patches.native_kernels()
 def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
     kwargs = dict(sorted(kwargs.items()))
@@ -88,7 +103,10 @@ def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     devices = {t.device for t in itertools.chain(model.parameters(), model.buffers()) if t.numel()}
     if len(devices) > 1:
         raise CaptureError(f"the model is on several devices ({', '.join(sorted(map(str, devices)))}); remat plans for one")
-    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+    given = (("an input", leaf) for leaf in flat if isinstance(leaf, torch.Tensor))
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers(), given):
+        if tensor.layout is not torch.strided:
+            raise CaptureError(f"{name} is a tensor of layout {tensor.layout}, for which there is no plan; {DOOR_2}")
         if _torch.is_traceable_wrapper_subclass(tensor):
             raise CaptureError(f"{name} is a {type(tensor).__name__}, which a graph of plain tensors cannot hold; {DOOR_2}")
     for name in itertools.chain(model._parameters, model._buffers, model._modules):
@@ -216,10 +234,20 @@ def _forward_half(
         kept.append(copied[node])
     graph.output(tuple(kept))
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
-    for node in graph.find_nodes(op="get_attr"):
-        if isinstance(constants[node.target], nn.Module):
-            (user, *_) = node.users
-            raise CaptureError(f"{user.target} runs a graph of its own, which is planned for in compiled steps; {DOOR_2}")
+    for node in graph.nodes:
+        if isinstance(node.target, _torch.HigherOrderOperator):
+            raise CaptureError(f"{node.target} runs a graph or op of its own, which is planned for in compiled steps; {DOOR_2}")
+        values = node.meta.get("val") if node.op == "call_function" else None
+        if isinstance(values, tuple) and any(isinstance(value, list | tuple) for value in values):
+            raise CaptureError(f"{node.target} returns a list among its results, for which there is no plan; {DOOR_2}")
+        for value in pytree.tree_leaves(values):
+            if isinstance(value, torch.Tensor) and value.layout is not torch.strided:
+                raise CaptureError(
+                    f"{node.target} returns a tensor of layout {value.layout}, for which there is no plan; {DOOR_2}"
+                )
+    trained = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
+    trains = [flat[s.index].requires_grad if s.kind == "input" else s.name in trained for s in sources]
+    detach_without_gradient(graph, set(itertools.compress(graph.find_nodes(op="placeholder"), trains)))
     tensors = itertools.count()
     flat_outputs = tuple(
         (-1, constant_outputs[i]) if i in constant_outputs else (by_index[next(tensors)], None)

@@ -88,8 +88,8 @@ def fit(
     settings = Settings(budget, policy, trainable_only, host_budget, pin, costs, None, optimizer, in_flight)
     if budget is None or parse_budget(budget).share_of_activations is not None:
         raise RematError(f"budget={budget!r} grows with the step; fit() needs bytes, '24GiB', '80%' or 'auto'")
-    if multiple_of < 1:
-        raise RematError(f"multiple_of={multiple_of} must be at least 1")
+    if not isinstance(multiple_of, int) or multiple_of < 1:
+        raise RematError(f"multiple_of={multiple_of} must be a whole number, at least 1")
     axes = named_axes(model, args, kwargs or {}, dynamic_shapes)
     question = _Question(SizedCall(model, args, kwargs or {}, axes, settings, device), dim, multiple_of, dynamic_shapes is None)
     trials = _Trials(question)

@@ -65,6 +65,8 @@ class RematModule(fx.GraphModule):
     """See the module's docstring. `plan` is the plan of the latest kind of call, None before the first."""
 
     def __init__(self, original: nn.Module, build: Build, dynamic_shapes: Any = None) -> None:
+        if isinstance(original, RematModule):
+            raise RematError("this module comes from remat.optimize and has a plan already; optimize the original")
         if any("plan" in own for own in (original._parameters, original._buffers, original._modules)):
             raise RematError("the model has a parameter, buffer or submodule named plan, where its plan would be; rename it")
         super().__init__(nn.Module(), fx.Graph(), f"Remat{type(original).__name__}")

@@ -52,6 +52,8 @@ def pinned(program: Program, nodes: Sequence[fx.Node], pins: Pins) -> Program:
     read = [any(program.values[v].reads for v in op.outputs) for op in program.forward]
     forward = list(program.forward)
     for pattern, wanted in pins.items():
+        if not isinstance(pattern, str):
+            raise RematError(f"pin={pattern!r} is no string; write 'modules::op', or a name that explain shows")
         decision = read_decision(wanted, f"pin: {pattern!r}")
         matches = [p for p, node in enumerate(nodes) if read[p] and _matches(pattern, node)]
         if not matches:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-HELD = "an output of the model"  # why a value is pinned that someone else holds to the end of the step
+HELD = "held by an output of the model"  # why a value is pinned that someone else holds to the end of the step
 
 RESIDENT = ("parameters", "buffers", "inputs", "gradients", "optimizer", "libraries", "others")
 KINDS = (*RESIDENT, "activations", "recomputed", "outputs", "working set")
@@ -181,7 +181,7 @@ class Program:
 
     @cached_property
     def is_held(self) -> np.ndarray:
-        """By value, whether it is an output of the model."""
+        """By value, whether an output of the model holds it."""
         return np.array([value.pinned == HELD for value in self.values], dtype=bool)
 
     @cached_property

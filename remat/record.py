@@ -17,7 +17,7 @@ from remat.export import DOOR_2
 from remat.op_times import OpTimes
 from remat.passes.pinning import why_pinned
 from remat.passes.provenance import module_path
-from remat.passes.randomness import is_random
+from remat.passes.randomness import may_draw
 from remat.program import HELD, Fixed, Op, Program, Value
 from remat.recorder import Recorder, Storage, fake_like
 from remat.workspace import Call, workspace_bytes
@@ -63,11 +63,16 @@ def record(
 def backward_from(output: Any) -> None:
     """Backward from a model's output: from what is named `loss` in it, or from a scalar that all else has led to. Otherwise
     the loss is outside of the model, and gives every tensor that requires grad a dense gradient."""
-    differentiable = [o for o in _torch.pytree.tree_leaves(output) if isinstance(o, torch.Tensor) and o.requires_grad]
+    leaves = [o for o in _torch.pytree.tree_leaves(output) if isinstance(o, torch.Tensor)]
+    differentiable = [o for o in leaves if o.requires_grad]
+    if not differentiable:
+        found = "no tensor is found" if not leaves else "nothing requires grad"
+        raise CaptureError(
+            f"{found} in the {type(output).__name__} that the model returns, so that there is no backward to plan for"
+        )
     named = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     losses = [o for o in differentiable if o.dim() == 0 and (o is named or _is_after(o, differentiable))]
-    if differentiable:
-        (losses[0] if losses else _Loss.apply(*differentiable)).backward()
+    (losses[0] if losses else _Loss.apply(*differentiable)).backward()
 
 
 def _is_after(loss: torch.Tensor, others: Sequence[torch.Tensor]) -> bool:
@@ -114,7 +119,7 @@ def write_program(
         op = Op(ran.node.name, _time_us(times, ran.call, ran.cost_us), scratch(ran.call))
         if own:
             reads = tuple(dict.fromkeys(index[id(s)] for s in ran.reads if id(s) in index))
-            state = _rng_state_bytes(device) if is_random(ran.node) else 0
+            state = _rng_state_bytes(device) if may_draw(ran.node) else 0
             op = op._replace(inputs=reads, outputs=own, launch_us=device.recompute_launch_us, state_bytes=state)
         forward.append(op)
     kernels = recorder.kernels
@@ -146,7 +151,9 @@ def _lifetimes(recorder: Recorder, pins: Mapping[int, str]) -> tuple[list[Value]
         if storage.node is None or id(storage) not in pins:
             fixed.append(Fixed(born, max(dies, born), storage.bytes, storage.kind or _kind(storage, n_forward)))
             continue
-        pin = pins[id(storage)]
+        pin = HELD if storage.released < storage.packed else pins[id(storage)]  # by the graph of one that has no gradient
+        if not pin and storage.packed and dies < n_forward:
+            pin = _LET_GO
         last_forward = end if pin == HELD else max(storage.last_forward, born)
         if pin and (dies < n_forward or not storage.packed):  # a variable may hold it after its last reader
             last_forward = max(last_forward, min(dies, n_forward - 1))
@@ -154,6 +161,9 @@ def _lifetimes(recorder: Recorder, pins: Mapping[int, str]) -> tuple[list[Value]
         index[id(storage)] = len(values)
         values.append(Value(storage.node.name, storage.bytes, born, last_forward, reads, storage.release, pin))
     return values, index, fixed
+
+
+_LET_GO = "what autograd keeps of it goes in forward"
 
 
 def _kind(storage: Storage, n_forward: int) -> str:

@@ -23,6 +23,8 @@ from remat._torch import pytree
 from remat.capture import Captured
 from remat.cost import op_cost_us
 from remat.devices import DeviceProfile
+from remat.errors import CaptureError
+from remat.export import DOOR_2
 from remat.fake_kernels import as_run
 from remat.passes.aliasing import results
 from remat.steps import bind, recompute_inputs
@@ -35,8 +37,9 @@ aten = torch.ops.aten
 class Storage:
     """Memory from position `born` to `dies` (-1: to the end), made by forward op `node` if it is a decision's to keep.
 
-    `last_forward` is the last forward op that reads it; autograd has `packed` it so many times, unpacks it at the positions
-    in `reads` and holds it until `release`. `kind` is one of `remat.program.KINDS`, "" where its lifetime tells.
+    `last_forward` is the last forward op that reads it; autograd has `packed` it so many times, of which it has `released` some
+    by now, unpacks it at the positions in `reads` and holds it until `release`. `kind` is one of `remat.program.KINDS`, ""
+    where its lifetime tells.
     """
 
     bytes: int
@@ -45,6 +48,7 @@ class Storage:
     node: fx.Node | None = None
     last_forward: int = -1
     packed: int = 0
+    released: int = 0
     reads: list[int] = field(default_factory=list)
     release: int = -1
     kind: str = ""
@@ -222,6 +226,8 @@ class Recorder(_torch.TorchDispatchMode):
         for tensor in pytree.tree_leaves(out):
             if not isinstance(tensor, torch.Tensor) or not tensor.numel():
                 continue
+            if tensor.layout is not torch.strided:
+                raise CaptureError(f"a step has tensors of layout {tensor.layout}, for which there is no plan; {DOOR_2}")
             key = _torch.storage_key(tensor)
             if key in self._known or key in self._storages:
                 continue
@@ -260,6 +266,7 @@ class Recorder(_torch.TorchDispatchMode):
         return token.tensor
 
     def _released(self, storage: Storage) -> None:
+        storage.released += 1
         if not self.in_forward:
             storage.release = max(storage.release, self.position - 1)
 

@@ -14,7 +14,7 @@ from torch import fx
 
 from remat._torch import pytree
 from remat.passes.aliasing import results
-from remat.passes.randomness import is_random
+from remat.passes.randomness import may_draw
 from remat.passes.transfers import is_mark, read_transfers
 
 aten = torch.ops.aten
@@ -95,7 +95,7 @@ def compile_region(graph: fx.Graph, dropped: frozenset[str], repeats: Mapping[st
                 tuple(slots[s] for s in again_order),
                 slots[node],
                 is_dropped,
-                _device_of(node) if is_random(node) else None,
+                _device_of(node) if may_draw(node) else None,
                 repeats.get(node.name, 0),
                 node.args[1] if node.target is operator.getitem else None,
                 dead,

@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from remat._torch import pytree
 from remat.absent import LIBRARY_BYTES, stand_in
-from remat.capture import Captured, attribute, capture
+from remat.capture import Captured, attribute, capture, check_model
 from remat.devices import DeviceProfile, device_profile, profile_of
 from remat.errors import BudgetError, HostBudgetError, RematError
 from remat.export import as_in_training
@@ -152,6 +152,7 @@ def trace(
     in_flight: how many forwards run before the first backward; with several, the step adds to gradients, whether there are any
     yet or not.
     """
+    check_model(model, args)
     profile = None
     given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     real = given, list(model.parameters()), [*model.buffers(), *attributes_of(model)]

@@ -444,3 +444,99 @@ class _Counts(nn.Module):
 def test_a_model_that_writes_to_a_tensor_that_is_no_buffer() -> None:
     with pytest.raises(remat.CaptureError, match=r'its attribute 0.calls.*register_buffer\("calls"'):
         remat.optimize(nn.Sequential(_Counts()), (torch.randn(4, 8),), budget=None)
+
+
+@torch.library.custom_op("remat_tests::doubled", mutates_args=("x",))
+def _doubled(x: torch.Tensor) -> None:
+    x.mul_(2)
+
+
+@torch.library.custom_op("remat_tests::several", mutates_args=())
+def _several(x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    return x + 1, [x.sin(), x * 2]
+
+
+_several.register_fake(lambda x: (torch.empty_like(x), [torch.empty_like(x), torch.empty_like(x)]))
+_several.register_autograd(lambda _, g, gs: g + gs[0] + 2 * gs[1], setup_context=lambda ctx, inputs, output: None)
+
+
+class _Runs(nn.Module):
+    def __init__(self, what: Any) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        self.embedding, self.what = nn.Embedding(4, 8, sparse=True), what
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.what(self, self.layers(x))
+
+
+def _doubles(_: Any, x: torch.Tensor) -> torch.Tensor:
+    y = x.detach().clone()
+    _doubled(y)
+    return x * y
+
+
+class _Box:
+    def __init__(self, inside: torch.Tensor) -> None:
+        self.inside = inside
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        (_doubles, "auto_functionalized"),
+        (lambda _, x: _several(x)[1][0], "a list among its results"),
+        (lambda _, x: x.to_sparse().to_dense(), "layout torch.sparse_coo"),
+        (lambda self, x: x * self.embedding(torch.tensor([1])), "layout torch.sparse_coo"),
+        (lambda _, x: (x * 1).fill_diagonal_(0.0), "another derivative"),
+    ],
+    ids=["a custom op that writes", "a nested result", "sparse", "a sparse gradient", "as_strided_scatter"],
+)
+def test_what_a_graph_cannot_do_is_for_door_2(what: Any, said: str) -> None:
+    with pytest.raises(remat.CaptureError, match=rf"{said}(.|\n)*torch.compile"):
+        remat.optimize(_Runs(what), (torch.randn(8, 8),), budget=None)
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [(lambda _, x: _Box(x), "no tensor is found in the _Box"), (lambda _, x: x.detach(), "nothing requires grad")],
+)
+def test_a_block_wise_step_without_a_backward(what: Any, said: str) -> None:
+    with pytest.raises(remat.CaptureError, match=said):
+        remat.enable(_Runs(what), None, whole_model=False)(torch.randn(8, 8))
+
+
+def test_sparse_inputs_and_buffers() -> None:
+    model, x = _Runs(lambda self, x: torch.sparse.mm(self.matrix, x)), torch.eye(8).to_sparse()
+    with pytest.raises(remat.CaptureError, match=r"an input is a tensor of layout"):
+        remat.optimize(nn.Sequential(nn.Linear(8, 8)), (x,), budget=None)
+    model.register_buffer("matrix", x)
+    for make in (remat.optimize, remat.optimize_blocks):
+        with pytest.raises(remat.CaptureError, match=r"matrix is a .* of layout"):
+            make(model, (torch.randn(8, 8),), budget=None)
+
+
+def test_what_is_no_model_or_is_rewritten_already() -> None:
+    model, x = mlp()
+    optimized = remat.optimize(model, (x,), budget=None)
+    enabled = remat.enable(mlp()[0], None)
+    for given, said in [
+        (lambda x: x, "is no nn.Module"),
+        (optimized, "optimize the original"),
+        (enabled, r"remat.disable"),
+        (nn.Sequential(enabled), r"remat.disable"),
+    ]:
+        with pytest.raises(remat.RematError, match=said):
+            remat.optimize(given, (x,), budget=None)  # type: ignore[arg-type]
+    with pytest.raises(remat.RematError, match=r"args=\(x,\)"):
+        remat.optimize(model, x, budget=None)  # type: ignore[arg-type]
+
+
+def test_arguments_of_another_type() -> None:
+    model, x = mlp()
+    with pytest.raises(remat.RematError, match="pin=5 is no string"):
+        remat.optimize(model, (x,), budget=None, pin={5: "SAVE"})  # type: ignore[dict-item]
+    with pytest.raises(remat.RematError, match=r"multiple_of=3\.5"):
+        remat.fit(model, (x,), budget="1MiB", multiple_of=3.5)  # type: ignore[arg-type]
+    with pytest.raises(remat.RematError, match=r"points=1\.5"):
+        remat.frontier(model, (x,), points=1.5)  # type: ignore[arg-type]

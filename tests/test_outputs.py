@@ -1,7 +1,9 @@
-"""Where backward begins: at the loss that a model returns, or at all that it returns; and the peak is that of such a step."""
+"""Where backward begins: at the loss that a model returns, or at all that it returns; and the peak is that of such a step, with
+what autograd keeps of parts that get no gradient."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -50,3 +52,68 @@ def test_backward_begins_at_what_is_returned(returned: str, whole_model: bool) -
     assert plan is not None
     assert plan.dropped
     assert 0.95 * plan.peak_bytes <= measured.peak_bytes <= plan.peak_bytes
+
+
+class _Aside(nn.Module):
+    """Two stacks, of which one gets no gradient."""
+
+    def __init__(self, forward: Callable[[Any, torch.Tensor], Any]) -> None:
+        super().__init__()
+        stacks = [[nn.Sequential(nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32)) for _ in range(3)] for _ in range(2)]
+        self.trained, self.other = nn.Sequential(*stacks[0]), nn.Sequential(*stacks[1])
+        self._forward = forward
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self._forward(self, x)
+
+
+def _with_aside(self: Any, x: torch.Tensor) -> Any:
+    hidden = self.trained(x)
+    return {"loss": hidden.square().mean(), "aside": self.other(hidden)}
+
+
+def _with_accuracy(self: Any, x: torch.Tensor) -> Any:
+    hidden = self.trained(x)
+    return {"loss": hidden.square().mean(), "accuracy": (self.other(hidden).argmax(1) == 0).float().mean()}
+
+
+def _stopped(self: Any, x: torch.Tensor) -> Any:
+    return {"loss": (self.trained(x) * self.other(x).detach()).mean()}
+
+
+def _unused(self: Any, x: torch.Tensor) -> Any:
+    self.other(x)
+    return {"loss": self.trained(x).square().mean()}
+
+
+@pytest.mark.parametrize("whole_model", [True, False], ids=["whole", "blocks"])
+@pytest.mark.parametrize("forward", [_with_aside, _with_accuracy, _stopped, _unused])
+def test_parts_without_a_gradient_count(forward: Any, whole_model: bool) -> None:
+    model, x = _Aside(forward), torch.randn(512, 32)
+    plain = copy.deepcopy(model)
+    plain(x)["loss"].backward()
+    gradients = {name: p.grad for name, p in plain.named_parameters()}
+    remat.enable(model, 1, whole_model=whole_model)
+    with pytest.raises(remat.BudgetError) as caught:
+        model(x)
+    for budget in (None, caught.value.minimum_bytes):
+        remat.disable(model)
+        remat.enable(model, budget, whole_model=whole_model)
+        model(x)["loss"].backward()
+        assert all(
+            p.grad is gradients[name] or torch.equal(p.grad, gradients[name])  # type: ignore[arg-type]
+            for name, p in model.named_parameters()
+        )
+        model.zero_grad(set_to_none=True)
+        measured = remat.measure(lambda: [out := model(x), out["loss"].backward()])  # the aside is held meanwhile
+        model.zero_grad(set_to_none=True)
+        plan = remat.plan_of(model)
+        assert plan is not None
+        assert 0.95 * plan.peak_bytes <= measured.peak_bytes <= plan.peak_bytes
+
+
+def test_autograd_keeps_nothing_of_what_is_detached() -> None:
+    x = torch.randn(512, 32)
+    alone = remat.plan(_Aside(lambda self, x: self.trained(x).square().mean()), (x,), budget=None)
+    stopped = remat.plan(_Aside(lambda self, x: (self.trained(x) + self.other(x).detach()).square().mean()), (x,), budget=None)
+    assert stopped.peak_bytes - stopped.resident_bytes < 1.3 * (alone.peak_bytes - alone.resident_bytes)

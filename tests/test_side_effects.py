@@ -13,7 +13,7 @@ from torch import nn
 
 import remat
 from tests.models import Mlp
-from tests.steps import assert_same_gradients, run_step
+from tests.steps import assert_same, assert_same_gradients, run_step
 
 
 class Balanced(Mlp):
@@ -191,3 +191,29 @@ def test_other_writes_are_no_trouble(write: Callable[[Writing, torch.Tensor], to
 @pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["python", "numpy"])
 def test_random_numbers_of_other_generators_are_refused(draw: Callable[[], float]) -> None:
     refused(Drawing(draw), "draw it with torch")
+
+
+@torch.library.custom_op("remat_tests::noise", mutates_args=())
+def _noise(x: torch.Tensor) -> torch.Tensor:
+    return torch.rand_like(x)  # and nothing says so: no tag
+
+
+_noise.register_fake(torch.empty_like)
+
+
+class _Noisy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.tanh(self.first(x)) * _noise(x)).square().mean()
+
+
+def test_a_custom_op_that_draws_and_does_not_say_so_draws_the_same_again() -> None:
+    model, kwargs = _Noisy(), {"x": torch.randn(64, 32)}
+    plain = run_step(copy.deepcopy(model), kwargs)
+    module = remat.optimize(model, (), kwargs, budget=None, policy=lambda _: remat.Decision.RECOMPUTE)
+    assert module.plan is not None
+    assert any("noise" in name for name in module.plan.dropped)
+    assert_same(run_step(module, kwargs), plain)
