@@ -12,11 +12,11 @@ from torch import fx
 aten = torch.ops.aten
 
 
-def detach_without_gradient(graph: fx.Graph, trained: Container[fx.Node]) -> None:
+def detach_without_gradient(graph: fx.Graph, trained: Container[fx.Node]) -> set[fx.Node]:
     """Cut off parts of the graph whose results are detached, or are numbers that have no gradient.
 
     Eagerly such a part keeps what its backward would read until its last tensor goes (accuracies, stopped gradients, targets
-    of another network). trained: the placeholders that require grad.
+    of another network). trained: the placeholders that require grad. Returns the nodes whose results may have a gradient.
     """
     recorded: set[fx.Node] = set()  # what autograd has a gradient for
     for node in graph.nodes:
@@ -38,6 +38,7 @@ def detach_without_gradient(graph: fx.Graph, trained: Container[fx.Node]) -> Non
                 cut = graph.call_function(aten.detach.default, (source,))
             cut.meta.update({name: value for name, value in source.meta.items() if name in ("val", "nn_module_stack")})
             node.replace_input_with(source, cut)
+    return reached
 
 
 def _ends_gradients(node: fx.Node) -> bool:

@@ -168,7 +168,7 @@ class _Recording:
         self.profile = profile_of(self.place)
         self.recorder = Recorder(self.profile)
         self.twin = Twin(model, groups, adds)
-        self.others: list[torch.Tensor] = []
+        self.attributes: list[torch.Tensor] = []
         self.pins: dict[int, str] = {}
         self.parts: list[tuple[int, int]] = []
         self.trains: set[int] = set()
@@ -197,7 +197,8 @@ class _Recording:
         with twin.mode, recorder.backward():
             backward_from(output)
             sharded.end_backward()
-        given, buffers = [*_tensors(args, kwargs), *self.others], list(self.model.buffers())
+        constants = [t for call in self.calls if call.captured is not None for t in call.captured.constants.values()]
+        given, buffers = [*_tensors(args, kwargs), *constants, *self.attributes], list(self.model.buffers())
         libraries = library_bytes(self.place) if self.profile.is_here else LIBRARY_BYTES if self.profile.is_gpu else 0
         resident = resident_memory(given, self.parameters, buffers, settings.optimizer, settings.in_flight > 1)
         self.there_bytes = libraries + there_bytes(given, self.parameters, buffers, settings.optimizer, self.place)
@@ -249,8 +250,9 @@ class _Recording:
         recorder, start = self.recorder, len(self.recorder.ran)
         tensors = placeholder_tensors(captured, block, args, kwargs)
         for i, source in enumerate(captured.sources):
+            if source.kind == "attribute":
+                self.attributes.append(tensors[i])
             if source.kind in ("constant", "attribute"):
-                self.others.append(tensors[i])
                 tensors[i] = fake_like(tensors[i])
                 recorder.know(tensors[i])
         self._cross(args, kwargs)

@@ -194,8 +194,10 @@ def _forward_half(
             if source is None:
                 continue
             if source.kind == "buffer" and source.name not in buffers:
-                constant = attribute(module, source.name)
-                if attribute(model, source.name) is constant:
+                constant, here = attribute(module, source.name), attribute(model, source.name)
+                if isinstance(here, torch.Tensor) and here.requires_grad:
+                    raise CaptureError(f"{source.name} requires grad; make it an nn.Parameter, or {DOOR_2}")
+                if here is constant:
                     source = Source("attribute", source.name)
                     attributes[source.name] = tensor_key(constant)
                 else:
@@ -204,8 +206,6 @@ def _forward_half(
             copied[node] = graph.node_copy(node)
             sources.append(source)
         elif node.op != "output" and all(n in copied for n in node.all_input_nodes):
-            if node.target in _WRONG_AGAIN:
-                raise CaptureError(f"{node.target} has another derivative in a graph than in the model; {DOOR_2}")
             if node.op == "get_attr":
                 constants[node.target] = attribute(joint, node.target)
             copied[node] = graph.node_copy(node, lambda n: copied[n])
@@ -245,9 +245,10 @@ def _forward_half(
                 raise CaptureError(
                     f"{node.target} returns a tensor of layout {value.layout}, for which there is no plan; {DOOR_2}"
                 )
-    trained = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
-    trains = [flat[s.index].requires_grad if s.kind == "input" else s.name in trained for s in sources]
-    detach_without_gradient(graph, set(itertools.compress(graph.find_nodes(op="placeholder"), trains)))
+    trains = [tensor_of(source, model, flat, constants).requires_grad for source in sources]
+    for node in detach_without_gradient(graph, set(itertools.compress(graph.find_nodes(op="placeholder"), trains))):
+        if node.target in _WRONG_AGAIN:
+            raise CaptureError(f"{node.target} has another derivative in a graph than in the model; {DOOR_2}")
     tensors = itertools.count()
     flat_outputs = tuple(
         (-1, constant_outputs[i]) if i in constant_outputs else (by_index[next(tensors)], None)
@@ -277,6 +278,13 @@ def _source(desc: Any, positions: list[int]) -> Source | None:
     if isinstance(desc, _torch.ForwardTokenAOTInput):
         raise CaptureError(f"the model calls an op with effects, such as the checks of torch.linalg's solvers; {DOOR_2}")
     raise CaptureError(f"remat does not know how to feed {desc!r} to the captured graph; {DOOR_2}")
+
+
+def tensor_of(source: Source, model: nn.Module, flat: list[Any], constants: dict[str, torch.Tensor]) -> Any:
+    """The tensor of a call with these leaves that a placeholder stands for."""
+    if source.kind == "input":
+        return flat[source.index]
+    return constants[source.name] if source.kind == "constant" else attribute(model, source.name)
 
 
 def attribute(module: nn.Module, target: str) -> Any:

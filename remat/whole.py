@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from torch import fx, nn
 
 from remat._torch import pytree
 from remat.absent import LIBRARY_BYTES, stand_in
-from remat.capture import Captured, attribute, capture, check_model
+from remat.capture import Captured, capture, check_model, tensor_of
 from remat.devices import DeviceProfile, device_profile, profile_of
 from remat.errors import BudgetError, HostBudgetError, RematError
 from remat.export import as_in_training
@@ -228,15 +227,5 @@ def placeholder_tensors(
     captured: Captured, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[torch.Tensor]:
     """The tensor behind each placeholder of the captured graph."""
-    named = dict(itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)))
     flat = pytree.tree_leaves((args, dict(sorted(kwargs.items()))))
-    return [
-        flat[source.index]
-        if source.kind == "input"
-        else captured.constants[source.name]
-        if source.kind == "constant"
-        else attribute(model, source.name)
-        if source.kind == "attribute"
-        else named[source.name]
-        for source in captured.sources
-    ]
+    return [tensor_of(source, model, flat, captured.constants) for source in captured.sources]

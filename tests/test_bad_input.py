@@ -516,6 +516,20 @@ def test_sparse_inputs_and_buffers() -> None:
             make(model, (torch.randn(8, 8),), budget=None)
 
 
+class _Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.scale = nn.Linear(8, 8), torch.ones(8, requires_grad=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) * self.scale
+
+
+def test_a_tensor_that_trains_and_is_no_parameter() -> None:
+    with pytest.raises(remat.CaptureError, match=r"0.scale requires grad; make it an nn.Parameter"):
+        remat.optimize(nn.Sequential(_Scaled()), (torch.randn(4, 8),), budget=None)
+
+
 def test_what_is_no_model_or_is_rewritten_already() -> None:
     model, x = mlp()
     optimized = remat.optimize(model, (x,), budget=None)
