@@ -525,6 +525,7 @@ class _Scaled(nn.Module):
         return self.linear(x) * self.scale
 
 
+@pytest.mark.filterwarnings("ignore:A model attribute")  # export says so too, and goes on
 def test_a_tensor_that_trains_and_is_no_parameter() -> None:
     with pytest.raises(remat.CaptureError, match=r"0.scale requires grad; make it an nn.Parameter"):
         remat.optimize(nn.Sequential(_Scaled()), (torch.randn(4, 8),), budget=None)
