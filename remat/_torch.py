@@ -115,6 +115,7 @@ __all__ = [
     "invoke_subgraph",
     "is_fake",
     "is_functorch_wrapped_tensor",
+    "is_opaque_node",
     "is_traceable_wrapper_subclass",
     "joint_graph",
     "local",

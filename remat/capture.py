@@ -234,17 +234,7 @@ def _forward_half(
         kept.append(copied[node])
     graph.output(tuple(kept))
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
-    for node in graph.nodes:
-        if isinstance(node.target, _torch.HigherOrderOperator):
-            raise CaptureError(f"{node.target} runs a graph or op of its own, which is planned for in compiled steps; {DOOR_2}")
-        values = node.meta.get("val") if node.op == "call_function" else None
-        if isinstance(values, tuple) and any(isinstance(value, list | tuple) for value in values):
-            raise CaptureError(f"{node.target} returns a list among its results, for which there is no plan; {DOOR_2}")
-        for value in pytree.tree_leaves(values):
-            if isinstance(value, torch.Tensor) and value.layout is not torch.strided:
-                raise CaptureError(
-                    f"{node.target} returns a tensor of layout {value.layout}, for which there is no plan; {DOOR_2}"
-                )
+    _refuse_other_results(graph)
     trains = [tensor_of(source, model, flat, constants).requires_grad for source in sources]
     for node in detach_without_gradient(graph, set(itertools.compress(graph.find_nodes(op="placeholder"), trains))):
         if node.target in _WRONG_AGAIN:
@@ -255,6 +245,21 @@ def _forward_half(
         for i in range(out_spec.num_leaves)
     )
     return Captured(graph, tuple(sources), in_spec, out_spec, flat_outputs, tuple(mutations), constants, attributes)
+
+
+def _refuse_other_results(graph: fx.Graph) -> None:
+    """Ops whose results are more than tensors, or tensors of a layout that has no storage to count."""
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        if isinstance(node.target, _torch.HigherOrderOperator):
+            raise CaptureError(f"{node.target} runs a graph or op of its own, which is planned for in compiled steps; {DOOR_2}")
+        values = node.meta.get("val")
+        if isinstance(values, tuple) and any(isinstance(value, list | tuple) for value in values):
+            raise CaptureError(f"{node.target} returns a list among its results, for which there is no plan; {DOOR_2}")
+        layouts = {value.layout for value in pytree.tree_leaves(values) if isinstance(value, torch.Tensor)} - {torch.strided}
+        if layouts:
+            raise CaptureError(f"{node.target} returns a tensor of layout {layouts.pop()}, which has no plan; {DOOR_2}")
 
 
 def _free_running_statistics(node: fx.Node) -> None:

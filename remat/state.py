@@ -83,7 +83,13 @@ def flatten_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[An
 def leaves_key(flat: list[Any], spec: Any) -> Any:
     """Equal for calls that a graph cannot tell apart."""
     leaves = [tensor_key(leaf) if isinstance(leaf, torch.Tensor) else Constant(type(leaf), leaf) for leaf in flat]
-    return spec, tuple(leaves)
+    return _structure(spec), tuple(leaves)
+
+
+def _structure(spec: Any) -> Any:
+    """A structure as tuples, which Dynamo can compare in every version of torch."""
+    context = tuple(spec.context) if isinstance(spec.context, list) else spec.context
+    return spec.type, context, tuple([_structure(child) for child in spec.children()])
 
 
 def call_key(flat: list[Any], spec: Any, device: str, modules: Sequence[nn.Module], tensors: Iterable[torch.Tensor]) -> CallKey:
