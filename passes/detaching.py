@@ -30,14 +30,18 @@ def detach_without_gradient(graph: fx.Graph, trained: Container[fx.Node]) -> set
     for node in graph.find_nodes(op="call_function", target=operator.getitem):
         if node in recorded and node.args[0] in reached:
             reached.add(node)  # what reads it can be cut off, a tuple cannot
+    cuts: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         if node.op != "call_function" or node not in recorded or node in reached:
             continue
         for source in [n for n in node.all_input_nodes if n in recorded and (n in reached or n.op == "placeholder")]:
-            with graph.inserting_before(node):
-                cut = graph.call_function(aten.detach.default, (source,))
-            cut.meta.update({name: value for name, value in source.meta.items() if name in ("val", "nn_module_stack")})
-            node.replace_input_with(source, cut)
+            if source not in cuts:
+                with graph.inserting_before(node):
+                    cuts[source] = graph.call_function(aten.detach.default, (source,))
+                cuts[source].meta.update(
+                    {name: source.meta[name] for name in ("val", "nn_module_stack") if name in source.meta}
+                )
+            node.replace_input_with(source, cuts[source])
     return reached
 
 

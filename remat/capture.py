@@ -194,15 +194,12 @@ def _forward_half(
             if source is None:
                 continue
             if source.kind == "buffer" and source.name not in buffers:
-                constant, here = attribute(module, source.name), attribute(model, source.name)
-                if isinstance(here, torch.Tensor) and here.requires_grad:
-                    raise CaptureError(f"{source.name} requires grad; make it an nn.Parameter, or {DOOR_2}")
-                if here is constant:
-                    source = Source("attribute", source.name)
-                    attributes[source.name] = tensor_key(constant)
+                tensor = attribute(module, source.name)
+                source = _unregistered(source.name, tensor, model)
+                if source.kind == "attribute":
+                    attributes[source.name] = tensor_key(tensor)
                 else:
-                    source = Source("constant", source.name.replace(".", "_"))  # no submodule of the original has it
-                    constants[source.name] = constant
+                    constants[source.name] = tensor
             copied[node] = graph.node_copy(node)
             sources.append(source)
         elif node.op != "output" and all(n in copied for n in node.all_input_nodes):
@@ -245,6 +242,16 @@ def _forward_half(
         for i in range(out_spec.num_leaves)
     )
     return Captured(graph, tuple(sources), in_spec, out_spec, flat_outputs, tuple(mutations), constants, attributes)
+
+
+def _unregistered(name: str, tensor: torch.Tensor, model: nn.Module) -> Source:
+    """Where a tensor comes from that export calls a buffer, and that is none of the model's."""
+    here = attribute(model, name)
+    if isinstance(here, torch.Tensor) and here.requires_grad:
+        raise CaptureError(f"{name} requires grad; make it an nn.Parameter, or {DOOR_2}")
+    if here is tensor:
+        return Source("attribute", name)
+    return Source("constant", name.replace(".", "_"))  # no submodule of the original has it
 
 
 def _refuse_other_results(graph: fx.Graph) -> None:

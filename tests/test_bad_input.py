@@ -533,25 +533,25 @@ def test_a_tensor_that_trains_and_is_no_parameter() -> None:
 
 def test_what_is_no_model_or_is_rewritten_already() -> None:
     model, x = mlp()
-    optimized = remat.optimize(model, (x,), budget=None)
     enabled = remat.enable(mlp()[0], None)
-    for given, said in [
-        (lambda x: x, "is no nn.Module"),
-        (optimized, "optimize the original"),
-        (enabled, r"remat.disable"),
-        (nn.Sequential(enabled), r"remat.disable"),
-    ]:
+    cases: list[tuple[Any, Any, str]] = [
+        (lambda x: x, (x,), "is no nn.Module"),
+        (remat.optimize(model, (x,), budget=None), (x,), "optimize the original"),
+        (enabled, (x,), r"remat.disable"),
+        (nn.Sequential(enabled), (x,), r"remat.disable"),
+        (model, x, r"args=\(x,\)"),
+    ]
+    for given, args, said in cases:
         with pytest.raises(remat.RematError, match=said):
-            remat.optimize(given, (x,), budget=None)  # type: ignore[arg-type]
-    with pytest.raises(remat.RematError, match=r"args=\(x,\)"):
-        remat.optimize(model, x, budget=None)  # type: ignore[arg-type]
+            remat.optimize(given, args, budget=None)
 
 
-def test_arguments_of_another_type() -> None:
+@pytest.mark.parametrize(
+    ("call", "wrong"),
+    [(remat.optimize, {"pin": {5: "SAVE"}}), (remat.fit, {"multiple_of": 3.5}), (remat.frontier, {"points": 1.5})],
+)
+def test_arguments_of_another_type(call: Callable[..., Any], wrong: dict[str, Any]) -> None:
     model, x = mlp()
-    with pytest.raises(remat.RematError, match="pin=5 is no string"):
-        remat.optimize(model, (x,), budget=None, pin={5: "SAVE"})  # type: ignore[dict-item]
-    with pytest.raises(remat.RematError, match=r"multiple_of=3\.5"):
-        remat.fit(model, (x,), budget="1MiB", multiple_of=3.5)  # type: ignore[arg-type]
-    with pytest.raises(remat.RematError, match=r"points=1\.5"):
-        remat.frontier(model, (x,), points=1.5)  # type: ignore[arg-type]
+    (name,) = wrong
+    with pytest.raises(remat.RematError, match=rf"{name}=.* (no string|whole number)"):
+        call(model, (x,), budget="1GiB", **wrong)
