@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from remat.plan import Plan
 from remat.planner import Solution
 from remat.policies import Policy
 from remat.settings import Settings
-from remat.shapes import named_axes
+from remat.shapes import named_axes, range_of
 from remat.sizes import SizedCall
 from remat.whole import TracedModel
 
@@ -79,6 +80,7 @@ def fit(
         budget: an amount of memory: bytes, "24GiB", "80%" of the device or "auto". A share of the step itself is none.
         dim: "batch" or "seq", the first or second axis of the inputs; or a name that `dynamic_shapes` gives.
         dynamic_shapes: as in `torch.export.export`: which axes of which inputs belong to `dim`, as `Dim`s or their names.
+            Sizes outside of a `Dim`'s `min` and `max` are not tried.
         multiple_of: only multiples of this are tried.
 
     Raises:
@@ -91,10 +93,10 @@ def fit(
     if not isinstance(multiple_of, int) or multiple_of < 1:
         raise RematError(f"multiple_of={multiple_of} must be a whole number, at least 1")
     axes = named_axes(model, args, kwargs or {}, dynamic_shapes)
-    question = _Question(SizedCall(model, args, kwargs or {}, axes, settings, device), dim, multiple_of, dynamic_shapes is None)
+    question = _Question(SizedCall(model, args, kwargs or {}, axes, settings, device), dim, multiple_of, dynamic_shapes)
     trials = _Trials(question)
     try:
-        low, high, limit = _largest(trials.room, question.start, dim)
+        low, high, limit = _largest(trials.room, question.start, dim, question.least)
         if limit and question.guessed and {*trials.at} == {question.start}:
             trials.room(max(question.start // 2, 1))  # is it the largest, or the only one?
     except CaptureError as error:  # at a size smaller than the example's, or at that
@@ -102,7 +104,7 @@ def fit(
             raise _only_as_given(question, str(error)) from error
         raise
     if not low:
-        raise _nothing_fits(question, trials.at[1])
+        raise _nothing_fits(question, trials.at[question.least])
     best, following = trials.at[low], trials.at.get(high)
     tried = {units * multiple_of: found.least_bytes for units, found in sorted(trials.at.items())}
     return Fit(
@@ -131,19 +133,36 @@ class _Trial(NamedTuple):
 
 @dataclass(frozen=True)
 class _Question:
-    """What is asked: sizes are counted in units of `multiple_of`. `guessed`: nobody has said which axes belong to `dim`."""
+    """What is asked: sizes are counted in units of `multiple_of`."""
 
     call: SizedCall
     dim: str
     multiple_of: int
-    guessed: bool
+    dynamic_shapes: Any
+
+    @property
+    def guessed(self) -> bool:
+        """True where nobody has said which axes belong to `dim`."""
+        return self.dynamic_shapes is None
+
+    @cached_property
+    def sizes(self) -> range:
+        """Those allowed, not in units."""
+        return range_of(self.call.model, self.call.args, self.call.kwargs, self.dynamic_shapes, self.dim)
 
     @property
     def start(self) -> int:
         """The example's size, in units."""
-        return max(round(self.call.size_of(self.dim) / self.multiple_of), 1)
+        return max(round(self.call.size_of(self.dim) / self.multiple_of), self.least)
+
+    @property
+    def least(self) -> int:
+        """The smallest size allowed, in units."""
+        return -(-self.sizes.start // self.multiple_of)
 
     def trial(self, units: int) -> _Trial:
+        if units * self.multiple_of >= self.sizes.stop:
+            raise CaptureError(f"dynamic_shapes says that {self.dim} is at most {self.sizes.stop - 1}")
         settings = self.call.settings
         traced = self.call.traced({self.dim: units * self.multiple_of})
         limit = traced.limit_bytes(settings.budget)
@@ -170,9 +189,10 @@ def _only_as_given(question: _Question, reason: str) -> RematError:
 def _nothing_fits(question: _Question, smallest: _Trial) -> BudgetError:
     """The error where the smallest size needs more than the budget."""
     policy, where = question.call.settings.policy, str(smallest.least.replay.peak_at)
+    size = f"{question.dim} {question.least * question.multiple_of}"
     rule = "" if policy == "auto" else f" with policy={policy!r}"
     return BudgetError(
-        f"no plan fits in {format_bytes(smallest.budget_bytes)}: {question.dim} {question.multiple_of}{rule} needs "
+        f"no plan fits in {format_bytes(smallest.budget_bytes)}: {size}{rule} needs "
         f"{format_bytes(smallest.least_bytes)} ({smallest.least_bytes} bytes) or more, at {where}. Raise budget=.",
         budget_bytes=smallest.budget_bytes,
         minimum_bytes=smallest.least_bytes,
@@ -194,9 +214,9 @@ class _Trials:
         return self.at[units].budget_bytes - self.at[units].least_bytes
 
 
-def _largest(room_at: Callable[[int], int], start: int, dim: str) -> tuple[int, int, str]:
-    """The largest size that fits (0: none) and the next, and why where it is the model that does not take that."""
-    low, high, limit = _bracket(room_at, start, dim)
+def _largest(room_at: Callable[[int], int], start: int, dim: str, least: int = 1) -> tuple[int, int, str]:
+    """The largest size from `least` on that fits (0: none) and the next, and why where the model does not take that."""
+    low, high, limit = _bracket(room_at, start, dim, least)
     spare = float(room_at(low)) if low else 0.0
     lacking = None if limit else float(room_at(high))  # None: the model does not take it
     fitted = None
@@ -221,14 +241,14 @@ def _largest(room_at: Callable[[int], int], start: int, dim: str) -> tuple[int, 
     return low, high, limit
 
 
-def _bracket(room: Callable[[int], int], start: int, dim: str) -> tuple[int, int, str]:
+def _bracket(room: Callable[[int], int], start: int, dim: str, least: int) -> tuple[int, int, str]:
     """A size that fits (0: none) and a larger one that does not, and why where it is the model that does not take it."""
     low, high = start, start
     if room(start) < 0:
         while room(low) < 0:
-            if low == 1:
-                return 0, 1, ""
-            low, high = low // 2, low
+            if low == least:
+                return 0, least, ""
+            low, high = max(low // 2, least), low
         return low, high, ""
     following = 2 * start
     while high < start << _DOUBLINGS:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
 
@@ -131,8 +132,8 @@ class Formula:
         for dim in (*self.dims, *sizes):
             if dim not in sizes or dim not in self.dims:
                 raise RematError(f"sizes are needed for {', '.join(self.dims)}; given were {', '.join(sizes) or 'none'}")
-            if sizes[dim] < 1:
-                raise RematError(f"{dim}={sizes[dim]} must be at least 1")
+            if not isinstance(sizes[dim], Integral) or sizes[dim] < 1:
+                raise RematError(f"{dim}={sizes[dim]!r} must be a whole number, at least 1")
         products = [math.prod(sizes[d] ** p for d, p in zip(self.dims, power, strict=True)) for power in self.powers]
         return max(sum(Fraction(t) * p for t, p in zip(row, products, strict=True)) for row in self.terms)
 

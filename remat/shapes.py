@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -57,6 +58,13 @@ def dynamic_axes(
                 raise RematError(f"dynamic_shapes names axis {axis!r} of {name}, of shape {'x'.join(map(str, size)) or '()'}")
             found.append((place, axis, dim))
     return found
+
+
+def range_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, name: str) -> range:
+    """The sizes that `dynamic_shapes` allows for the axes called `name`: those between the `min` and `max` of their `Dim`s."""
+    found = [] if dynamic_shapes is None else dynamic_axes(model, args, kwargs, dynamic_shapes)
+    dims = [dim for _, _, dim in found if isinstance(dim, torch.export.Dim) and dim.__name__ == name]
+    return range(max([1, *(dim.min for dim in dims)]), min([sys.maxsize, *(dim.max + 1 for dim in dims)]))
 
 
 def _usual_axes(leaves: list[Any]) -> Axes:

@@ -89,6 +89,18 @@ def test_a_model_that_takes_no_more() -> None:
     assert "at most 100 rows" in str(found)
 
 
+def test_sizes_that_a_dim_allows() -> None:
+    model, x = mlp(rows=8)
+    shapes = {"x": {0: torch.export.Dim("rows", min=4, max=50)}}
+    found = remat.fit(model, (x,), budget="1GiB", dim="rows", dynamic_shapes=shapes, multiple_of=3)
+    assert (found.size, found.next_size, found.next_bytes) == (48, 51, None)
+    assert "rows is at most 50" in str(found)
+    with pytest.raises(remat.BudgetError, match="no plan fits in 1000 B: rows 6 needs"):
+        remat.fit(model, (x,), budget=1000, dim="rows", dynamic_shapes=shapes, multiple_of=3)
+    with pytest.raises(remat.CaptureError, match="rows is at most 5"):
+        remat.fit(model, (x,), budget="1GiB", dim="rows", dynamic_shapes={"x": {0: torch.export.Dim("rows", max=5)}})
+
+
 class Constant(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
