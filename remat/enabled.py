@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,9 @@ from remat.state import CallKey, call_key, device_type, flatten_call, is_step, k
 from remat.table import announce
 from remat.twin import imitate, without_hooks
 from remat.whole import Rewriting, check_training
+
+log = logging.getLogger("remat")
+_EAGER = "what remat.enable has rewritten runs eagerly; compile the original model with backend='remat'"
 
 
 class Enabled:
@@ -74,6 +78,8 @@ class Enabled:
         model = self.model
         if not self.is_on or not is_step(model):
             return type(model).forward(model, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            return _uncompiled(self, args, kwargs)
         if kwargs.get("use_cache"):
             raise RematError("use_cache=True: training keeps no key-value cache, which nothing there reads; leave it out")
         found = list(model.modules())
@@ -184,8 +190,6 @@ class EnabledBlocks(Enabled):
             _take_back(self.blocks[path], forward)
 
     def train(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if torch.compiler.is_compiling():
-            raise RematError("blocks that remat has rewritten run eagerly; compile the original model with backend='remat'")
         self._running, self._runs = (args, kwargs), None
         if not self._variants:
             say_without_cache(self.model)
@@ -276,6 +280,8 @@ class _Block:
         owner, block = self.owner, self.owner.blocks[self.path]
         if not owner.is_on or not owner.model.training or not torch.is_grad_enabled():
             return type(block).forward(block, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            return _uncompiled(self, args, kwargs)
         flat, spec = flatten_call(args, kwargs)
         planned = owner.run_of(self.path, flat, spec)
         if planned.run is None or planned.captured is None:
@@ -283,6 +289,18 @@ class _Block:
         tensors = [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
         with torch.autocast(device_type(owner.model), enabled=False):
             return planned.captured.output_of(planned.run(*tensors))
+
+
+@torch.compiler.disable(reason=_EAGER)  # type: ignore[untyped-decorator]
+def _uncompiled(forward: Enabled | _Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Called from compiled code, it stays out of that."""
+    _say_uncompiled()
+    return forward(*args, **kwargs)
+
+
+@cache
+def _say_uncompiled() -> None:
+    log.warning("torch.compile met an enabled model, which stays within its budget: %s", _EAGER)
 
 
 def _forward_of(owner: EnabledBlocks, path: str) -> _Block:

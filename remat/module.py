@@ -31,6 +31,7 @@ from remat.table import announce
 from remat.twin import is_hooks
 
 log = logging.getLogger("remat")
+_NOT_CAPTURED = "this module has not captured a call like this; call it once before torch.compile"
 ADDS = "Gradients are there already, to which this step adds."
 
 
@@ -140,10 +141,9 @@ class RematModule(fx.GraphModule):
             results = variant.run(*tensors)
         return variant.captured.output_of(results)
 
+    @torch.compiler.disable(reason=_NOT_CAPTURED)  # type: ignore[untyped-decorator]
     def capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
         """Capture and plan for calls like this one. `optimize` does it ahead when given example inputs."""
-        if torch.compiler.is_compiling():
-            raise RematError("this module has not captured a call like this; call it once before torch.compile")
         if self._variants and not self._said_again:
             self._said_again = True
             name = type(self._original).__name__

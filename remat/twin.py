@@ -18,6 +18,7 @@ from remat import _torch
 from remat._torch import pytree
 from remat.values import KnownValues
 
+_COMPILED = "_compiled_call_impl"  # what nn.Module.compile puts in the place of a call, of the module itself
 _SHARDING = "torch.distributed.fsdp"  # where the hooks of fully_shard are defined
 
 
@@ -88,6 +89,7 @@ class Twin:
         for name, hooks in module.__dict__.items():
             if is_hooks(name, hooks):
                 twin.__dict__[name] = type(hooks)((k, h) for k, h in hooks.items() if not _shards(h))
+        twin.__dict__.pop(_COMPILED, None)
         forward = twin.__dict__.pop("forward", None)
         if isinstance(forward, types.MethodType) and forward.__self__ is module:
             twin.__dict__["forward"] = types.MethodType(forward.__func__, twin)
@@ -124,10 +126,10 @@ def _shards(hook: Any) -> bool:
 
 
 def imitate(twin: nn.Module, model: nn.Module) -> None:
-    """Give `twin` the model's own parameters, buffers, submodules and attributes, but not our `forward`, nor the hooks, which
-    the model itself runs."""
+    """Give `twin` the model's own parameters, buffers, submodules and attributes, but not our `forward`, nor what it was
+    compiled to, nor the hooks, which the model itself runs."""
     for name, value in model.__dict__.items():
-        if name not in ("forward", "_remat", "training"):
+        if name not in ("forward", "_remat", "training", _COMPILED):
             twin.__dict__[name] = type(value)() if is_hooks(name, value) else value
 
 
