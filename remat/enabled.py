@@ -68,6 +68,10 @@ class Enabled:
         """A forward that backward follows."""
         raise NotImplementedError
 
+    def as_it_was(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The model's own forward."""
+        return type(self.model).forward(self.model, *args, **kwargs)
+
     def remove(self) -> None:
         """Give the model its own forward back, also where another was put around ours meanwhile."""
         self.is_on = False
@@ -76,8 +80,8 @@ class Enabled:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self.model
-        if not self.is_on or not is_step(model):
-            return type(model).forward(model, *args, **kwargs)
+        if not self.is_on or not is_step(model, args, kwargs):
+            return self.as_it_was(args, kwargs)
         if torch.compiler.is_compiling():
             return _uncompiled(self, args, kwargs)
         if kwargs.get("use_cache"):
@@ -198,6 +202,13 @@ class EnabledBlocks(Enabled):
                 return type(self.model).forward(self.model, *args, **kwargs)
         finally:
             self._running, self._runs = None, None
+
+    def as_it_was(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        before, self.is_on = self.is_on, False
+        try:
+            return super().as_it_was(args, kwargs)
+        finally:
+            self.is_on = before
 
     def run_of(self, path: str, flat: list[Any], spec: Any) -> _BlockRun:
         """What the block at `path` has to run, now that it is called. The first call of a step decides which of the plans that

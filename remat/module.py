@@ -125,7 +125,7 @@ class RematModule(fx.GraphModule):
         self._modules = {**self._original._modules, **regions}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not is_step(self._original):
+        if not is_step(self._original, args, kwargs):
             return self._original(*args, **kwargs)
         flat, spec = flatten_call(args, kwargs)
         variant = self._find(flat, spec)

@@ -27,11 +27,12 @@ _PLAIN = frozenset((bool, int, float, str, types.NoneType, torch.dtype, torch.de
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def is_step(model: nn.Module) -> bool:
-    """Whether a call now is a training step. Says so once where it is none though gradients are recorded."""
-    if not torch.is_grad_enabled():
+def is_step(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether this call is a training step. Says so once where it is none though gradients are recorded."""
+    tensors = (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in itertools.chain(model.parameters(), tensors)):
         return False
-    if not model.training and not torch.compiler.is_compiling() and any(p.requires_grad for p in model.parameters()):
+    if not model.training and not torch.compiler.is_compiling():
         _say_unplanned(type(model).__name__)
     return model.training
 

@@ -12,6 +12,7 @@ from torch import nn
 
 import remat
 from remat import state
+from tests.models import mlp
 
 
 class Scaled(nn.Module):
@@ -260,3 +261,24 @@ def test_a_tensor_that_is_an_attribute_is_read_at_each_call(door: str, caplog: p
     twin = copy.deepcopy(module)
     model[1].mask = plain[1].mask = 4.0
     assert not torch.equal(twin(x), plain(x))
+
+
+@pytest.mark.parametrize("door", ["optimize", "whole", "blocks"])
+def test_a_model_that_is_frozen_meanwhile(door: str) -> None:
+    """A critic trains in one step and only passes gradients on in another; where there are none, it runs as it was."""
+    model, x = mlp()
+    module = remat.optimize(model, budget=None) if door == "optimize" else model
+    if module is model:
+        remat.enable(model, None, whole_model=door == "whole")
+    module(x).backward()
+    model.requires_grad_(False)
+    assert not module(x).requires_grad
+    passed = x.clone().requires_grad_()
+    torch.manual_seed(1)
+    module(passed).backward()
+    found, passed.grad = passed.grad, None
+    torch.manual_seed(1)
+    if module is model:
+        remat.disable(model)
+    model(passed).backward()
+    assert torch.equal(found, passed.grad)
