@@ -30,7 +30,6 @@ _ROUTING = {
     aten.histc.default,
     aten.bincount.default,
 }
-_BATCH_NORM = {aten._native_batch_norm_legit_functional.default}  # recomputed without its running statistics
 
 
 def is_collective(op: Any) -> bool:
@@ -53,12 +52,6 @@ def why_pinned(node: fx.Node, mutated: frozenset[fx.Node]) -> str:
         return "collective"
     if target._schema.is_mutable:
         return "writes to an input"
-    if target in _BATCH_NORM:
-        return "" if node.args[5] is True else _reads_mutated(node, mutated)
     if target.namespace not in ("aten", "prims", "prim") and is_random(node):
         return "random op outside ATen"
-    return _reads_mutated(node, mutated)
-
-
-def _reads_mutated(node: fx.Node, mutated: frozenset[fx.Node]) -> str:
     return "reads a buffer that the step updates" if mutated.intersection(map(owner, node.all_input_nodes)) else ""

@@ -315,3 +315,25 @@ def test_in_eval_mode_there_is_nothing_to_plan() -> None:
     model, kwargs = models.llama(layers=1)
     with pytest.raises(remat.RematError, match="eval mode"):
         remat.optimize_blocks(model.eval(), (), kwargs, budget=None)
+
+
+class _Settles(models.Mlp):
+    """Runs its blocks without grad first (a deep equilibrium model), and with grad then."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = x
+        with torch.no_grad():
+            for _ in range(3):
+                for layer in self.layers:
+                    found = x + 0.5 * layer(found)
+        return super().forward(found)
+
+
+def test_blocks_that_also_run_without_grad() -> None:
+    model, x = _Settles().train(), torch.randn(64, 32)
+    expected = run_step(model, {"x": x})
+    remat.enable(model, None, whole_model=False)
+    _same(run_step(model, {"x": x}), expected)
+    plan = remat.plan_of(model)
+    run_step(model, {"x": x})
+    assert remat.plan_of(model) is plan
