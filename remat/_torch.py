@@ -13,7 +13,9 @@ import torch
 from torch import fx
 from torch._C._autograd import DeviceType, _get_sequence_nr, _profiler_enabled
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._dynamo.convert_frame import compile_lock
 from torch._dynamo.exc import ShortenTraceback
+from torch._dynamo.utils import preserve_rng_state
 from torch._export.passes import replace_set_grad_with_hop_pass as export_grad_modes
 from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd.descriptors import (
@@ -28,7 +30,7 @@ from torch._functorch._aot_autograd.descriptors import (
 )
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors, aot_module_simplified
 from torch._functorch.partitioners import _extract_fwd_bwd_modules
-from torch._guards import CompileContext, TracingContext
+from torch._guards import CompileContext, TracingContext, tracing
 from torch._higher_order_ops import invoke_subgraph
 from torch._inductor import config as inductor_config
 from torch._inductor import ir as inductor_ir
@@ -100,6 +102,7 @@ __all__ = [
     "compile_call_of",
     "compile_fx",
     "compile_fx_inner",
+    "compile_lock",
     "export_grad_modes",
     "extract_forward_backward",
     "fake_modes",
@@ -124,6 +127,7 @@ __all__ = [
     "no_dispatch",
     "no_dispatch_modes",
     "outermost_module",
+    "outside_dynamo",
     "past_dynamo",
     "plain_type",
     "post_grad",
@@ -234,6 +238,13 @@ def forget_output_strides() -> None:
         context.output_strides.clear()
 
 
+@contextlib.contextmanager
+def outside_dynamo() -> Iterator[None]:
+    """Compiling while a step runs, as Dynamo does it before: without what it knows of the model, and random state as it was."""
+    with compile_lock, preserve_rng_state(), tracing(None):
+        yield
+
+
 def outermost_module() -> torch.nn.Module | None:
     """The module whose call led to this compilation: the outermost on the Python stack, None outside of any."""
     found = None
@@ -244,11 +255,19 @@ def outermost_module() -> torch.nn.Module | None:
 
 
 def _owners() -> Iterator[Any]:
-    """The `self` of each call on the Python stack, innermost first."""
+    """Of each call of a module, and of what `torch.compile` made, on the Python stack its `self`, innermost first. Of frames that
+    are not torch's nothing is read: before Python 3.13 that keeps all of their variables alive until they return."""
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:
-        yield frame.f_locals.get("self")
+        if frame.f_code in _CALLS:
+            yield frame.f_locals.get("self")
         frame = frame.f_back
+
+
+_CALLS = {
+    call.__code__
+    for call in (torch._TorchCompileWrapper.__call__, torch.nn.Module._wrapped_call_impl, torch.nn.Module._call_impl)
+}
 
 
 def past_dynamo(error: Exception) -> Exception:

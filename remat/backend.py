@@ -17,6 +17,7 @@ from torch import fx
 
 from remat import _torch
 from remat.compilation import Compilation
+from remat.each_size import EachSize, changes_size
 from remat.errors import CaptureError, RematError
 from remat.passes.subgraphs import inline_regions
 from remat.session import CompiledPlan, Options, Session
@@ -50,7 +51,15 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Mapping
             "two; turn that off, or compile the model without the call of backward()"
         )
     inline_regions(gm)
-    return Compilation(read, _session(options), example_inputs, _torch.has_graph_break(gm)).run(gm)
+    session, frame, more_graphs = _session(options), _torch.frame_id(), _torch.has_graph_break(gm)
+
+    def compile(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        return Compilation(read, session, inputs, frame, more_graphs).run(gm)
+
+    trains = torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in example_inputs)
+    if trains and changes_size(example_inputs):
+        return EachSize(gm, session, compile)
+    return compile(gm, example_inputs)
 
 
 def _session(options: Any) -> Session:

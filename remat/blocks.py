@@ -22,7 +22,7 @@ from remat.absent import LIBRARY_BYTES
 from remat.capture import Captured, capture
 from remat.devices import profile_of
 from remat.errors import CaptureError, RematError
-from remat.export import as_in_training, say_without_cache, without_cache
+from remat.export import DOOR_2, as_in_training, say_without_cache, without_cache
 from remat.op_times import op_times
 from remat.passes.pinning import why_pinned
 from remat.passes.regions import RegionGraph, form_regions
@@ -216,7 +216,7 @@ class _Recording:
         except (_torch.DataDependentOutputException, _torch.DynamicOutputShapeException) as error:
             raise CaptureError(
                 f"{type(self.model).__name__} reads the value of a tensor between its blocks ({error.func}); planning runs it "
-                "without values"
+                f"without values; {DOOR_2}"
             ) from error
 
     def _name(self, module: nn.Module, path: str) -> None:

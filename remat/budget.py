@@ -27,6 +27,7 @@ _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")}
 _UNITS |= {f"{p}IB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*")
+_NO_MEMORY = 2**63  # bytes
 _PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
 _FORMS = {
     "budget": 'use bytes as an int, "24GiB", "24GB", "80%", a float in (0, 1], "auto" or None',
@@ -71,6 +72,8 @@ def _read_amount(name: str, amount: object) -> Budget:
     if isinstance(amount, numbers.Integral) and not isinstance(amount, bool):
         if amount < 0:
             _refuse(name, amount, "is below zero")
+        if amount >= _NO_MEMORY:
+            _refuse(name, amount, "is more than there is anywhere")
         return Budget(bytes=int(amount))
     if not isinstance(amount, str):
         _refuse(name, amount, f"is a {type(amount).__name__}, and no amount of memory")
@@ -82,7 +85,10 @@ def _read_amount(name: str, amount: object) -> Budget:
     match = _SIZE.fullmatch(amount)
     if match is None or match[2].upper() not in _UNITS:
         _refuse(name, amount, "is not a size")
-    return Budget(bytes=int(float(match[1]) * _UNITS[match[2].upper()]))
+    found = float(match[1]) * _UNITS[match[2].upper()]
+    if found >= _NO_MEMORY:
+        _refuse(name, amount, "is more than there is anywhere")
+    return Budget(bytes=int(found))
 
 
 def _refuse(name: str, given: object, why: str) -> NoReturn:

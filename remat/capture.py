@@ -79,7 +79,8 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], blo
     """Capture one training forward of `model`, or of the block of one that is at the path `block`. Raises CaptureError with the
     place and the way out."""
     try:
-        return _captured(model, args, kwargs)
+        with _torch.compile_lock:  # what is traced meanwhile on other threads would meet our patches
+            return _captured(model, args, kwargs)
     except CaptureError as error:
         error.args = (f"block {block}: {error}" if block else f"{error}{_BLOCKWISE}",)
         raise
@@ -94,6 +95,11 @@ def check_model(model: Any, args: Any) -> None:
     enabled = next((module for module in model.modules() if "_remat" in vars(module)), None)
     if enabled is not None:
         raise RematError(f"remat is enabled for {type(enabled).__name__} already; call remat.disable on it first")
+    rewritten = next((path for path, module in model.named_modules() if path and "_original" in vars(module)), None)
+    if rewritten is not None:
+        raise RematError(
+            f"{rewritten} comes from remat.optimize and has a plan already; optimize the model with the original in it"
+        )
 
 
 @patches.native_kernels()

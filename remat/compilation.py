@@ -63,10 +63,12 @@ class _Exceeded(Exception):
 
 
 class Compilation:
-    """Plans, splits and compiles one graph that Dynamo hands over. `more_graphs`: it is known not to be the model's last."""
+    """Plans, splits and compiles one graph that Dynamo hands over, of the Dynamo frame of that number. `more_graphs`: it is
+    known not to be the model's last."""
 
-    def __init__(self, options: Options, session: Session, inputs: Sequence[Any], more_graphs: bool) -> None:
-        self.options, self.session, self.inputs, self.more_graphs = options, session, inputs, more_graphs
+    def __init__(self, options: Options, session: Session, inputs: Sequence[Any], frame: int, more_graphs: bool) -> None:
+        self.options, self.session, self.inputs = options, session, inputs
+        self.frame, self.more_graphs = frame, more_graphs
         self._fuses = options.compiler == "inductor"
         self._watch = Watch(self._check)
         self._task: _Task | None = None  # None where there is nothing to train
@@ -204,7 +206,7 @@ class Compilation:
     def _of_all_graphs(self, error: BudgetError, minimum: int, task: _Task) -> BudgetError:
         """The error of one graph among several, with a budget for all of them at which this one gets what it needs. Of whatever
         a budget is larger, each graph before this one keeps half of what those before it leave."""
-        frame, target = _torch.frame_id(), task.target or 0
+        frame, target = self.frame, task.target or 0
         if self.more_graphs:
             minimum = 2 * minimum - smallest_solution(task.program, task.menus).replay.peak_bytes
         earlier = [graph for graph in self.session.others(frame) if graph.frame < frame]
@@ -218,7 +220,7 @@ class Compilation:
     @property
     def _shares(self) -> bool:
         """True where the model is known to have more than this graph."""
-        return self.more_graphs or bool(self.session.others(_torch.frame_id()))
+        return self.more_graphs or bool(self.session.others(self.frame))
 
     def _keep_plan(self, task: _Task) -> None:
         solution, peak = self._attempt.solution, self._peak_bytes(task)
@@ -233,7 +235,7 @@ class Compilation:
         _torch.publish("remat_plan_table", "string", plan.summary)
         announce(plan)
         unsaved = task.everything.replay.saved_bytes - solution.replay.saved_bytes
-        self.session.graphs.append(CompiledPlan(plan, *self._halves, _torch.frame_id(), tuple(self._peaks), unsaved))
+        self.session.graphs.append(CompiledPlan(plan, *self._halves, self.frame, tuple(self._peaks), unsaved))
 
     def _policy_solution(self, joint: fx.GraphModule, task: _Task, num_fwd_outputs: int) -> Solution:
         gradients = results(joint.graph)[num_fwd_outputs:]
@@ -268,14 +270,14 @@ class Compilation:
         trained = min(own, sum(t.untyped_storage().nbytes() for t in parameters))
         found = {"parameters": trained, "inputs": own - trained, "gradients": _gradient_bytes(self.inputs)}
         if device.type == "cpu":
-            return {**found, "others": self.session.held_bytes(_torch.frame_id()) + self._rest_of_model(tensors)}
+            return {**found, "others": self.session.held_bytes(self.frame) + self._rest_of_model(tensors)}
         found["libraries"] = library_bytes(device)  # which from now on are there
         allocated = torch.accelerator.memory_allocated(device)  # with all that earlier graphs hold, and the optimizer's state
         return {**found, "others": allocated - sum(found.values())}
 
     def _rest_of_model(self, tensors: Sequence[torch.Tensor]) -> int:
         """Parameters that other graphs read; and before the last graph their gradients, which backward reaches first."""
-        model = _torch.outermost_module()
+        model = None if self.session.model is None else self.session.model()
         if model is None:
             return 0
         here = Counter((tuple(map(int, t.shape)), t.dtype) for t in tensors)

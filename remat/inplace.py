@@ -58,7 +58,7 @@ def optimize_blocks(
     kwargs: dict[str, Any] | None = None,
     *,
     budget: BudgetLike,
-    blocks: Sequence[nn.Module] | None = None,
+    blocks: Sequence[nn.Module | str] | None = None,
     **settings: Any,
 ) -> nn.Module:
     """Train `model` within `budget` with every block kept as a module; returns the same model, as `enable` does.
@@ -74,7 +74,7 @@ def optimize_blocks(
             first comes. Where `fully_shard` has been applied, all ranks plan together, and an error on one is raised on all.
         kwargs: those given by name.
         budget: as in `remat.optimize`.
-        blocks: modules of the model, none inside of another; by default the elements of its outermost lists of modules.
+        blocks: modules of the model or their paths, none inside of another; by default the elements of its outermost lists of modules.
         **settings: further arguments of `remat.optimize`: policy ("auto", "none", "blocks", "every-k", "selective" or a
             function), optimizer, pin, costs, plan, trainable_only, in_flight.
 
@@ -90,7 +90,7 @@ def optimize_blocks(
     return model
 
 
-def _enable_blocks(model: nn.Module, settings: Settings, blocks: Sequence[nn.Module] | None) -> EnabledBlocks:
+def _enable_blocks(model: nn.Module, settings: Settings, blocks: Sequence[nn.Module | str] | None) -> EnabledBlocks:
     found = find_blocks(model) if blocks is None else _named(model, blocks)
     for path, block in found.items():
         if "forward" in block.__dict__:
@@ -100,13 +100,16 @@ def _enable_blocks(model: nn.Module, settings: Settings, blocks: Sequence[nn.Mod
     return forward
 
 
-def _named(model: nn.Module, blocks: Sequence[nn.Module]) -> dict[str, nn.Module]:
-    paths = {id(module): path for path, module in model.named_modules()}
+def _named(model: nn.Module, blocks: Sequence[nn.Module | str]) -> dict[str, nn.Module]:
+    modules = dict(model.named_modules())
+    paths = {id(module): path for path, module in modules.items()}
     found: dict[str, nn.Module] = {}
     for block in blocks:
-        if id(block) not in paths or block is model:
-            raise RematError(f"blocks=: {type(block).__name__} is not a module inside of {type(model).__name__}")
-        found[paths[id(block)]] = block
+        path = block if isinstance(block, str) else paths.get(id(block))
+        if not path or path not in modules:
+            shown = repr(block) if isinstance(block, str) else type(block).__name__
+            raise RematError(f"blocks=: {shown} is not a module inside of {type(model).__name__}")
+        found[path] = modules[path]
     for path in found:
         outer = next((other for other in found if path.startswith(f"{other}.")), None)
         if outer is not None:

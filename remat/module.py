@@ -148,7 +148,6 @@ class RematModule(fx.GraphModule):
             self._said_again = True
             name = type(self._original).__name__
             log.info("%s plans again: the inputs differ from those before, or there are gradients to add to", name)
-        inspect.signature(self._original.forward).bind(*args, **kwargs)  # a wrong call is a TypeError, as it always was
         if self._dynamic_shapes is not None:
             dynamic_axes(self._original, args, kwargs, self._dynamic_shapes)  # raises for axes that this call does not have
         flat, spec = flatten_call(args, kwargs)

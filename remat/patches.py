@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import logging
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -85,6 +86,16 @@ def freeing_before(is_needed: Callable[[Any, Any], bool]) -> contextlib.Abstract
 # ---- while a model is exported ----
 
 
+def _here(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """`ours` on the thread that calls this, `theirs` on all others, which may be training meanwhile."""
+    thread = threading.get_ident()
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (ours if threading.get_ident() == thread else theirs)(*args, **kwargs)
+
+    return call
+
+
 @contextlib.contextmanager
 def specializing(single: Sequence[bool]) -> Iterator[None]:
     """Let a model take its eager paths while it is exported.
@@ -110,7 +121,9 @@ def specializing(single: Sequence[bool]) -> Iterator[None]:
     def is_tracing(tensor: torch.Tensor | None = None) -> bool:
         return tensor is not None and traces is not None and bool(traces(tensor))
 
-    there: dict[str, Any] = {"find_packed_sequence_indices": look, "is_tracing": is_tracing} if looked and traces else {}
+    there: dict[str, Any] = {}
+    if looked and traces:
+        there = {"find_packed_sequence_indices": _here(look, looked), "is_tracing": _here(is_tracing, traces)}
     try:
         with mock.patch.multiple(masks, **there) if there else contextlib.nullcontext():
             yield
@@ -162,7 +175,7 @@ def without_backward() -> contextlib.AbstractContextManager[Any]:
     def no_gradients(outputs: Any, inputs: Sequence[Any], *_: Any, **__: Any) -> tuple[None, ...]:
         return (None,) * len(inputs)
 
-    return mock.patch.object(torch.autograd, "grad", no_gradients)
+    return mock.patch.object(torch.autograd, "grad", _here(no_gradients, torch.autograd.grad))
 
 
 @contextlib.contextmanager
@@ -308,15 +321,16 @@ def watch_for_opaque_autograd() -> Iterator[None]:
 
     def no_result(self: torch.nn.Module, name: str, value: Any) -> None:
         is_result = isinstance(value, torch.Tensor) and value.requires_grad and not value.is_leaf
-        if is_result and not _is_torch(sys._getframe(1)):  # torch.nn.utils.weight_norm computes a weight for each forward
+        if is_result and not _is_torch(sys._getframe(2)):  # torch.nn.utils.weight_norm computes a weight for each forward
             raise OpaqueAutograd(f"keeps a tensor with a gradient as {type(self).__name__}.{name}")
         set_attribute(self, name, value)
 
+    checkpointed, hook = checkpoint._checkpoint_without_reentrant_generator, torch.Tensor.register_hook
     with (
-        mock.patch.object(checkpoint, "_checkpoint_without_reentrant_generator", no_checkpoint),
-        mock.patch.object(torch.autograd.Function, "apply", classmethod(no_function)),
-        mock.patch.object(torch.Tensor, "register_hook", no_hook),
-        mock.patch.object(torch.nn.Module, "__setattr__", no_result),
+        mock.patch.object(checkpoint, "_checkpoint_without_reentrant_generator", _here(no_checkpoint, checkpointed)),
+        mock.patch.object(torch.autograd.Function, "apply", classmethod(_here(no_function, apply))),
+        mock.patch.object(torch.Tensor, "register_hook", _here(no_hook, hook)),
+        mock.patch.object(torch.nn.Module, "__setattr__", _here(no_result, set_attribute)),
         _UnseenWrites(),
     ):
         yield

@@ -154,11 +154,19 @@ def _smallest_among(program: Program, menus: Menus, choices: dict[tuple[int, int
             continue
         best = min(best, _solution(program, menus, path), key=lambda s: s.replay.peak_bytes)
         high = target
-    if best.moves:
-        return best
-    spans = tuple(itertools.pairwise(menus.cuts))
-    smaller = _found(program, shrunk(program, best.dropped, spans), spans)
-    return min(best, smaller, key=lambda s: s.replay.peak_bytes)
+    return best if best.moves else _shrunk(program, best, tuple(itertools.pairwise(menus.cuts)))
+
+
+def _shrunk(program: Program, solution: Solution, spans: tuple[tuple[int, int], ...]) -> Solution:
+    """A plan near this one with a smaller peak, value by value. A faster plan at the same peak may leave room for another."""
+    smaller = _found(program, shrunk(program, solution.dropped, spans), spans)
+    while True:
+        solution = min(solution, smaller, key=lambda s: s.replay.peak_bytes)
+        faster = _searched(program, solution, solution.replay.peak_bytes, spans)
+        again = _found(program, shrunk(program, faster.dropped, spans), spans)
+        smaller = min(faster, again, key=lambda s: s.replay.peak_bytes)
+        if smaller.replay.peak_bytes >= solution.replay.peak_bytes:
+            return solution
 
 
 def frontier_solutions(program: Program, menus: Menus, points: int) -> list[Solution]:

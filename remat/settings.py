@@ -35,6 +35,8 @@ class Common:
         check_policy(self.policy)
         check_pins(self.pin)
         check_costs(self.costs)
+        if not isinstance(self.trainable_only, bool):
+            raise RematError(f"trainable_only={self.trainable_only!r} is neither True nor False")
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Settings(Common):
         super().__post_init__()
         if self.plan is not None and not isinstance(self.plan, Plan):
             raise RematError(f"plan={self.plan!r} is no plan; remat.Plan.from_json reads the text of a file that has one")
+        if self.optimizer is not None and not hasattr(self.optimizer, "param_groups"):
+            raise RematError(f"optimizer={self.optimizer!r} is no optimizer; give the one that trains the model's parameters")
         if not isinstance(self.in_flight, int) or self.in_flight < 1:
             raise RematError(f"in_flight={self.in_flight!r} is not a number of forwards")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -152,6 +153,7 @@ def trace(
     yet or not.
     """
     check_model(model, args)
+    inspect.signature(model.forward).bind(*args, **kwargs)  # a wrong call is a TypeError, as it always was
     profile = None
     given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     real = given, list(model.parameters()), [*model.buffers(), *attributes_of(model)]

@@ -35,6 +35,8 @@ UNREADABLE = [
     False,
     [1],
     b"1GiB",
+    10**30,
+    f"1{'0' * 400}GiB",
 ]
 
 
@@ -88,6 +90,16 @@ def test_a_budget_nobody_can_meet_names_the_smallest_that_works() -> None:
     assert remat.optimize(model, (x,), budget=error.minimum_bytes).plan.peak_bytes <= error.minimum_bytes  # type: ignore[union-attr]
     with pytest.raises(remat.BudgetError):
         remat.optimize(model, (x,), budget=int(0.99 * error.minimum_bytes))
+
+
+@pytest.mark.parametrize("shape", [{"width": 64, "layers": 2, "rows": 1024}, {"width": 128, "layers": 3, "rows": 2048}])
+def test_what_a_plan_for_the_smallest_budget_needs_is_enough(shape: dict[str, int]) -> None:
+    model, x = mlp(dropout=0.0, **shape)
+    with pytest.raises(remat.BudgetError) as caught:
+        remat.plan(model, (x,), budget=1)
+    assert caught.value.minimum_bytes is not None
+    peak = remat.plan(model, (x,), budget=caught.value.minimum_bytes).peak_bytes
+    assert remat.plan(model, (x,), budget=peak).peak_bytes <= peak
 
 
 def test_policy_is_checked() -> None:
@@ -539,6 +551,7 @@ def test_what_is_no_model_or_is_rewritten_already() -> None:
         (remat.optimize(model, (x,), budget=None), (x,), "optimize the original"),
         (enabled, (x,), r"remat.disable"),
         (nn.Sequential(enabled), (x,), r"remat.disable"),
+        (nn.Sequential(remat.optimize(model, (x,), budget=None)), (x,), "0 comes from remat.optimize"),
         (model, x, r"args=\(x,\)"),
     ]
     for given, args, said in cases:
@@ -548,10 +561,16 @@ def test_what_is_no_model_or_is_rewritten_already() -> None:
 
 @pytest.mark.parametrize(
     ("call", "wrong"),
-    [(remat.optimize, {"pin": {5: "SAVE"}}), (remat.fit, {"multiple_of": 3.5}), (remat.frontier, {"points": 1.5})],
+    [
+        (remat.optimize, {"pin": {5: "SAVE"}}),
+        (remat.fit, {"multiple_of": 3.5}),
+        (remat.frontier, {"points": 1.5}),
+        (remat.plan, {"optimizer": torch.optim.Adam}),
+        (remat.plan, {"trainable_only": "no"}),
+    ],
 )
 def test_arguments_of_another_type(call: Callable[..., Any], wrong: dict[str, Any]) -> None:
     model, x = mlp()
     (name,) = wrong
-    with pytest.raises(remat.RematError, match=rf"{name}=.* (no string|whole number)"):
+    with pytest.raises(remat.RematError, match=rf"{name}=.* (no string|whole number|no optimizer|neither True nor False)"):
         call(model, (x,), budget="1GiB", **wrong)

@@ -235,10 +235,18 @@ def test_a_budget_too_small_names_the_smallest() -> None:
     remat.optimize_blocks(model, (), kwargs, budget=caught.value.minimum_bytes)
 
 
+def test_blocks_by_their_paths() -> None:
+    model, x = models.mlp()
+    remat.optimize_blocks(model, (x,), budget=None, blocks=["layers.1", model.layers[2]])  # type: ignore[index]
+    assert list(model._remat.blocks) == ["layers.1", "layers.2"]  # type: ignore[union-attr]
+
+
 def test_bad_blocks() -> None:
     model, x = models.mlp()
     with pytest.raises(remat.RematError, match="not a module inside"):
         remat.optimize_blocks(model, (x,), budget=None, blocks=[nn.Linear(2, 2)])
+    with pytest.raises(remat.RematError, match=r"'layers\.9' is not a module inside"):
+        remat.optimize_blocks(model, (x,), budget=None, blocks=["layers.0", "layers.9"])
     nested = nn.Sequential(nn.Sequential(nn.Linear(4, 4)))
     with pytest.raises(remat.RematError, match=r"0\.0 lies inside of 0"):
         remat.optimize_blocks(nested, budget=None, blocks=[nested[0], nested[0][0]])

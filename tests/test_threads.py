@@ -1,0 +1,95 @@
+"""Threads: what remat does to torch while it captures a model is not for those that train another."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import remat
+from tests.models import mlp
+
+
+def _optimize(model: nn.Module, x: torch.Tensor) -> Any:
+    return remat.optimize(model, (x,), budget=0.8)(x)
+
+
+def _enable(model: nn.Module, x: torch.Tensor) -> Any:
+    return remat.enable(model, 0.8)(x)
+
+
+def _by_block(model: nn.Module, x: torch.Tensor) -> Any:
+    return remat.enable(model, 0.9, whole_model=False)(x)
+
+
+def _errors(*works: Callable[[], Any]) -> list[BaseException]:
+    """What is raised where all of these run at once."""
+    found: list[BaseException] = []
+    ready = threading.Barrier(len(works))
+
+    def run(work: Callable[[], Any]) -> None:
+        ready.wait()
+        try:
+            work()
+        except BaseException as error:
+            found.append(error)
+
+    threads = [threading.Thread(target=run, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+@pytest.mark.parametrize("rewrite", [_optimize, _enable, _by_block])
+def test_two_models_are_captured_at_once(rewrite: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> None:
+    def work() -> None:
+        model, x = mlp()
+        rewrite(model, x).backward()
+        assert all(p.grad is not None for p in model.parameters())
+
+    assert not _errors(work, work)
+
+
+class Squared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return 2 * ctx.saved_tensors[0] * gradient
+
+
+def test_another_model_trains_while_one_is_captured() -> None:
+    """It does all that makes a model one that cannot be captured."""
+    body, x = mlp()
+    other, ids = mlp()[0], torch.randn(64, 32)
+    done = threading.Event()
+    steps = 0
+
+    def train() -> None:
+        nonlocal steps
+        while not done.is_set():
+            loss = checkpoint(other, Squared.apply(ids.clone().requires_grad_()), use_reentrant=False)
+            loss.register_hook(lambda gradient: gradient)
+            other.loss = loss
+            (gradient,) = torch.autograd.grad(loss, [other.layers[0][1].weight])
+            assert gradient.shape == (128, 32)
+            steps += 1
+
+    def capture() -> None:
+        try:
+            remat.optimize(body, (x,), budget=0.8)
+        finally:
+            done.set()
+
+    assert not _errors(train, capture)
+    assert steps
