@@ -255,8 +255,8 @@ def outermost_module() -> torch.nn.Module | None:
 
 
 def _owners() -> Iterator[Any]:
-    """Of each call of a module, and of what `torch.compile` made, on the Python stack its `self`, innermost first. Of frames that
-    are not torch's nothing is read: before Python 3.13 that keeps all of their variables alive until they return."""
+    """The `self` of each call of a module on the Python stack, and of what `torch.compile` made, innermost first. Nothing is
+    read of other frames: before Python 3.13 that keeps all of their variables alive until they return."""
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code in _CALLS:
@@ -264,10 +264,11 @@ def _owners() -> Iterator[Any]:
         frame = frame.f_back
 
 
-_CALLS = {
-    call.__code__
-    for call in (torch._TorchCompileWrapper.__call__, torch.nn.Module._wrapped_call_impl, torch.nn.Module._call_impl)
-}
+_CALLS = (
+    torch._TorchCompileWrapper.__call__.__code__,
+    torch.nn.Module._wrapped_call_impl.__code__,
+    torch.nn.Module._call_impl.__code__,
+)
 
 
 def past_dynamo(error: Exception) -> Exception:

@@ -72,7 +72,7 @@ def _read_amount(name: str, amount: object) -> Budget:
     if isinstance(amount, numbers.Integral) and not isinstance(amount, bool):
         if amount < 0:
             _refuse(name, amount, "is below zero")
-        if amount >= _NO_MEMORY:
+        if int(amount) >= _NO_MEMORY:
             _refuse(name, amount, "is more than there is anywhere")
         return Budget(bytes=int(amount))
     if not isinstance(amount, str):

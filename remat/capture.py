@@ -97,9 +97,7 @@ def check_model(model: Any, args: Any) -> None:
         raise RematError(f"remat is enabled for {type(enabled).__name__} already; call remat.disable on it first")
     rewritten = next((path for path, module in model.named_modules() if path and "_original" in vars(module)), None)
     if rewritten is not None:
-        raise RematError(
-            f"{rewritten} comes from remat.optimize and has a plan already; optimize the model with the original in it"
-        )
+        raise RematError(f"{rewritten} comes from remat.optimize and has a plan already; put the original there")
 
 
 @patches.native_kernels()

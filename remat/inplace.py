@@ -74,7 +74,8 @@ def optimize_blocks(
             first comes. Where `fully_shard` has been applied, all ranks plan together, and an error on one is raised on all.
         kwargs: those given by name.
         budget: as in `remat.optimize`.
-        blocks: modules of the model or their paths, none inside of another; by default the elements of its outermost lists of modules.
+        blocks: modules of the model or their paths, none inside of another; by default the elements of its outermost lists of
+            modules.
         **settings: further arguments of `remat.optimize`: policy ("auto", "none", "blocks", "every-k", "selective" or a
             function), optimizer, pin, costs, plan, trainable_only, in_flight.
 
