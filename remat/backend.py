@@ -58,7 +58,7 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Mapping
 
     trains = torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in example_inputs)
     if trains and changes_size(example_inputs):
-        return EachSize(gm, session, compile)
+        return EachSize(gm, example_inputs, session, compile)
     return compile(gm, example_inputs)
 
 

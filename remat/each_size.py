@@ -29,21 +29,21 @@ def changes_size(inputs: Sequence[Any]) -> bool:
 
 
 class EachSize:
-    """A graph of Dynamo's, compiled by `compile` for the values that its symbols have in a call; the latest are kept.
-
-    Symbols are inputs that are numbers, and such for which Dynamo passes a tensor, a module's attributes among them.
+    """A graph of Dynamo's with its example inputs, compiled by `compile` for the values that its symbols have in a call; those
+    made last are kept. Symbols are sizes, and numbers in whose place Dynamo passes tensors, a module's attributes among them.
     """
 
     def __init__(
         self,
         gm: fx.GraphModule,
+        inputs: Sequence[Any],
         session: Session,
         compile: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
     ) -> None:
         self._gm, self._session, self._compile = gm, session, compile
-        inputs = gm.graph.find_nodes(op="placeholder")
-        self._sizes = [i for i, node in enumerate(inputs) if isinstance(node.meta.get("example_value"), torch.SymInt)]
-        self._numbers = [i for i, node in enumerate(inputs) if any(_is_number(user) for user in node.users)]
+        nodes = gm.graph.find_nodes(op="placeholder")
+        self._sizes = [i for i, value in enumerate(inputs) if isinstance(value, torch.SymInt)]
+        self._numbers = [i for i, node in enumerate(nodes) if any(_is_number(user) for user in node.users)]
         self._made: dict[tuple[Any, ...], tuple[Callable[..., Any], list[CompiledPlan]]] = {}
 
     def __call__(self, *args: Any) -> Any:

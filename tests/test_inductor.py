@@ -340,7 +340,7 @@ def test_only_code_that_was_too_large_is_given_up(given_up: bool, monkeypatch: p
 
     monkeypatch.setattr("remat.compilation.compile_graph", failing)
     monkeypatch.setattr(Compilation, "_exceeds", lambda *_: True)
-    run = Compilation(Options.read(None), Session(None, None, None), (), False)
+    run = Compilation(Options.read(None), Session(None, None, None), (), 0, False)
     monkeypatch.setattr(run, "_task", object())
     if given_up:
         assert run._compiled(fx.GraphModule({}, fx.Graph())) is None
