@@ -16,10 +16,11 @@ from torch import fx
 
 from remat import _torch
 from remat.session import CompiledPlan, Session
-from remat.state import KEPT, OFTEN
+from remat.state import OFTEN
 
 log = logging.getLogger("remat")
 
+KEPT = 256  # of one graph: compiling again takes longer than what is kept takes memory
 _ARITHMETIC = (operator.add, operator.sub, operator.mul, operator.truediv, operator.iadd, operator.imul, "mul", "add")
 
 
@@ -30,7 +31,7 @@ def changes_size(inputs: Sequence[Any]) -> bool:
 
 class EachSize:
     """A graph of Dynamo's with its example inputs, compiled by `compile` for the values that its symbols have in a call; those
-    made last are kept. Symbols are sizes, and numbers in whose place Dynamo passes tensors, a module's attributes among them.
+    called last are kept. Symbols are sizes, and numbers in whose place Dynamo passes tensors, a module's attributes among them.
     """
 
     def __init__(
@@ -49,21 +50,22 @@ class EachSize:
     def __call__(self, *args: Any) -> Any:
         values = (*(args[i] for i in self._sizes), *(args[i].item() for i in self._numbers))
         tensors = [arg for i, arg in enumerate(args) if i not in self._sizes]
-        if values not in self._made:
-            self._make(values, tensors)
-        return self._made[values][0](*tensors)
+        made = self._made.pop(values, None) or self._make(values, tensors)
+        self._made[values] = made
+        return made[0](*tensors)
 
-    def _make(self, values: tuple[Any, ...], tensors: Sequence[Any]) -> None:
+    def _make(self, values: tuple[Any, ...], tensors: Sequence[Any]) -> tuple[Callable[..., Any], list[CompiledPlan]]:
         before = len(self._session.graphs)
         with _torch.outside_dynamo():
             code = self._compile(self._at(values), tensors)
-        self._made[values] = code, self._session.graphs[before:]
-        if len(self._made) == OFTEN:
+        made = code, self._session.graphs[before:]
+        if len(self._made) + 1 == OFTEN:
             log.warning("%d sizes of inputs have been planned and compiled, which takes time; pad to a few lengths", OFTEN)
-        if len(self._made) > KEPT:
+        if len(self._made) + 1 > KEPT:
             _, plans = self._made.pop(next(iter(self._made)))
             gone = set(map(id, plans))
             self._session.graphs = [graph for graph in self._session.graphs if id(graph) not in gone]
+        return made
 
     def _at(self, values: tuple[Any, ...]) -> fx.GraphModule:
         """The graph with these values for its symbols. Sizes are no inputs of it any more."""
@@ -99,4 +101,6 @@ def _takes_tensor(node: fx.Node) -> bool:
     """Whether arithmetic of a tensor and a number gives the same bits with that as a tensor in float32."""
     found = [arg.meta.get("example_value") for arg in node.all_input_nodes]
     tensors = [value for value in found if isinstance(value, torch.Tensor)]
+    if node.target is operator.truediv and not isinstance(found[0], torch.Tensor):
+        return False  # the number times the tensor's reciprocal
     return any(t.dtype is torch.float32 or (t.dim() > 0 and t.is_floating_point() and t.dtype.itemsize < 4) for t in tensors)

@@ -29,12 +29,17 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 def is_step(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether this call is a training step. Says so once where it is none though gradients are recorded."""
-    tensors = (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
-    if not torch.is_grad_enabled() or not any(t.requires_grad for t in itertools.chain(model.parameters(), tensors)):
+    if not torch.is_grad_enabled():
+        return False
+    if not any(p.requires_grad for p in model.parameters()) and not _requires_grad((args, kwargs)):
         return False
     if not model.training and not torch.compiler.is_compiling():
         _say_unplanned(type(model).__name__)
     return model.training
+
+
+def _requires_grad(tree: Any) -> bool:
+    return any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in pytree.tree_leaves(tree))
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import gc
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -207,7 +208,7 @@ def wrong_setting(rank: int) -> dict[str, Any]:
 def fault(rank: int) -> dict[str, Any]:
     """Something that is not remat's error, on one rank."""
     model, x = mlp()
-    optimizer: Any = object() if rank else None
+    optimizer: Any = SimpleNamespace(param_groups=()) if rank else None  # and no state
     return {"plan": distributed.plan(model, (x,), budget=None, optimizer=optimizer).peak_bytes}
 
 

@@ -25,10 +25,10 @@ class Annealed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body, self.scale, self.weight = Mlp(), 1.0, 1.0
+        self.body, self.scale, self.weight, self.over = Mlp(), 1.0, 1.0, 1.0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.body(x * self.scale) * self.weight
+        return self.body(x * self.scale) * self.weight + (x / self.scale).mean() + (self.over / x.exp()).mean()
 
 
 def compiled(model: nn.Module, dynamic: bool | None = None, **options: Any) -> Any:
@@ -65,8 +65,8 @@ def test_numbers_that_change_too() -> None:
         x = torch.randn(size, 32)
         assert_same(run_step(module, {"x": x}), run_step(plain, {"x": x}))
     assert len(remat.plans(module)) <= 4
-    for model.body.dropout.p in (0.3, 0.4):  # no arithmetic
-        plain.body.dropout.p = model.body.dropout.p
+    for number in (0.3, 0.4):  # these do
+        model.body.dropout.p = plain.body.dropout.p = model.over = plain.over = number
         assert_same(run_step(module, {"x": x}), run_step(plain, {"x": x}))
 
 
