@@ -194,6 +194,7 @@ def test_a_gpu_here_that_was_measured_is_planned_for_as_measured(monkeypatch: py
     assert devices.device_profile("h200") is DEVICES["h200"]
 
 
+@pytest.mark.slow
 def test_fit(capsys: pytest.CaptureFixture[str]) -> None:
     assert " fits in 8.00 MiB" in answer(capsys, "fit", "tests.cli_models:mlp", "--budget", "8MiB")
     small = [*LLAMA, "--set", "num_hidden_layers=1", "--batch", "1"]

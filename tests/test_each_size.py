@@ -36,7 +36,9 @@ def compiled(model: nn.Module, dynamic: bool | None = None, **options: Any) -> A
     return torch.compile(model, backend="remat", options=options, dynamic=dynamic)
 
 
-@pytest.mark.parametrize("way", ["dynamic", "marked", "found out"])
+@pytest.mark.parametrize(
+    "way", [pytest.param("dynamic", marks=pytest.mark.slow), pytest.param("marked", marks=pytest.mark.slow), "found out"]
+)
 def test_more_sizes_than_dynamo_compiles(way: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(each_size, "OFTEN", 3)
     plain = Mlp()
@@ -59,7 +61,7 @@ def test_numbers_that_change_too() -> None:
     """Those of arithmetic need no code of their own."""
     plain = Annealed()
     module = compiled(model := copy.deepcopy(plain))
-    for step, size in enumerate((50, 60, 60, 60, 50)):
+    for step, size in enumerate((50, 60, 60, 50)):
         model.scale = plain.scale = 1 + 0.1 * step
         model.weight = plain.weight = 1 - 0.01 * step
         x = torch.randn(size, 32)

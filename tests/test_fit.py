@@ -43,6 +43,7 @@ def test_the_longest_sequence_in_steps_and_for_a_device_that_is_not_there() -> N
     assert found.plan.peak_bytes <= 80 * 2**20 < found.next_bytes
 
 
+@pytest.mark.slow
 def test_a_named_axis() -> None:
     model, x = mlp(rows=64)
     shapes = {"x": {0: torch.export.Dim("rows")}}

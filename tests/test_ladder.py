@@ -38,7 +38,7 @@ def noisy(seed: int, least: float, most: float) -> Callable[[Attempt], int]:
     return code_bytes
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_no_budget_has_a_higher_peak_than_a_larger_one(seed: int) -> None:
     program = stack(blocks=12)
     menus = make_menus(program)

@@ -41,7 +41,7 @@ def test_where_a_plan_given_needs_too_much_the_loss_may_be_shared() -> None:
     assert remat.plan(model, (), kwargs, budget=share, plan=tight) == tight
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_gradients_are_the_same_and_the_peak_is_lower_than_without(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     model, kwargs = wide(dtype)
     plain = remat.optimize(model, (), kwargs, budget=None)

@@ -207,7 +207,7 @@ def overlapping(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_dynamo")
-@pytest.mark.parametrize("name", ["lora", "convnext"])
+@pytest.mark.parametrize("name", [pytest.param("lora", marks=pytest.mark.slow), "convnext"])
 def test_door_2_takes_the_same_rules(name: str) -> None:
     def through(policy: str) -> tuple[Outcome, remat.Plan]:
         torch._dynamo.reset()
