@@ -37,6 +37,7 @@ def compiled(model: nn.Module, budget: Any) -> Any:
     return torch.compile(model, backend="remat", options={"budget": budget})
 
 
+@pytest.mark.slow
 def test_llama_within_a_budget() -> None:
     torch.manual_seed(0)
     model, kwargs = llama(layers=1, width=128, length=128)
