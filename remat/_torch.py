@@ -7,7 +7,7 @@ import inspect
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import fx
@@ -102,7 +102,6 @@ __all__ = [
     "compile_call_of",
     "compile_fx",
     "compile_fx_inner",
-    "compile_lock",
     "export_grad_modes",
     "extract_forward_backward",
     "fake_modes",
@@ -126,6 +125,7 @@ __all__ = [
     "meta_like",
     "no_dispatch",
     "no_dispatch_modes",
+    "not_compiled",
     "outermost_module",
     "outside_dynamo",
     "past_dynamo",
@@ -139,6 +139,7 @@ __all__ = [
     "sharded_groups",
     "statically_known_true",
     "storage_key",
+    "tracing_alone",
     "without_autocast",
     "wrapper_code",
 ]
@@ -239,6 +240,13 @@ def forget_output_strides() -> None:
 
 
 @contextlib.contextmanager
+def tracing_alone() -> Iterator[None]:
+    """No other thread traces or compiles meanwhile: it would meet our patches."""
+    with compile_lock:
+        yield
+
+
+@contextlib.contextmanager
 def outside_dynamo() -> Iterator[None]:
     """Compiling while a step runs, as Dynamo does it before: without what it knows of the model, and random state as it was."""
     with compile_lock, preserve_rng_state(), tracing(None):
@@ -311,6 +319,16 @@ def compile_call_of(compiled: Any) -> Any:
         if backend is not None:
             return backend
     return None
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def not_compiled(reason: str) -> Callable[[_F], _F]:
+    """`torch.compiler.disable` with its type: called from compiled code the function runs as it is, or, where that allows no
+    graph break, is an error that names the reason."""
+    found: Callable[[_F], _F] = torch.compiler.disable(reason=reason)
+    return found
 
 
 without_autocast = torch._C._DisableAutocast  # on all devices at once, cheap enough for every op

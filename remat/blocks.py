@@ -104,6 +104,7 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @as_in_training()
+@_torch.tracing_alone()
 def trace_blocks(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], blocks: Mapping[str, nn.Module], settings: Settings
 ) -> TracedBlocks:

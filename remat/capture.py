@@ -79,8 +79,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], blo
     """Capture one training forward of `model`, or of the block of one that is at the path `block`. Raises CaptureError with the
     place and the way out."""
     try:
-        with _torch.compile_lock:  # what is traced meanwhile on other threads would meet our patches
-            return _captured(model, args, kwargs)
+        return _captured(model, args, kwargs)
     except CaptureError as error:
         error.args = (f"block {block}: {error}" if block else f"{error}{_BLOCKWISE}",)
         raise
@@ -100,6 +99,7 @@ def check_model(model: Any, args: Any) -> None:
         raise RematError(f"{rewritten} comes from remat.optimize and has a plan already; put the original there")
 
 
+@_torch.tracing_alone()
 @patches.native_kernels()
 def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
     kwargs = dict(sorted(kwargs.items()))

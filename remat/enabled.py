@@ -302,7 +302,7 @@ class _Block:
             return planned.captured.output_of(planned.run(*tensors))
 
 
-@torch.compiler.disable(reason=_EAGER)  # type: ignore[untyped-decorator]
+@_torch.not_compiled(_EAGER)
 def _uncompiled(forward: Enabled | _Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Called from compiled code, it stays out of that."""
     _say_uncompiled()

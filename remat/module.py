@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import fx, nn
 
+from remat import _torch
 from remat.assembly import Region, adopt, recompile_text_only, runnable
 from remat.capture import Captured
 from remat.errors import BudgetError, RematError
@@ -141,7 +142,7 @@ class RematModule(fx.GraphModule):
             results = variant.run(*tensors)
         return variant.captured.output_of(results)
 
-    @torch.compiler.disable(reason=_NOT_CAPTURED)  # type: ignore[untyped-decorator]
+    @_torch.not_compiled(_NOT_CAPTURED)
     def capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
         """Capture and plan for calls like this one. `optimize` does it ahead when given example inputs."""
         if self._variants and not self._said_again:

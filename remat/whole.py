@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from remat import _torch
 from remat._torch import pytree
 from remat.absent import LIBRARY_BYTES, stand_in
 from remat.capture import Captured, capture, check_model, tensor_of
@@ -136,6 +137,7 @@ def transfers_of(plan: Plan) -> Transfers:
 
 
 @as_in_training()
+@_torch.tracing_alone()
 def trace(
     model: nn.Module,
     args: tuple[Any, ...],

@@ -236,9 +236,9 @@ def test_a_budget_too_small_names_the_smallest() -> None:
 
 
 def test_blocks_by_their_paths() -> None:
-    model, x = models.mlp()
-    remat.optimize_blocks(model, (x,), budget=None, blocks=["layers.1", model.layers[2]])  # type: ignore[index]
-    assert list(model._remat.blocks) == ["layers.1", "layers.2"]  # type: ignore[union-attr]
+    model = models.Mlp().train()
+    remat.optimize_blocks(model, (torch.randn(64, 32),), budget=None, blocks=["layers.1", model.layers[2]])
+    assert list(vars(model)["_remat"].blocks) == ["layers.1", "layers.2"]
 
 
 def test_bad_blocks() -> None:

@@ -27,16 +27,16 @@ def _by_block(model: nn.Module, x: torch.Tensor) -> Any:
     return remat.enable(model, 0.9, whole_model=False)(x)
 
 
-def _errors(*works: Callable[[], Any]) -> list[BaseException]:
+def _errors(*works: Callable[[], Any]) -> list[Exception]:
     """What is raised where all of these run at once."""
-    found: list[BaseException] = []
+    found: list[Exception] = []
     ready = threading.Barrier(len(works))
 
     def run(work: Callable[[], Any]) -> None:
         ready.wait()
         try:
             work()
-        except BaseException as error:
+        except Exception as error:
             found.append(error)
 
     threads = [threading.Thread(target=run, args=(work,)) for work in works]
