@@ -36,7 +36,7 @@ class Region(fx.GraphModule):
         return recompile_text_only(self)
 
     def forward(self, *inputs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return _checkpointed(self, inputs)
         if not torch.is_grad_enabled():
             return self.body(*inputs)

@@ -82,7 +82,7 @@ class Enabled:
         model = self.model
         if not self.is_on or not is_step(model, args, kwargs):
             return self.as_it_was(args, kwargs)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return _uncompiled(self, args, kwargs)
         if kwargs.get("use_cache"):
             raise RematError("use_cache=True: training keeps no key-value cache, which nothing there reads; leave it out")
@@ -291,7 +291,7 @@ class _Block:
         owner, block = self.owner, self.owner.blocks[self.path]
         if not owner.is_on or not owner.model.training or not torch.is_grad_enabled():
             return type(block).forward(block, *args, **kwargs)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return _uncompiled(self, args, kwargs)
         flat, spec = flatten_call(args, kwargs)
         planned = owner.run_of(self.path, flat, spec)

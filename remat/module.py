@@ -132,11 +132,11 @@ class RematModule(fx.GraphModule):
         variant = self._find(flat, spec)
         if variant is None:
             variant = self.capture(args, kwargs)
-        elif variant.plan is not self.plan and not torch.compiler.is_compiling():
+        elif variant.plan is not self.plan and not torch.compiler.is_dynamo_compiling():
             self._show(variant)
         tensors = [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
         moves = len(variant.plan.transfers) > 0
-        if moves and torch.compiler.is_compiling():
+        if moves and torch.compiler.is_dynamo_compiling():
             raise RematError("a plan that offloads runs eagerly; compile the original model with backend='remat' instead")
         with torch.autocast(device_type(self), enabled=False), one_step() if moves else contextlib.nullcontext():
             results = variant.run(*tensors)

@@ -33,7 +33,7 @@ def is_step(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return False
     if not any(p.requires_grad for p in model.parameters()) and not _requires_grad((args, kwargs)):
         return False
-    if not model.training and not torch.compiler.is_compiling():
+    if not model.training and not torch.compiler.is_dynamo_compiling():
         _say_unplanned(type(model).__name__)
     return model.training
 
@@ -102,7 +102,7 @@ def call_key(flat: list[Any], spec: Any, device: str, modules: Sequence[nn.Modul
     """The key of a call with these leaves, of a model on `device` whose graph has `modules` and `tensors` in it."""
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     found = tuple([tensor_key(tensor) for tensor in tensors])
-    states = () if torch.compiler.is_compiling() else tuple(map(_state, modules))
+    states = () if torch.compiler.is_dynamo_compiling() else tuple(map(_state, modules))
     return CallKey(leaves_key(flat, spec), autocast, found, tuple(map(id, modules)), states)
 
 
@@ -112,7 +112,7 @@ def serves(known: CallKey, modules: Sequence[nn.Module], key: CallKey) -> bool:
     Under torch.compile the states of modules are read here, and only what is compared, so that Dynamo watches that; all that is
     in a module takes it four times as long.
     """
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_dynamo_compiling():
         return known == key
     return known._replace(states=()) == key and all(map(_is_still, modules, known.states))
 

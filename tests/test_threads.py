@@ -57,6 +57,28 @@ def test_two_models_are_captured_at_once(rewrite: Callable[[nn.Module, torch.Ten
     assert not _errors(work, work)
 
 
+@pytest.mark.parametrize("enable", [_enable, _by_block])
+def test_an_enabled_model_trains_while_another_is_exported(
+    monkeypatch: pytest.MonkeyPatch, enable: Callable[[nn.Module, torch.Tensor], torch.Tensor]
+) -> None:
+    model, x = mlp()
+    enable(model, x)
+    plan = remat.plan_of(model)
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)  # torch has one flag for all threads
+    model(x).backward()
+    assert remat.plan_of(model) is plan
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_offload_works_while_another_model_is_exported(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = mlp()
+    offloading = remat.optimize(model, (x,), budget=0.6, host_budget="1GiB", policy="offload")
+    assert offloading.plan.transfers
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
+    offloading(x).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 class Squared(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
