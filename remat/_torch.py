@@ -241,8 +241,8 @@ def forget_output_strides() -> None:
 
 @contextlib.contextmanager
 def tracing_alone() -> Iterator[None]:
-    """No other thread traces or compiles meanwhile: it would meet our patches."""
-    with compile_lock:
+    """No other thread traces or compiles meanwhile: it would meet our patches. Autograd does not look for NaN in values."""
+    with compile_lock, torch.autograd.set_detect_anomaly(False):
         yield
 
 

@@ -183,7 +183,14 @@ def tensor_key(tensor: Any) -> Any:
     """Equal for tensors that a graph takes alike; None for anything else."""
     if not isinstance(tensor, torch.Tensor):
         return None
-    return tuple(tensor.shape), tensor.dtype, tensor.device, tensor.requires_grad
+    return tuple(tensor.shape), tensor.dtype, tensor.device, tensor.requires_grad, _layout(tensor)
+
+
+def _layout(tensor: torch.Tensor) -> Any:
+    """What decides whether a view can be taken: strides, which say nothing where an axis has one entry."""
+    if tensor.layout is not torch.strided:
+        return tensor.layout
+    return tuple([stride if size != 1 else 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)])
 
 
 def _state(module: nn.Module) -> tuple[Any, Any]:

@@ -362,3 +362,13 @@ def test_the_line_that_cannot_be_captured_may_lie_in_any_folder(tmp_path: Path) 
     theirs = runpy.run_path(str(path))
     with pytest.raises(remat.CaptureError, match=r"their_model\.py:4: return x if x\.sum\(\) > 0"):
         remat.optimize(theirs["Model"](4, 4), (torch.randn(2, 4),), {}, budget=None)
+
+
+@pytest.mark.parametrize("whole_model", [True, False])
+def test_capture_while_autograd_looks_for_nan(whole_model: bool) -> None:
+    model, x = models.mlp()
+    remat.enable(model, 0.9, whole_model=whole_model)
+    with torch.autograd.set_detect_anomaly(True):
+        model(x).backward()
+        assert torch.is_anomaly_enabled()
+    assert all(p.grad is not None for p in model.parameters())
