@@ -100,6 +100,36 @@ class EnabledWhole(Enabled):
     """One graph for the whole model."""
 
     _step: RematModule | None
+    _inside = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        before, self._inside = self._inside, True
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            self._inside = before
+
+    def install(self) -> None:
+        super().install()
+        for part in self._parts():
+            part.register_forward_pre_hook(self._part_runs)
+
+    def remove(self) -> None:
+        super().remove()
+        for part in self._parts():
+            hooks = part._forward_pre_hooks
+            for number in [number for number, hook in hooks.items() if hook == self._part_runs]:
+                del hooks[number]
+
+    def _parts(self) -> list[nn.Module]:
+        """The children of the model that have its blocks in them: a transformer beside its head."""
+        lists = nn.ModuleList | nn.Sequential
+        return [child for child in self.model.children() if any(isinstance(module, lists) for module in child.modules())]
+
+    def _part_runs(self, part: nn.Module, _: Any) -> None:
+        is_own = self._inside or torch.compiler.is_compiling()  # in eval, or to be captured
+        if self.is_on and not is_own and part.training and torch.is_grad_enabled():
+            _say_part(type(part).__name__, type(self.model).__name__)
 
     @property
     def plan(self) -> Plan | None:  # type: ignore[override]
@@ -312,6 +342,16 @@ def _uncompiled(forward: Enabled | _Block, args: tuple[Any, ...], kwargs: dict[s
 @cache
 def _say_uncompiled() -> None:
     log.warning("torch.compile met an enabled model, which stays within its budget: %s", _EAGER)
+
+
+@cache
+def _say_part(part: str, model: str) -> None:
+    log.warning(
+        "%s ran by itself in training, within no budget: remat is enabled for calls of %s, of which it is a part. Enable the "
+        "part that is called instead; for trl's trainers, which do this, use remat.hf.RematCallback",
+        part,
+        model,
+    )
 
 
 def _forward_of(owner: EnabledBlocks, path: str) -> _Block:

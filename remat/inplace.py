@@ -128,8 +128,8 @@ def _checked(model: nn.Module) -> nn.Module:
         raise RematError("this module comes from remat.optimize and has a plan already")
     if "forward" in model.__dict__:
         raise RematError(
-            f"the forward of this {name} was replaced already (accelerate does so for mixed precision); "
-            "enable remat before accelerator.prepare(model)"
+            f"the forward of this {name} was replaced already (accelerate does so for mixed precision, trl for its loss); "
+            "enable remat before accelerator.prepare(model); for trl's trainers use remat.hf.RematCallback"
         )
     _check_switches(model)
     return model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import logging
 import types
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,21 @@ def test_a_trainer_with_a_loss_of_its_own(tmp_path: Path) -> None:
     assert callback.plan is not None
     assert callback.plan.model == "LlamaModel"
     assert callback.plan.dropped
+
+
+def test_a_step_around_an_enabled_model_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A trainer that calls the backbone never calls what was enabled."""
+    model = copy.deepcopy(remat.enable(tiny(), 0.6))
+    with caplog.at_level(logging.WARNING, "remat"):
+        trainer(model, tmp_path, max_steps=1).train()
+        model.eval()(**next(iter(trainer(model, tmp_path).get_train_dataloader())))
+    assert "ran by itself" not in caplog.text
+    model.train()
+    with caplog.at_level(logging.WARNING, "remat"):
+        trainer(model, tmp_path, kind=_OwnLoss, max_steps=2).train()
+    assert caplog.text.count("LlamaModel ran by itself in training, within no budget") == 1
+    remat.disable(model)
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 @pytest.mark.slow
