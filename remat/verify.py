@@ -90,12 +90,14 @@ def verify(
     The step starts with gradients only if the plan counts them as resident; those that are there are put back afterwards.
     Buffers change as they do in any step.
 
-    Raises RematError when there is no plan, or no backward.
+    Raises RematError when there is no plan, or something else in its place, or no backward.
     """
     if plan is None:
         if not is_planned(model_or_step):
             raise RematError("there is no plan to hold the step against: pass plan=, or a model that remat trains")
         plan = only_plan(model_or_step)
+    if not isinstance(plan, Plan):
+        raise RematError(f"plan= has to be a remat.Plan, not a {type(plan).__name__}; inputs of the model are args= and kwargs=")
     step = _Step(model_or_step, args, dict(kwargs or {})) if isinstance(model_or_step, nn.Module) else model_or_step
     leaves = {id(t): t for t in reachable(step) if t.is_leaf and t.requires_grad}.values()
     before = [leaf.grad for leaf in leaves]
