@@ -53,7 +53,9 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
             log.debug("%s: cannot be exported as it is: %s", type(model).__name__, error)
             errors.append(error)
     reason = str(errors[0]).strip().splitlines()[0] if str(errors[0]).strip() else type(errors[0]).__name__
-    raise CaptureError(f"{reason}\n  at {_user_line(errors[0])}\n  One graph cannot hold this; {DOOR_2}") from errors[0]
+    raise CaptureError(
+        f"{reason}\n  at {_user_line(errors[0])}\n  If the model alone runs on this input, one graph cannot hold it; {DOOR_2}"
+    ) from errors[0]
 
 
 def _host_randomness() -> Any:

@@ -97,7 +97,7 @@ def verify(
             raise RematError("there is no plan to hold the step against: pass plan=, or a model that remat trains")
         plan = only_plan(model_or_step)
     if not isinstance(plan, Plan):
-        raise RematError(f"plan= has to be a remat.Plan, not a {type(plan).__name__}; inputs of the model are args= and kwargs=")
+        raise RematError(f"plan= has to be a remat.Plan, not a {type(plan).__name__}; inputs go into args= and kwargs=")
     step = _Step(model_or_step, args, dict(kwargs or {})) if isinstance(model_or_step, nn.Module) else model_or_step
     leaves = {id(t): t for t in reachable(step) if t.is_leaf and t.requires_grad}.values()
     before = [leaf.grad for leaf in leaves]
