@@ -38,7 +38,10 @@ class Options(Common):
         known = tuple(option.name for option in dataclasses.fields(cls))
         for name in options or {}:
             if name not in known:
-                raise RematError(f"unknown option {name!r} of backend 'remat'; there are {', '.join(map(repr, known))}")
+                raise RematError(
+                    f"unknown option {name!r} of backend 'remat'; there are {', '.join(map(repr, known))}; those of Inductor "
+                    "(max_autotune and others) are set in torch._inductor.config"
+                )
         return cls(**dict(options or {}))
 
 

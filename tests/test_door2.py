@@ -91,7 +91,7 @@ def test_without_dropout_gradients_are_those_of_the_original(name: str) -> None:
 def test_unknown_options_are_listed_with_the_known_ones() -> None:
     model, x = mlp()
     error = refused(torch.compile(model, backend="remat", options={"budgett": 1}), x)
-    for word in ("budgett", "budget", "compiler", "policy"):
+    for word in ("budgett", "budget", "compiler", "policy", "torch._inductor.config"):
         assert repr(word) in str(error)
 
 
