@@ -52,6 +52,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
+from torch.jit._fuser import optimized_execution
 from torch.utils import _pytree as pytree
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._ordered_set import OrderedSet
@@ -126,6 +127,7 @@ __all__ = [
     "no_dispatch",
     "no_dispatch_modes",
     "not_compiled",
+    "optimized_execution",
     "outermost_module",
     "outside_dynamo",
     "past_dynamo",

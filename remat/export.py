@@ -93,10 +93,10 @@ def _single_sequences(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
 
 @contextlib.contextmanager
 def as_in_training() -> Iterator[None]:
-    """Trace with grad, whatever holds around the call, and keep what tracing saves from saved-tensor hooks there: from
-    `torch.utils.checkpoint`, which counts it, and from `save_on_cpu`."""
+    """Trace with grad and op by op, whatever holds around the call, and keep what tracing saves from saved-tensor hooks there:
+    from `torch.utils.checkpoint`, which counts it, and from `save_on_cpu`."""
     hooks = torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
-    with torch.inference_mode(False), torch.enable_grad(), hooks:
+    with torch.inference_mode(False), torch.enable_grad(), hooks, patches.interpreting_scripts():
         yield
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from remat.blocks import find_blocks
@@ -92,6 +93,9 @@ def optimize_blocks(
 
 
 def _enable_blocks(model: nn.Module, settings: Settings, blocks: Sequence[nn.Module | str] | None) -> EnabledBlocks:
+    scripted = next((path for path, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)), None)
+    if scripted is not None:
+        raise RematError(f"{scripted} is a module of torch.jit, which remat takes in a whole model, not block by block")
     found = find_blocks(model) if blocks is None else _named(model, blocks)
     for path, block in found.items():
         if "forward" in block.__dict__:

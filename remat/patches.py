@@ -25,6 +25,7 @@ from remat._torch import (
     export_grad_modes,
     inductor_config,
     is_functorch_wrapped_tensor,
+    optimized_execution,
     post_grad,
     pytree,
 )
@@ -280,6 +281,25 @@ class _UnseenWrites(TorchFunctionMode):
             if not is_seen and tensor.untyped_storage()._cdata in self._training:
                 raise OpaqueAutograd("writes without grad to a tensor that has a gradient")
         return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def interpreting_scripts() -> Iterator[None]:
+    """Functions and modules of torch.jit run op by op. After two calls they are compiled, with a backward that is one autograd
+    node of their own and no ops, so that a graph would have none of it."""
+
+    def interpreted(run: Callable[..., Any]) -> Callable[..., Any]:
+        def call(script: Any, *args: Any, **kwargs: Any) -> Any:
+            script._debug_flush_compilation_cache()
+            with optimized_execution(False):
+                return run(script, *args, **kwargs)
+
+        return _here(call, run)
+
+    with contextlib.ExitStack() as stack:
+        for kind in (torch.jit.ScriptFunction, torch._C.ScriptMethod):
+            stack.enter_context(mock.patch.object(kind, "__call__", interpreted(kind.__call__)))
+        yield
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:

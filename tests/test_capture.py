@@ -22,7 +22,7 @@ from transformers import masking_utils
 import remat
 from remat.capture import capture
 from tests import models
-from tests.steps import assert_same, run_step
+from tests.steps import assert_close_gradients, assert_same, gradients_of, run_step
 
 
 def _has_mask(model: nn.Module, **kwargs: torch.Tensor) -> bool:
@@ -372,3 +372,36 @@ def test_capture_while_autograd_looks_for_nan(whole_model: bool) -> None:
         model(x).backward()
         assert torch.is_anomaly_enabled()
     assert all(p.grad is not None for p in model.parameters())
+
+
+class Scripted(nn.Module):
+    """A scripted function and modules, among parameters before and after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        part = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+        self.layers = nn.ModuleList([nn.Linear(8, 8), torch.jit.script(part), torch.jit.trace(part, torch.randn(2, 8))])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = softclamp(layer(x), 5.0)
+        return x.square().mean()
+
+
+@torch.jit.script
+def softclamp(x: torch.Tensor, limit: float) -> torch.Tensor:
+    return (x / limit).tanh() * limit
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripts_keep_their_gradients() -> None:
+    """Compiled by torch.jit, after two calls, they have a backward that no graph would have."""
+    torch.manual_seed(0)
+    model, x = Scripted(), torch.randn(2, 8)
+    expected = gradients_of(model, x)
+    for _ in range(3):
+        optimized = remat.optimize(model, (x,), budget="1GiB")
+        assert_close_gradients(gradients_of(optimized, x), expected, 1e-5)  # torch.jit has formulas of its own
+        assert_close_gradients(gradients_of(model, x), expected, 1e-5)
+    with pytest.raises(remat.RematError, match=r"layers\.1 is a module of torch\.jit"):
+        remat.enable(model, "1GiB", whole_model=False)

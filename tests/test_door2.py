@@ -91,8 +91,9 @@ def test_without_dropout_gradients_are_those_of_the_original(name: str) -> None:
 def test_unknown_options_are_listed_with_the_known_ones() -> None:
     model, x = mlp()
     error = refused(torch.compile(model, backend="remat", options={"budgett": 1}), x)
-    for word in ("budgett", "budget", "compiler", "policy", "torch._inductor.config"):
+    for word in ("budgett", "budget", "compiler", "policy"):
         assert repr(word) in str(error)
+    assert "torch._inductor.config" in str(error)
 
 
 def test_other_values_are_refused() -> None:
