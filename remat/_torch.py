@@ -51,6 +51,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
+from torch.export import _trace as exporting
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 from torch.jit._fuser import optimized_execution
 from torch.utils import _pytree as pytree
@@ -104,6 +105,7 @@ __all__ = [
     "compile_fx",
     "compile_fx_inner",
     "export_grad_modes",
+    "exporting",
     "extract_forward_backward",
     "fake_modes",
     "flop_registry",

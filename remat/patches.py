@@ -23,6 +23,7 @@ from remat._torch import (
     SubgraphLowering,
     V,
     export_grad_modes,
+    exporting,
     inductor_config,
     is_functorch_wrapped_tensor,
     optimized_execution,
@@ -144,7 +145,7 @@ def _is_dynamo_exporting() -> bool:
 @contextlib.contextmanager
 def quiet_trials() -> Iterator[None]:
     """No error in the log where an op has no kernel for what it is given: it is raised as well, and transformers tries kernels
-    for its experts so, and takes others."""
+    for its experts so, and takes others. Nor on stderr the graph as far as it got where export fails."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
 
     def is_less(record: logging.LogRecord) -> bool:
@@ -152,7 +153,8 @@ def quiet_trials() -> Iterator[None]:
 
     log.addFilter(is_less)
     try:
-        yield
+        with mock.patch.object(exporting, "print", create=True):
+            yield
     finally:
         log.removeFilter(is_less)
 

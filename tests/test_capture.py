@@ -62,6 +62,22 @@ def test_kernels_that_are_tried_and_left_are_not_in_the_log() -> None:
     assert not log.filters
 
 
+class Looking(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layer(x)
+        return y.sum() if y.sum() > 0 else -y.sum()
+
+
+def test_an_error_is_not_preceded_by_the_graph(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(remat.CaptureError, match="data-dependent"):
+        remat.optimize(Looking(), (torch.randn(2, 8),), budget=None)
+    assert "def forward" not in capsys.readouterr().err
+
+
 def test_positions_among_the_inputs_may_be_of_several_sequences() -> None:
     model, kwargs = models.llama(layers=1)
     positions = torch.arange(models.LENGTH // 2).repeat(models.BATCH, 2)
