@@ -97,7 +97,9 @@ def unchanged(name: str) -> Outcome:
 
 
 @pytest.mark.usefixtures("_overlapping")
-@pytest.mark.parametrize(("name", "share"), [("gpt2", 0.0), ("gpt2", 0.5), ("t5", 0.5), ("convnext", 0.0)])
+@pytest.mark.parametrize(
+    ("name", "share"), [("gpt2", 0.0), ("gpt2", 0.5), pytest.param("t5", 0.5, marks=pytest.mark.slow), ("convnext", 0.0)]
+)
 def test_a_budget_holds_with_values_on_the_host(name: str, share: float) -> None:
     model, kwargs = build(name)
     frontier = remat.frontier(model, (), kwargs, host_budget="1GiB", points=3)
@@ -113,7 +115,7 @@ def test_a_budget_holds_with_values_on_the_host(name: str, share: float) -> None
     assert module.plan.step_us == pytest.approx(module.plan.baseline_step_us + module.plan.recompute_us + module.plan.stall_us)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "t5"])
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("t5", marks=pytest.mark.slow)])
 def test_every_copy_back_starts_before_it_is_asked_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a GPU's rates: values that leave late overlap with later blocks."""
     expected = unchanged(name)
