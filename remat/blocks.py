@@ -29,7 +29,7 @@ from remat.passes.regions import RegionGraph, form_regions
 from remat.plan import Plan
 from remat.program import HELD, Program
 from remat.record import backward_from, mutated_inputs, write_program
-from remat.recorder import Recorder, fake_like
+from remat.recorder import Recorder
 from remat.resident import resident_memory, there_bytes
 from remat.settings import Settings
 from remat.sharding import ShardedStep, local_parameters
@@ -256,7 +256,8 @@ class _Recording:
             if source.kind == "attribute":
                 self.attributes.append(tensors[i])
             if source.kind in ("constant", "attribute"):
-                tensors[i] = fake_like(tensors[i])
+                with _torch.no_dispatch_modes(), recorder.paused():  # no op of the step
+                    tensors[i] = self.twin.like(tensors[i]).requires_grad_(tensors[i].requires_grad)
                 recorder.know(tensors[i])
         self._cross(args, kwargs)
         results = recorder.run_graph(captured, tensors)

@@ -345,3 +345,28 @@ def test_blocks_that_also_run_without_grad() -> None:
     plan = remat.plan_of(model)
     run_step(model, {"x": x})
     assert remat.plan_of(model) is plan
+
+
+class _WithConstant(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 64), nn.Linear(64, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = torch.sqrt(torch.tensor(4.0))
+        return x + nn.functional.gelu(self.first(x) / scale).tanh() @ self.second.weight.t()
+
+
+def test_constants_within_blocks_are_no_ops_of_the_step() -> None:
+    torch.manual_seed(0)
+    model, kwargs = nn.Sequential(*(_WithConstant() for _ in range(3))), {"input": torch.randn(512, 16)}
+    plain = run_step(copy.deepcopy(model), kwargs)
+    with pytest.raises(remat.BudgetError) as error:
+        remat.optimize_blocks(model, (), kwargs, budget=1)
+    remat.optimize_blocks(model, (), kwargs, budget=error.value.minimum_bytes)
+    plan = remat.plan_of(model)
+    assert plan is not None
+    ours = run_step(model, kwargs)
+    _same(ours, plain)
+    assert len(plan.dropped) > 0
+    assert 0 <= plan.peak_bytes - ours.peak_bytes <= _ABOVE

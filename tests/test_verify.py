@@ -111,8 +111,9 @@ def test_what_has_no_backward_is_refused() -> None:
         remat.verify(lambda: optimized(**kwargs), optimized.plan)
     with pytest.raises(remat.RematError, match="nothing that requires grad"):
         remat.verify(nn.Identity(), optimized.plan, (torch.zeros(2),))
+    inputs: Any = (torch.zeros(2),)
     with pytest.raises(remat.RematError, match="not a tuple; inputs go into args= and kwargs="):
-        remat.verify(optimized, (torch.zeros(2),))  # type: ignore[arg-type]
+        remat.verify(optimized, inputs)
 
 
 def test_a_verification_is_frozen() -> None:
