@@ -100,14 +100,14 @@ class Recorder(_torch.TorchDispatchMode):
         self.all: list[Storage] = []
         self.gradient_ready: dict[int, int] = {}
         self._storages: dict[int, Storage] = {}
-        self._known: set[int] = set()
+        self._known: dict[int, torch.UntypedStorage] = {}  # held, since the next one made may get the key of one that is gone
         self._sequence: list[int] = []  # autograd's count after each forward op
         self._others = fx.Graph()
         self._pauses = False
 
     def know(self, tensor: torch.Tensor) -> None:
         """Parameters and inputs are resident: never counted."""
-        self._known.add(_torch.storage_key(tensor))
+        self._known[_torch.storage_key(tensor)] = tensor.untyped_storage()
 
     @contextlib.contextmanager
     def forward(self) -> Iterator[None]:
