@@ -37,6 +37,8 @@ class KnownValues(_torch.TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        for constant in (tensor for tensor in tensors if tensor not in self._values):
+            self.know(constant, constant)
         known = all(tensor in self._values for tensor in tensors) and torch.Tag.nondeterministic_seeded not in func.tags
         if known and func is torch.ops.aten._local_scalar_dense.default:
             with _torch.no_dispatch():

@@ -90,7 +90,7 @@ class _Doubles(torch.autograd.Function):
 
 
 class _Odd(nn.Module):
-    """What one graph cannot hold, between blocks: an autograd function, a look at values, an output of a class of its own."""
+    """What one graph cannot hold, between blocks: an autograd function, looks at values, an output of a class of its own."""
 
     class Result:
         def __init__(self, logits: torch.Tensor) -> None:
@@ -106,9 +106,10 @@ class _Odd(nn.Module):
     def forward(self, x: torch.Tensor, mask: torch.Tensor) -> Any:
         self.seen += 1
         full = bool(mask.all())
+        ends = True in mask[[0, -1]]  # through a constant
         for i, stage in enumerate(self.stages):
             x = x + stage(x)
-            if i == 1 and not full:
+            if i == 1 and not full and not ends:
                 x = _Doubles.apply(x) * mask[:, None]
         return _Odd.Result(x).logits
 
