@@ -2,6 +2,7 @@
 
 Models look at masks and positions to choose their way (`if mask.all()`). Tensors of integers and truth values that are made
 from nothing but such tensors are computed beside their fakes, so that a run on fake tensors goes the way that a real one does.
+So are small tensors of real numbers that the code makes of nothing, since a mask may be `torch.ones(...)`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import torch
 
 from remat import _torch
 from remat._torch import pytree
+
+_SMALL = 2**20  # entries of real numbers that are computed with: a mask of tokens has fewer
 
 
 class KnownValues(_torch.TorchDispatchMode):
@@ -45,7 +48,7 @@ class KnownValues(_torch.TorchDispatchMode):
                 return self._values[tensors[0]].item()
         out = func(*args, **kwargs)
         made = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, torch.Tensor)]
-        if not known or not made or any(map(_is_real_valued, made)):
+        if not known or not made or any(_is_real_valued(tensor) and tensor.numel() > _SMALL for tensor in made):
             if func._schema.is_mutable:
                 self._forget([self._values[tensor] for tensor in tensors if tensor in self._values])
             return out
