@@ -29,9 +29,8 @@ class KnownValues(_torch.TorchDispatchMode):
 
     def know(self, fake: torch.Tensor, value: torch.Tensor) -> None:
         """The value of a fake tensor; the model may write to the fake one."""
-        if not _is_real_valued(value) and not _torch.is_fake(value):
-            with _torch.no_dispatch():
-                self._values[fake] = value.detach().clone()
+        if not value.is_floating_point() and not value.is_complex() and not _torch.is_fake(value):
+            self._keep(fake, value)
 
     def knows(self, tensor: Any) -> bool:
         """True for a fake tensor whose value is known."""
@@ -40,15 +39,16 @@ class KnownValues(_torch.TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        for constant in (tensor for tensor in tensors if tensor not in self._values):
-            self.know(constant, constant)
+        for constant in (tensor for tensor in tensors if not _torch.is_fake(tensor) and tensor not in self._values):
+            if _is_computed(constant):
+                self._keep(constant, constant)
         known = all(tensor in self._values for tensor in tensors) and torch.Tag.nondeterministic_seeded not in func.tags
         if known and func is torch.ops.aten._local_scalar_dense.default:
             with _torch.no_dispatch():
                 return self._values[tensors[0]].item()
         out = func(*args, **kwargs)
         made = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, torch.Tensor)]
-        if not known or not made or any(_is_real_valued(tensor) and tensor.numel() > _SMALL for tensor in made):
+        if not known or not made or not all(map(_is_computed, made)):
             if func._schema.is_mutable:
                 self._forget([self._values[tensor] for tensor in tensors if tensor in self._values])
             return out
@@ -58,6 +58,10 @@ class KnownValues(_torch.TorchDispatchMode):
         for fake, value in zip(made, pytree.tree_leaves(values), strict=True):
             self._values[fake] = value
         return out
+
+    def _keep(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
+        with _torch.no_dispatch():
+            self._values[tensor] = value.detach().clone()
 
     def _forget(self, values: list[torch.Tensor]) -> None:
         """Something unknown was written to one of these, or to what shares its storage."""
@@ -80,5 +84,6 @@ class KnownValues(_torch.TorchDispatchMode):
                 library.is_fake_tensor = asked  # type: ignore[union-attr]
 
 
-def _is_real_valued(tensor: torch.Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
+def _is_computed(tensor: torch.Tensor) -> bool:
+    """True for a tensor whose value is kept where it can be."""
+    return tensor.numel() <= _SMALL or not (tensor.is_floating_point() or tensor.is_complex())
