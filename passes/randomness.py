@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from remat._torch import OpOverload
+from remat.functions import FunctionCall
 
 _TORCH = ("aten", "prims", "prim", "remat", "mkldnn", "quantized", "torchvision")
 
@@ -27,9 +28,9 @@ def is_random(node: fx.Node) -> bool:
 
 
 def may_draw(node: fx.Node) -> bool:
-    """`is_random`, or an op from outside of torch, which may draw without its author having said so."""
+    """`is_random`, or an op or autograd function from outside of torch, which may draw without its author having said so."""
     is_foreign = isinstance(node.target, OpOverload) and node.target.namespace not in _TORCH
-    return is_foreign or is_random(node)
+    return is_foreign or isinstance(node.target, FunctionCall) or is_random(node)
 
 
 def argument(node: fx.Node, name: str) -> Any:

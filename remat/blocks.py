@@ -244,6 +244,8 @@ class _Recording:
         return _named(captured, path, len(self.calls))
 
     def _run_block(self, path: str, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not self.recorder.in_forward:
+            raise CaptureError(f"{path} runs in backward too, as where a model checkpoints itself; turn that off first")
         if not torch.is_grad_enabled():  # no call that the plan speaks of
             return type(block).forward(block, *args, **kwargs)
         captured = self._captured(path, block, args, kwargs)

@@ -2,8 +2,8 @@
 
 `torch.export(strict=False)` sees through any Python the model is written in; AOTAutograd then turns the exported program
 into ops that each have a derivative formula of their own, without mutation. The forward half of that joint graph is what
-door 1 plans on and runs: node for node what autograd sees. What export would drop in silence (a model's own checkpoints,
-custom autograd functions) is refused here.
+door 1 plans on and runs: node for node what autograd sees. What export would drop in silence (a model's own checkpoints)
+is refused here; autograd functions are put back (`remat.function_capture`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from remat._torch import pytree
 from remat.differentiable import DECOMPOSITIONS
 from remat.errors import CaptureError, RematError
 from remat.export import DOOR_2, export
+from remat.function_capture import capturing_functions
 from remat.passes.aliasing import results
 from remat.passes.detaching import detach_without_gradient
 from remat.passes.randomness import argument
@@ -119,14 +120,16 @@ def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     for path, part in model.named_modules():
         if path and (part._backward_hooks or part._backward_pre_hooks):
             raise CaptureError(f"{path} has a backward hook, which an exported graph does not keep; take it off")
-    exported = export(model, args, kwargs)
-    module, constant_outputs = _flat_module(exported, flat)
     inputs = tuple(leaf for leaf in flat if isinstance(leaf, torch.Tensor))
-    try:
-        with patches.without_backward():
-            joint = _torch.joint_graph(module, inputs, DECOMPOSITIONS)
-    except RuntimeError as error:
-        raise CaptureError(f"AOTAutograd could not trace the exported model: {error}; {DOOR_2}") from error
+    with capturing_functions() as put_functions:
+        exported = export(model, args, kwargs)
+        module, constant_outputs = _flat_module(exported, flat)
+        try:
+            with patches.without_backward():
+                joint = _torch.joint_graph(module, inputs, DECOMPOSITIONS)
+        except RuntimeError as error:
+            raise CaptureError(f"AOTAutograd could not trace the exported model: {error}; {DOOR_2}") from error
+        put_functions(joint.graph)
     spec = exported.module_call_graph[0].signature.out_spec
     return _forward_half(joint, module, model, flat, in_spec, spec, constant_outputs)
 

@@ -30,6 +30,7 @@ from remat._torch import (
     post_grad,
     pytree,
 )
+from remat.function_capture import OpaqueFunction, call_as_op
 
 # ---- while Inductor compiles ----
 
@@ -320,8 +321,8 @@ def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def watch_for_opaque_autograd() -> Iterator[None]:
-    """Raise OpaqueAutograd where a model checkpoints itself, calls its own autograd.Function, hooks a tensor, keeps one that
-    has a gradient as an attribute, or writes to one where autograd does not see it.
+    """Raise OpaqueAutograd where a model checkpoints itself, calls an autograd.Function that no op can stand for, hooks a
+    tensor, keeps one that has a gradient as an attribute, or writes to one where autograd does not see it.
 
     Non-strict export runs through all of these, and keeps none of them.
     """
@@ -331,12 +332,20 @@ def watch_for_opaque_autograd() -> Iterator[None]:
     def no_checkpoint(*_: Any, **__: Any) -> Any:
         raise OpaqueAutograd(CHECKPOINTS)
 
-    def no_function(cls: type, *args: Any, **kwargs: Any) -> Any:
+    within: list[type] = []
+
+    def function(cls: type, *args: Any, **kwargs: Any) -> Any:
         if cls is checkpoint.CheckpointFunction:
             raise OpaqueAutograd(CHECKPOINTS)
-        if not cls.__module__.startswith("torch."):
-            raise OpaqueAutograd(f"calls the custom autograd function {cls.__module__}.{cls.__qualname__}")
-        return apply(cls, *args, **kwargs)
+        if cls.__module__.startswith("torch.") or within:
+            return apply(cls, *args, **kwargs)
+        within.append(cls)
+        try:
+            return call_as_op(cls, args)
+        except OpaqueFunction as error:
+            raise OpaqueAutograd(f"has an autograd function that {error} ({cls.__module__}.{cls.__qualname__})") from error
+        finally:
+            within.pop()
 
     def no_hook(*_: Any) -> Any:
         raise OpaqueAutograd("hooks the gradient of a tensor in forward")
@@ -350,7 +359,7 @@ def watch_for_opaque_autograd() -> Iterator[None]:
     checkpointed, hook = checkpoint._checkpoint_without_reentrant_generator, torch.Tensor.register_hook
     with (
         mock.patch.object(checkpoint, "_checkpoint_without_reentrant_generator", _here(no_checkpoint, checkpointed)),
-        mock.patch.object(torch.autograd.Function, "apply", classmethod(_here(no_function, apply))),
+        mock.patch.object(torch.autograd.Function, "apply", classmethod(_here(function, apply))),
         mock.patch.object(torch.Tensor, "register_hook", _here(no_hook, hook)),
         mock.patch.object(torch.nn.Module, "__setattr__", _here(no_result, set_attribute)),
         _UnseenWrites(),

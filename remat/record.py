@@ -50,10 +50,7 @@ def record(
     with fake, recorder.forward():
         outputs = recorder.run_graph(captured, inputs)
     with fake, recorder.backward():
-        try:
-            backward_from(captured.output_of(outputs))
-        except RuntimeError as error:  # an op without a derivative, which an in-place one has become
-            raise CaptureError(f"the captured graph has no backward: {error}; {DOOR_2}") from error
+        backward_from(captured.output_of(outputs))
     produced = {ran.node: ran.storages for ran in recorder.ran}
     escaping = {id(s) for node in captured.graph.output_node().all_input_nodes for s in produced.get(node, ())}
     pins = {id(s): why_pinned(s.node, mutated_inputs(captured)) for s in recorder.all if s.node is not None}
@@ -72,7 +69,12 @@ def backward_from(output: Any) -> None:
         )
     named = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     losses = [o for o in differentiable if o.dim() == 0 and (o is named or _is_after(o, differentiable))]
-    (losses[0] if losses else _Loss.apply(*differentiable)).backward()
+    try:
+        (losses[0] if losses else _Loss.apply(*differentiable)).backward()
+    except CaptureError:
+        raise
+    except Exception as error:  # an op without a derivative, which an in-place one has become; what a model's own functions do
+        raise CaptureError(f"there is no backward to plan for: {error}; {DOOR_2}") from error
 
 
 def _is_after(loss: torch.Tensor, others: Sequence[torch.Tensor]) -> bool:
@@ -116,7 +118,8 @@ def write_program(
     forward = []
     for position, ran in enumerate(recorder.ran):
         own = tuple(index[id(s)] for s in ran.storages if id(s) in index and s.born == position)
-        op = Op(ran.node.name, _time_us(times, ran.call, ran.cost_us), scratch(ran.call))
+        workspace = max([scratch(ran.call), *(scratch(call) + beside for call, beside in ran.inside)])
+        op = Op(ran.node.name, _time_us(times, ran.call, ran.cost_us), workspace)
         if own:
             reads = tuple(dict.fromkeys(index[id(s)] for s in ran.reads if id(s) in index))
             state = _rng_state_bytes(device) if may_draw(ran.node) else 0
@@ -154,6 +157,9 @@ def _lifetimes(recorder: Recorder, pins: Mapping[int, str]) -> tuple[list[Value]
         pin = HELD if storage.released < storage.packed else pins[id(storage)]  # by the graph of one that has no gradient
         if not pin and storage.packed and dies < n_forward:
             pin = _LET_GO
+        if storage.in_function and pin != HELD and dies >= n_forward and dies > storage.release:
+            pin, storage.release = _IN_FUNCTION, dies
+            storage.reads.append(dies)
         last_forward = end if pin == HELD else max(storage.last_forward, born)
         if pin and (dies < n_forward or not storage.packed):  # a variable may hold it after its last reader
             last_forward = max(last_forward, min(dies, n_forward - 1))
@@ -163,6 +169,7 @@ def _lifetimes(recorder: Recorder, pins: Mapping[int, str]) -> tuple[list[Value]
     return values, index, fixed
 
 
+_IN_FUNCTION = "an autograd function holds it beside what it saves for backward"
 _LET_GO = "what autograd keeps of it goes in forward"
 
 

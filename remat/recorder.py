@@ -26,6 +26,7 @@ from remat.devices import DeviceProfile
 from remat.errors import CaptureError
 from remat.export import DOOR_2
 from remat.fake_kernels import as_run
+from remat.functions import FunctionCall
 from remat.passes.aliasing import results
 from remat.steps import bind, recompute_inputs
 from remat.workspace import Call
@@ -39,7 +40,7 @@ class Storage:
 
     `last_forward` is the last forward op that reads it; autograd has `packed` it so many times, of which it has `released` some
     by now, unpacks it at the positions in `reads` and holds it until `release`. `kind` is one of `remat.program.KINDS`, ""
-    where its lifetime tells.
+    where its lifetime tells. An autograd function that was given or made it (`in_function`) may hold it too.
     """
 
     bytes: int
@@ -52,16 +53,19 @@ class Storage:
     reads: list[int] = field(default_factory=list)
     release: int = -1
     kind: str = ""
+    in_function: bool = False
 
 
 class Ran(NamedTuple):
-    """A forward op that ran: the storages behind its results, and those that running it again would read."""
+    """A forward op that ran: the storages behind its results, and those that running it again would read. `inside` are the ops
+    of an autograd function, each with the bytes that live beside its scratch memory and are no result of the function's."""
 
     node: fx.Node
     cost_us: float
     call: Call | None
     storages: tuple[Storage, ...]
     reads: tuple[Storage, ...]
+    inside: tuple[tuple[Call | None, int], ...] = ()
 
 
 class Kernel(NamedTuple):
@@ -80,6 +84,21 @@ class _Token:
 
     def __init__(self, tensor: torch.Tensor, storage: Storage | None) -> None:
         self.tensor, self.storage = tensor, storage
+
+
+@dataclass
+class _Inside:
+    """What an autograd function does in forward: the time of its ops, what they make, and the bytes of that which live after
+    each of them."""
+
+    cost_us: float = 0.0
+    live_bytes: int = 0
+    made: list[Storage] = field(default_factory=list)
+    calls: list[tuple[Call | None, int]] = field(default_factory=list)
+
+    def make(self, storage: Storage) -> None:
+        self.made.append(storage)
+        self.live_bytes += storage.bytes
 
 
 class Recorder(_torch.TorchDispatchMode):
@@ -104,6 +123,7 @@ class Recorder(_torch.TorchDispatchMode):
         self._sequence: list[int] = []  # autograd's count after each forward op
         self._others = fx.Graph()
         self._pauses = False
+        self._inside: _Inside | None = None
 
     def know(self, tensor: torch.Tensor) -> None:
         """Parameters and inputs are resident: never counted."""
@@ -151,13 +171,17 @@ class Recorder(_torch.TorchDispatchMode):
             self.position = len(self.ran)
             call, order = bind(node)
             values = [env[source] for source in order]
+            self._inside = _Inside() if isinstance(node.target, FunctionCall) else None
             with _torch.without_autocast():
                 out = env[node] = call(*values)
             self.note(out)
             self._watch(out)
             read = self.behind([env[source] for source in node.all_input_nodes])
             again = self.behind([env[source] for source in recompute_inputs(node)])
-            self._ran(node, _node_cost(node, values, out, self.device), read, self.behind(out), again)
+            if self._inside is None:
+                self._ran(node, _node_cost(node, values, out, self.device), read, self.behind(out), again)
+            else:
+                self._ran_function(node, self._inside, read, self.behind(out))
             del values, out
             for source in node.all_input_nodes:
                 if last[source] is node:
@@ -173,6 +197,17 @@ class Recorder(_torch.TorchDispatchMode):
         found = (self._storages.get(_torch.storage_key(t)) for t in leaves)
         return tuple({id(s): s for s in found if s is not None}.values())
 
+    def _ran_function(self, node: fx.Node, inside: _Inside, read: tuple[Storage, ...], made: tuple[Storage, ...]) -> None:
+        """What lived within the function only is its scratch; what autograd keeps of it does when it runs again."""
+        self._inside = None
+        gone = {id(storage) for storage in inside.made if storage.dies >= 0}
+        self.all = [storage for storage in self.all if id(storage) not in gone]
+        own = sum(storage.bytes for storage in made)
+        calls = tuple((call, max(live - own, 0)) for call, live in inside.calls)
+        for storage in (*read, *made):
+            storage.in_function = True
+        self._ran(node, (inside.cost_us, None), read, made, read, calls)
+
     def _ran(
         self,
         node: fx.Node,
@@ -180,6 +215,7 @@ class Recorder(_torch.TorchDispatchMode):
         read: tuple[Storage, ...],
         made: tuple[Storage, ...],
         again: tuple[Storage, ...] = (),
+        inside: tuple[tuple[Call | None, int], ...] = (),
     ) -> None:
         for storage in read:
             storage.last_forward = self.position
@@ -187,7 +223,7 @@ class Recorder(_torch.TorchDispatchMode):
             if storage.node is None and storage.born == self.position:
                 storage.node = node
         self._sequence.append(_torch.sequence_number())
-        self.ran.append(Ran(node, *cost, made, again))
+        self.ran.append(Ran(node, *cost, made, again, inside))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -202,6 +238,9 @@ class Recorder(_torch.TorchDispatchMode):
             self.kernels.append(Kernel(str(func), cost, Call.of(func, args, kwargs), self._origin()))
             self.position += 1
         self.note(out)
+        if self._inside is not None and counts:
+            self._inside.cost_us += op_cost_us(func, args, kwargs, out, self.device)
+            self._inside.calls.append((Call.of(func, args, kwargs), self._inside.live_bytes))
         if self.in_forward and not self.in_graph and counts:
             cost = op_cost_us(func, args, kwargs, out, self.device)
             read = self.behind((args, kwargs))
@@ -234,10 +273,14 @@ class Recorder(_torch.TorchDispatchMode):
             raw = tensor.untyped_storage()
             storage = self._storages[key] = Storage(self.device.allocated_bytes(raw.nbytes()), at)
             self.all.append(storage)
+            if self._inside is not None:
+                self._inside.make(storage)
             weakref.finalize(raw, self._died, key, storage)
 
     def _died(self, key: int, storage: Storage) -> None:
         storage.dies = self.position - (0 if self.in_forward else 1)
+        if self._inside is not None and storage.born == self.position:
+            self._inside.live_bytes -= storage.bytes
         if self._storages.get(key) is storage:
             del self._storages[key]
 

@@ -201,36 +201,6 @@ def test_transformers_gradient_checkpointing_is_detected() -> None:
     remat.optimize(model, (), kwargs, budget=None)
 
 
-class Straight(torch.autograd.Function):
-    """Rounds, with the identity as its gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.round()
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        return grad
-
-
-class Quantized(Mlp):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(Straight.apply(self.layers[0](x)))
-
-
-def test_a_custom_autograd_function_is_refused() -> None:
-    with pytest.raises(remat.CaptureError, match="Straight"):
-        remat.optimize(Quantized().train(), (torch.randn(8, 32),), budget=None)
-
-
-def test_autograd_functions_work_again_after_a_refused_capture() -> None:
-    with pytest.raises(remat.CaptureError):
-        remat.optimize(Quantized().train(), (torch.randn(8, 32),), budget=None)
-    x = torch.full((3,), 0.4, requires_grad=True)
-    Straight.apply(x).sum().backward()
-    assert torch.equal(x.grad, torch.ones(3))
-
-
 class Raising(Mlp):
     broken = False
 

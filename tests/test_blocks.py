@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import remat
 from tests import models
@@ -295,6 +296,16 @@ class _Looks(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.layers[0](x)
         return self.layers[1](x) if x.sum() > 0 else x
+
+
+class _Checkpoints(_Looks):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(self.layers[1], self.layers[0](x), use_reentrant=True)
+
+
+def test_blocks_that_run_in_backward_are_refused() -> None:
+    with pytest.raises(remat.CaptureError, match=r"layers.1 runs in backward too"):
+        remat.optimize_blocks(_Checkpoints(), (torch.randn(4, 8),), budget=None)
 
 
 class _Picks(_Looks):

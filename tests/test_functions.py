@@ -1,0 +1,204 @@
+"""Models with autograd functions of their own."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import remat
+from tests.steps import assert_same, run_step
+
+
+class Scaled(torch.autograd.Function):
+    """Several results, one without gradient and one that is no tensor, and a backward that no formula of torch's gives."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor, factor: float) -> Any:
+        y = x * scale
+        ctx.save_for_backward(x, scale)
+        above = y > 0
+        ctx.mark_non_differentiable(above)
+        return y, 3, y * factor, above
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        x, scale = ctx.saved_tensors
+        gradient = 1.5 * gradients[0] + gradients[2]
+        return gradient * scale, (gradient * x).sum(0), None
+
+
+class Holding(torch.autograd.Function):
+    """Keeps what it is given where no hook sees it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.x = x
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return gradient * ctx.x.cos()
+
+
+class Reversed(torch.autograd.Function):
+    """Returns what it is given."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return -gradient
+
+
+class Dropping(torch.autograd.Function):
+    """Draws random numbers, and needs much more memory than its result."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        kept = torch.rand_like(x) > 0.3
+        ctx.save_for_backward(kept)
+        return x * kept
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return gradient * ctx.saved_tensors[0]
+
+
+class Product(torch.autograd.Function):
+    """Computes in the type that autocast says around it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        return (gradient @ weight.t().to(gradient.dtype)).float(), (x.t().to(gradient.dtype) @ gradient).float()
+
+
+class Doubling(torch.autograd.Function):
+    """Writes to what it is given."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.mark_dirty(x)
+        return x.mul_(2)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return 2 * gradient
+
+
+class First(torch.autograd.Function):
+    """Takes tensors in a list."""
+
+    @staticmethod
+    def forward(ctx: Any, xs: list[torch.Tensor]) -> torch.Tensor:
+        return xs[0] * 2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> None:  # type: ignore[override]
+        return None
+
+
+OUTSIDE = torch.randn(256)
+
+
+class Outside(torch.autograd.Function):
+    """Reads a tensor that it is not given."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * OUTSIDE
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return gradient * OUTSIDE
+
+
+class Block(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.first, self.second, self.dropout = nn.Linear(64, 256), nn.Linear(256, 64), nn.Dropout(0.1)
+        self.scale, self.mixed = nn.Parameter(torch.randn(256)), nn.Parameter(torch.randn(256, 256) / 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.dropout(self.second(self._between(self.first(x))))
+
+    def _between(self, x: torch.Tensor) -> Any:
+        match self.kind:
+            case "scaled":
+                y, three, z, above = Scaled.apply(x, self.scale, 0.5)
+                return y.tanh() * three + z * above
+            case "product":
+                with torch.autocast("cpu", torch.bfloat16):
+                    return Product.apply(x, self.mixed).tanh().float()
+            case "reversed":
+                return Reversed.apply(x).tanh()
+            case "holding":
+                return Holding.apply(x)
+            case "dropping":
+                return Dropping.apply(x).tanh()
+            case "doubling":
+                return Doubling.apply(x.clone())
+            case "outside":
+                return Outside.apply(x)
+        return First.apply([x])
+
+
+def _model(kind: str) -> tuple[nn.Module, dict[str, Any]]:
+    torch.manual_seed(0)
+    return nn.Sequential(*(Block(kind) for _ in range(3))), {"input": torch.randn(512, 64)}
+
+
+@pytest.mark.parametrize("kind", ["scaled", "holding", "reversed", "dropping", "product"])
+def test_functions_of_a_model_are_run_again_like_ops(kind: str) -> None:
+    model, kwargs = _model(kind)
+    plain = run_step(copy.deepcopy(model), kwargs)
+    with pytest.raises(remat.BudgetError) as error:
+        remat.optimize(model, (), kwargs, budget=1)
+    module = remat.optimize(model, (), kwargs, budget=error.value.minimum_bytes)
+    ours = run_step(module, kwargs)
+    assert_same(ours, plain)
+    assert len(module.plan.dropped) > 3
+    assert 0.99 < ours.peak_bytes / module.plan.peak_bytes <= 1
+    assert_same(run_step(copy.deepcopy(module), kwargs), plain)
+    assert_same(run_step(pickle.loads(pickle.dumps(module)), kwargs), plain)
+
+
+def test_functions_within_blocks() -> None:
+    model, kwargs = _model("scaled")
+    plain = run_step(copy.deepcopy(model), kwargs)
+    remat.optimize_blocks(model, (), kwargs, budget=None, policy="blocks")
+    ours, plan = run_step(model, kwargs), remat.plan_of(model)
+    assert_same(ours, plain)
+    assert plan is not None
+    assert any("scaled" in name for name in plan.dropped)
+    assert 0.97 < ours.peak_bytes / plan.peak_bytes <= 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("doubling", r"writes to a tensor that it is given \(.*Doubling\)"),
+        ("list", r"takes tensors within another argument \(.*First\)"),
+        ("outside", r"reads a tensor that is not given to it \(.*Outside\)"),
+    ],
+)
+def test_functions_that_cannot_be_ops_are_refused(kind: str, why: str) -> None:
+    model, kwargs = _model(kind)
+    with pytest.raises(remat.CaptureError, match=why):
+        remat.optimize(model, (), kwargs, budget=None)
+    x = torch.full((3,), 0.4, requires_grad=True)
+    Reversed.apply(x).sum().backward()
+    assert torch.equal(x.grad, -torch.ones(3))
