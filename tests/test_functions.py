@@ -176,6 +176,13 @@ def test_functions_of_a_model_are_run_again_like_ops(kind: str) -> None:
     assert_same(run_step(pickle.loads(pickle.dumps(module)), kwargs), plain)
 
 
+def test_functions_of_a_model_that_is_compiled() -> None:
+    model, kwargs = _model("dropping")
+    plain = run_step(copy.deepcopy(model), kwargs)
+    module = remat.optimize(model, (), kwargs, budget="4MiB")
+    assert_same(run_step(torch.compile(module, backend="aot_eager"), kwargs), plain)
+
+
 def test_functions_within_blocks() -> None:
     model, kwargs = _model("scaled")
     plain = run_step(copy.deepcopy(model), kwargs)
