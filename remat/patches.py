@@ -339,6 +339,10 @@ def watch_for_opaque_autograd() -> Iterator[None]:
             raise OpaqueAutograd(CHECKPOINTS)
         if cls.__module__.startswith("torch.") or within:
             return apply(cls, *args, **kwargs)
+        if kwargs:
+            bound = inspect.signature(cls.forward).bind(*args, **kwargs)  # type: ignore[attr-defined]
+            bound.apply_defaults()
+            args = bound.args
         within.append(cls)
         try:
             return call_as_op(cls, args)

@@ -85,6 +85,24 @@ class Product(torch.autograd.Function):
         return (gradient @ weight.t().to(gradient.dtype)).float(), (x.t().to(gradient.dtype) @ gradient).float()
 
 
+class Powered(torch.autograd.Function):
+    """Takes arguments by name."""
+
+    @staticmethod
+    def forward(x: torch.Tensor, power: int = 2, factor: float = 1.0) -> torch.Tensor:
+        return factor * x**power
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        x, ctx.power, ctx.factor = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return gradient * ctx.factor * ctx.power * x ** (ctx.power - 1), None, None
+
+
 class Doubling(torch.autograd.Function):
     """Writes to what it is given."""
 
@@ -145,6 +163,8 @@ class Block(nn.Module):
                     return Product.apply(x, self.mixed).tanh().float()
             case "reversed":
                 return Reversed.apply(x).tanh()
+            case "powered":
+                return Powered.apply(x, factor=0.5).tanh()
             case "holding":
                 return Holding.apply(x)
             case "dropping":
@@ -161,7 +181,7 @@ def _model(kind: str) -> tuple[nn.Module, dict[str, Any]]:
     return nn.Sequential(*(Block(kind) for _ in range(3))), {"input": torch.randn(512, 64)}
 
 
-@pytest.mark.parametrize("kind", ["scaled", "holding", "reversed", "dropping", "product"])
+@pytest.mark.parametrize("kind", ["scaled", "holding", "reversed", "dropping", "product", "powered"])
 def test_functions_of_a_model_are_run_again_like_ops(kind: str) -> None:
     model, kwargs = _model(kind)
     plain = run_step(copy.deepcopy(model), kwargs)
