@@ -51,6 +51,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
+from torch.autograd.function import _SingleLevelFunction as FunctionBase
 from torch.export import _trace as exporting
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 from torch.jit._fuser import optimized_execution
@@ -77,6 +78,7 @@ __all__ = [
     "DynamicOutputShapeException",
     "FakeTensorMode",
     "ForwardTokenAOTInput",
+    "FunctionBase",
     "GradAOTOutput",
     "GraphLowering",
     "HigherOrderOperator",
@@ -139,6 +141,7 @@ __all__ = [
     "publish",
     "pytree",
     "running_sequence_number",
+    "runs_formula_of_torch",
     "sequence_number",
     "sharded_groups",
     "statically_known_true",
@@ -162,6 +165,12 @@ def running_sequence_number() -> int | None:
     node = torch._C._current_autograd_node()
     number = None if node is None else node._sequence_nr()
     return None if number is None or number >= 2**63 else number
+
+
+def runs_formula_of_torch() -> bool:
+    """True while backward runs a derivative formula of torch's own, and no function of a model's."""
+    node = torch._C._current_autograd_node()
+    return node is not None and not isinstance(node, torch.autograd.function.BackwardCFunction)
 
 
 def storage_key(tensor: torch.Tensor) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 import sys
 import threading
@@ -18,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
 from remat._torch import (
+    FunctionBase,
     PythonWrapperCodegen,
     Scheduler,
     SubgraphLowering,
@@ -326,7 +326,6 @@ def watch_for_opaque_autograd() -> Iterator[None]:
 
     Non-strict export runs through all of these, and keeps none of them.
     """
-    apply = inspect.getattr_static(torch.autograd.Function, "apply").__func__
     set_attribute = torch.nn.Module.__setattr__
 
     def no_checkpoint(*_: Any, **__: Any) -> Any:
@@ -334,15 +333,14 @@ def watch_for_opaque_autograd() -> Iterator[None]:
 
     within: list[type] = []
 
-    def function(cls: type, *args: Any, **kwargs: Any) -> Any:
+    def apply(cls: type, *args: Any) -> Any:
+        return super(FunctionBase, cls).apply(*args)  # type: ignore[misc]
+
+    def function(cls: type, *args: Any) -> Any:
         if cls is checkpoint.CheckpointFunction:
             raise OpaqueAutograd(CHECKPOINTS)
         if cls.__module__.startswith("torch.") or within:
-            return apply(cls, *args, **kwargs)
-        if kwargs:
-            bound = inspect.signature(cls.forward).bind(*args, **kwargs)  # type: ignore[attr-defined]
-            bound.apply_defaults()
-            args = bound.args
+            return apply(cls, *args)
         within.append(cls)
         try:
             return call_as_op(cls, args)
@@ -363,7 +361,7 @@ def watch_for_opaque_autograd() -> Iterator[None]:
     checkpointed, hook = checkpoint._checkpoint_without_reentrant_generator, torch.Tensor.register_hook
     with (
         mock.patch.object(checkpoint, "_checkpoint_without_reentrant_generator", _here(no_checkpoint, checkpointed)),
-        mock.patch.object(torch.autograd.Function, "apply", classmethod(_here(function, apply))),
+        mock.patch.object(FunctionBase, "apply", classmethod(_here(function, apply)), create=True),  # also for `f = F.apply`
         mock.patch.object(torch.Tensor, "register_hook", _here(no_hook, hook)),
         mock.patch.object(torch.nn.Module, "__setattr__", _here(no_result, set_attribute)),
         _UnseenWrites(),

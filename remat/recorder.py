@@ -25,7 +25,7 @@ from remat.cost import op_cost_us
 from remat.devices import DeviceProfile
 from remat.errors import CaptureError
 from remat.export import DOOR_2
-from remat.fake_kernels import as_run
+from remat.fake_kernels import IN_PLACE_IN_FORMULAS, as_run
 from remat.functions import FunctionCall
 from remat.passes.aliasing import results
 from remat.steps import bind, recompute_inputs
@@ -230,6 +230,8 @@ class Recorder(_torch.TorchDispatchMode):
         if self.in_forward and not self.in_graph:
             self.position = len(self.ran)
         out = as_run(func, args, kwargs, func(*args, **kwargs))
+        if func in IN_PLACE_IN_FORMULAS and self._made_for_this(args[0]):
+            out = args[0]
         counts = not _is_free(func) and isinstance(func, _torch.OpOverload) and func.namespace != "prim"
         if not self.in_forward:
             if not counts:
@@ -246,6 +248,13 @@ class Recorder(_torch.TorchDispatchMode):
             read = self.behind((args, kwargs))
             self._ran(self._other(func), (cost, Call.of(func, args, kwargs)), read, self.behind(out))
         return out
+
+    def _made_for_this(self, tensor: torch.Tensor) -> bool:
+        """Whether a derivative formula has made these zeros just now."""
+        if self.in_forward or not _torch.runs_formula_of_torch():
+            return False
+        storage = self._storages.get(_torch.storage_key(tensor))
+        return storage is not None and storage.born == self.position - 1 and "zeros" in self.kernels[-1].name
 
     def _other(self, func: Any) -> fx.Node:
         """Stands for a kernel that ran outside of the graphs."""
