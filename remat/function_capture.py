@@ -74,8 +74,10 @@ class _Watch(_torch.TorchDispatchMode):
         return out
 
 
-def call_as_op(function: type[torch.autograd.Function], args: tuple[Any, ...]) -> Any:
+def call_as_op(function: type[torch.autograd.Function], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call an autograd function through an op that stands for it. Raises OpaqueFunction for one that cannot be an op."""
+    if kwargs:
+        raise OpaqueFunction("takes arguments by name alone")
     tensors = [a for a in args if isinstance(a, torch.Tensor)]
     if any(isinstance(leaf, torch.Tensor) for a in args if not isinstance(a, torch.Tensor) for leaf in pytree.tree_leaves(a)):
         raise OpaqueFunction("takes tensors within another argument")

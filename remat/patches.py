@@ -333,17 +333,17 @@ def watch_for_opaque_autograd() -> Iterator[None]:
 
     within: list[type] = []
 
-    def apply(cls: type, *args: Any) -> Any:
-        return super(FunctionBase, cls).apply(*args)  # type: ignore[misc]
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        return super(FunctionBase, cls).apply(*args, **kwargs)  # type: ignore[misc]
 
-    def function(cls: type, *args: Any) -> Any:
+    def function(cls: type, *args: Any, **kwargs: Any) -> Any:
         if cls is checkpoint.CheckpointFunction:
             raise OpaqueAutograd(CHECKPOINTS)
         if cls.__module__.startswith("torch.") or within:
-            return apply(cls, *args)
+            return apply(cls, *args, **kwargs)
         within.append(cls)
         try:
-            return call_as_op(cls, args)
+            return call_as_op(cls, args, kwargs)
         except OpaqueFunction as error:
             raise OpaqueAutograd(f"has an autograd function that {error} ({cls.__module__}.{cls.__qualname__})") from error
         finally:

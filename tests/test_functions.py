@@ -89,7 +89,7 @@ class Product(torch.autograd.Function):
 
 
 class Powered(torch.autograd.Function):
-    """Takes arguments by name."""
+    """Has defaults, and what it saves for backward is set apart from its forward."""
 
     @staticmethod
     def forward(x: torch.Tensor, power: int = 2, factor: float = 1.0) -> torch.Tensor:
@@ -167,7 +167,7 @@ class Block(nn.Module):
             case "reversed":
                 return reverse(x).tanh()
             case "powered":
-                return Powered.apply(x, factor=0.5).tanh()
+                return Powered.apply(x, 3).tanh()
             case "holding":
                 return Holding.apply(x)
             case "dropping":
