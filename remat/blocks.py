@@ -108,8 +108,8 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
 def trace_blocks(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], blocks: Mapping[str, nn.Module], settings: Settings
 ) -> TracedBlocks:
-    """Capture each block of one call of `model`, and record the whole step. Allocates nothing on the device but masks and
-    positions, at whose values the code between blocks may look, and what kernels take that run for their scratch memory."""
+    """Capture each block of one call of `model`, and record the step. Allocates nothing on the device but masks, positions
+    and constants, at whose values the code between blocks may look, and what kernels take that run for their scratch memory."""
     groups = _torch.sharded_groups(model)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         whole = any(tensor is p.shard and not p.is_split for g in groups for p in g.parameters)

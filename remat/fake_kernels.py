@@ -17,18 +17,15 @@ from remat.workspace import Call, has_room
 
 aten = torch.ops.aten
 
-IN_PLACE_IN_FORMULAS = (
-    frozenset(  # so run the derivatives of gather, indexing, max and their like, but not where a mode watches
-        (
-            aten.scatter_add.default,
-            aten.scatter.src,
-            aten.index_put.default,
-            aten.index_add.default,
-            aten.put.default,
-            aten.masked_scatter.default,
-        )
-    )
-)
+# What derivatives of gather, indexing, max and their like do to zeros that they have made: out of place where a mode watches.
+IN_PLACE_IN_FORMULAS = {
+    aten.scatter_add.default,
+    aten.scatter.src,
+    aten.index_put.default,
+    aten.index_add.default,
+    aten.put.default,
+    aten.masked_scatter.default,
+}
 
 _FORWARD, _BACKWARD = aten.mkldnn_rnn_layer.default, aten.mkldnn_rnn_layer_backward.default
 _KEPT, _SECOND_BIAS = 3, 4  # which of their results these are

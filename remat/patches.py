@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import sys
 import threading
@@ -333,8 +334,10 @@ def watch_for_opaque_autograd() -> Iterator[None]:
 
     within: list[type] = []
 
+    in_c: Any = inspect.getattr_static(FunctionBase, "apply")
+
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        return super(FunctionBase, cls).apply(*args, **kwargs)  # type: ignore[misc]
+        return in_c.__get__(None, cls)(*args, **kwargs)
 
     def function(cls: type, *args: Any, **kwargs: Any) -> Any:
         if cls is checkpoint.CheckpointFunction:

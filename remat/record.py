@@ -12,7 +12,7 @@ from remat import _torch
 from remat.absent import scratch_bytes
 from remat.capture import Captured
 from remat.devices import DeviceProfile
-from remat.errors import CaptureError
+from remat.errors import CaptureError, RematError
 from remat.export import DOOR_2
 from remat.op_times import OpTimes
 from remat.passes.pinning import why_pinned
@@ -71,9 +71,9 @@ def backward_from(output: Any) -> None:
     losses = [o for o in differentiable if o.dim() == 0 and (o is named or _is_after(o, differentiable))]
     try:
         (losses[0] if losses else _Loss.apply(*differentiable)).backward()
-    except CaptureError:
+    except RematError:
         raise
-    except Exception as error:  # an op without a derivative, which an in-place one has become; what a model's own functions do
+    except Exception as error:  # an op without a derivative; of any kind where a function of the model's own runs
         raise CaptureError(f"there is no backward to plan for: {error}; {DOOR_2}") from error
 
 

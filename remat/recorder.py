@@ -178,10 +178,11 @@ class Recorder(_torch.TorchDispatchMode):
             self._watch(out)
             read = self.behind([env[source] for source in node.all_input_nodes])
             again = self.behind([env[source] for source in recompute_inputs(node)])
+            made = self.behind(out)
             if self._inside is None:
-                self._ran(node, _node_cost(node, values, out, self.device), read, self.behind(out), again)
+                self._ran(node, _node_cost(node, values, out, self.device), read, made, again)
             else:
-                self._ran_function(node, self._inside, read, self.behind(out))
+                self._ran(node, (self._inside.cost_us, None), read, made, again, self._calls_of_function(read, made))
             del values, out
             for source in node.all_input_nodes:
                 if last[source] is node:
@@ -197,16 +198,17 @@ class Recorder(_torch.TorchDispatchMode):
         found = (self._storages.get(_torch.storage_key(t)) for t in leaves)
         return tuple({id(s): s for s in found if s is not None}.values())
 
-    def _ran_function(self, node: fx.Node, inside: _Inside, read: tuple[Storage, ...], made: tuple[Storage, ...]) -> None:
-        """What lived within the function only is its scratch; what autograd keeps of it does when it runs again."""
-        self._inside = None
+    def _calls_of_function(self, read: tuple[Storage, ...], made: tuple[Storage, ...]) -> tuple[tuple[Call | None, int], ...]:
+        """The ops of the function that just ran, for `Ran.inside`. What lived within it only is its scratch, and what autograd
+        keeps of it is when it runs again."""
+        inside, self._inside = self._inside, None
+        assert inside is not None
         gone = {id(storage) for storage in inside.made if storage.dies >= 0}
         self.all = [storage for storage in self.all if id(storage) not in gone]
-        own = sum(storage.bytes for storage in made)
-        calls = tuple((call, max(live - own, 0)) for call, live in inside.calls)
         for storage in (*read, *made):
             storage.in_function = True
-        self._ran(node, (inside.cost_us, None), read, made, read, calls)
+        own = sum(storage.bytes for storage in made)
+        return tuple((call, max(live - own, 0)) for call, live in inside.calls)
 
     def _ran(
         self,

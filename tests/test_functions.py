@@ -41,7 +41,7 @@ class Holding(torch.autograd.Function):
         return x.sin()
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         return gradient * ctx.x.cos()
 
 
@@ -53,7 +53,7 @@ class Reversed(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         return -gradient
 
 
@@ -70,7 +70,7 @@ class Dropping(torch.autograd.Function):
         return x * kept
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         return gradient * ctx.saved_tensors[0]
 
 
@@ -83,7 +83,7 @@ class Product(torch.autograd.Function):
         return x @ weight
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         x, weight = ctx.saved_tensors
         return (gradient @ weight.t().to(gradient.dtype)).float(), (x.t().to(gradient.dtype) @ gradient).float()
 
@@ -101,7 +101,7 @@ class Powered(torch.autograd.Function):
         ctx.save_for_backward(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         (x,) = ctx.saved_tensors
         return gradient * ctx.factor * ctx.power * x ** (ctx.power - 1), None, None
 
@@ -115,7 +115,7 @@ class Doubling(torch.autograd.Function):
         return x.mul_(2)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         return 2 * gradient
 
 
@@ -127,7 +127,7 @@ class First(torch.autograd.Function):
         return xs[0] * 2
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> None:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> None:
         return None
 
 
@@ -142,7 +142,7 @@ class Outside(torch.autograd.Function):
         return x * OUTSIDE
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         return gradient * OUTSIDE
 
 
@@ -214,7 +214,7 @@ class Gathering(torch.autograd.Function):
         return x[:, :4].clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         columns = torch.zeros(len(gradient), 4, dtype=torch.long)
         return torch.zeros(len(gradient), 256).scatter_add(1, columns, gradient)
 
