@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import sys
 import types
@@ -51,10 +52,12 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd.function import _SingleLevelFunction as FunctionBase
 from torch.export import _trace as exporting
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 from torch.jit._fuser import optimized_execution
+from torch.nn.utils._named_member_accessor import NamedMemberAccessor
 from torch.utils import _pytree as pytree
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._ordered_set import OrderedSet
@@ -76,14 +79,17 @@ __all__ = [
     "CustomPartitionerFn",
     "DataDependentOutputException",
     "DynamicOutputShapeException",
+    "FakeTensor",
     "FakeTensorMode",
     "ForwardTokenAOTInput",
     "FunctionBase",
+    "FunctionalTensor",
     "GradAOTOutput",
     "GraphLowering",
     "HigherOrderOperator",
     "InductorChoices",
     "InputMutationAOTOutput",
+    "NamedMemberAccessor",
     "OpOverload",
     "ParamAOTInput",
     "PlainAOTInput",
@@ -109,6 +115,7 @@ __all__ = [
     "export_grad_modes",
     "exporting",
     "extract_forward_backward",
+    "fake_like",
     "fake_modes",
     "flop_registry",
     "forget_output_strides",
@@ -134,6 +141,7 @@ __all__ = [
     "optimized_execution",
     "outermost_module",
     "outside_dynamo",
+    "own_attributes",
     "past_dynamo",
     "plain_type",
     "post_grad",
@@ -427,9 +435,27 @@ def is_fake(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, FakeTensor)
 
 
+def own_attributes(tensor: torch.Tensor) -> dict[str, Any]:
+    """What code has set on a tensor, without what makes it a fake one."""
+    names = _attributes_of_fakes()
+    return {name: value for name, value in vars(tensor).items() if name not in names}
+
+
+@functools.cache
+def _attributes_of_fakes() -> frozenset[str]:
+    with FakeTensorMode():
+        return frozenset(vars(torch.nn.Parameter(torch.empty(0))))
+
+
 def fake_modes(values: Iterable[Any]) -> set[FakeTensorMode]:
     """Those of the fake tensors among these."""
     return {value.fake_mode for value in values if isinstance(value, FakeTensor)}
+
+
+def fake_like(tensor: torch.Tensor) -> torch.Tensor:
+    """A leaf like `tensor`; fake within a fake mode."""
+    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return fake.requires_grad_(tensor.requires_grad)
 
 
 def meta_like(tensor: torch.Tensor) -> torch.Tensor:

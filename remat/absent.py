@@ -43,6 +43,9 @@ def stand_in(
     for p in model.parameters():
         twin = memo[id(p)] = nn.Parameter(fake(p), requires_grad=p.requires_grad)
         twin.grad = fake(p.grad) if p.grad is not None else None
+        own = _torch.own_attributes(p)  # what dequantises it
+        vars(twin).update(own)
+        memo.update((id(value), value) for value in own.values())
     args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: fake(t).requires_grad_(t.requires_grad), (args, kwargs))
     return copy.deepcopy(model, memo), args, kwargs
 

@@ -198,8 +198,9 @@ class _Recording:
         with twin.mode, recorder.backward():
             backward_from(output)
             sharded.end_backward()
-        constants = [t for call in self.calls if call.captured is not None for t in call.captured.constants.values()]
-        given, buffers = [*_tensors(args, kwargs), *constants, *self.attributes], list(self.model.buffers())
+        graphs = [call.captured for call in self.calls if call.captured is not None]
+        own = [t for graph in graphs for t in (*graph.constants.values(), *graph.read_by_functions())]
+        given, buffers = [*_tensors(args, kwargs), *own, *self.attributes], list(self.model.buffers())
         libraries = library_bytes(self.place) if self.profile.is_here else LIBRARY_BYTES if self.profile.is_gpu else 0
         resident = resident_memory(given, self.parameters, buffers, settings.optimizer, settings.in_flight > 1)
         self.there_bytes = libraries + there_bytes(given, self.parameters, buffers, settings.optimizer, self.place)

@@ -22,10 +22,11 @@ from remat.differentiable import DECOMPOSITIONS
 from remat.errors import CaptureError, RematError
 from remat.export import DOOR_2, export
 from remat.function_capture import capturing_functions
+from remat.functions import FunctionCall
 from remat.passes.aliasing import results
 from remat.passes.detaching import detach_without_gradient
 from remat.passes.randomness import argument
-from remat.state import tensor_key
+from remat.state import PLAIN, tensor_key
 
 _BLOCKWISE = "; or block by block: remat.enable(model, budget, whole_model=False)"
 _BATCH_NORM = torch.ops.aten._native_batch_norm_legit_functional.default
@@ -56,6 +57,7 @@ class Captured:
     outputs: for each flat output of the model, its index among the graph's outputs, or the constant it always is.
     mutations: (index among the graph's outputs, source of the input it belongs to).
     attributes: of each tensor that is an attribute of the model's and neither parameter nor buffer, what it has to be like.
+    held: attributes of parameters (by both names) that autograd functions are given.
     """
 
     graph: fx.Graph
@@ -66,10 +68,16 @@ class Captured:
     mutations: tuple[tuple[int, Source], ...]
     constants: dict[str, torch.Tensor]
     attributes: dict[str, Any]
+    held: dict[tuple[str, str], Any]
 
     def fits(self, model: nn.Module) -> bool:
         """Whether the graph can read the attributes of the model as they are now."""
-        return all(tensor_key(attribute(model, name)) == key for name, key in self.attributes.items())
+        there = all(tensor_key(attribute(model, name)) == key for name, key in self.attributes.items())
+        return there and all(attribute(model, f"{name}.{own}") is value for (name, own), value in self.held.items())
+
+    def read_by_functions(self) -> list[torch.Tensor]:
+        """What autograd functions read beside what they are given."""
+        return [tensor for node in self.graph.nodes if isinstance(node.target, FunctionCall) for tensor in node.target.reads]
 
     def output_of(self, results: Sequence[Any]) -> Any:
         """The model's output, from what the graph returns."""
@@ -248,7 +256,15 @@ def _forward_half(
         (-1, constant_outputs[i]) if i in constant_outputs else (by_index[next(tensors)], None)
         for i in range(out_spec.num_leaves)
     )
-    return Captured(graph, tuple(sources), in_spec, out_spec, flat_outputs, tuple(mutations), constants, attributes)
+    held = _held_by_functions(graph, model)
+    return Captured(graph, tuple(sources), in_spec, out_spec, flat_outputs, tuple(mutations), constants, attributes, held)
+
+
+def _held_by_functions(graph: fx.Graph, model: nn.Module) -> dict[tuple[str, str], Any]:
+    given = [argument for node in graph.nodes if isinstance(node.target, FunctionCall) for argument in node.target.arguments]
+    objects = {id(argument) for argument in given if type(argument) not in PLAIN}
+    owned = ((name, *item) for name, parameter in model.named_parameters() for item in _torch.own_attributes(parameter).items())
+    return {(name, own): value for name, own, value in owned if id(value) in objects}
 
 
 def _unregistered(name: str, tensor: torch.Tensor, model: nn.Module) -> Source:

@@ -38,10 +38,12 @@ def _(key: int, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     with torch.enable_grad():
         given = [tensor.detach().requires_grad_(tensor.requires_grad).view_as(tensor) for tensor in tensors]  # no leaves
     versions = [tensor._version for tensor in given]
-    with torch.enable_grad(), _Watch(given):
+    watch = _Watch(given)
+    with torch.enable_grad(), watch:
         found = _calls[key].structured(*given)
     if [tensor._version for tensor in given] != versions:
         raise OpaqueFunction("writes to a tensor that it is given")
+    _calls[key].reads[:] = [real for real, _ in watch.others.values()]
     leaves, spec = pytree.tree_flatten(found)
     _structures[key] = pytree.tree_unflatten([TENSOR if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], spec)
     return [leaf.detach() for leaf in leaves if isinstance(leaf, torch.Tensor)]
@@ -55,23 +57,53 @@ _function.register_autograd(_no_gradients)
 
 
 class _Watch(_torch.TorchDispatchMode):
-    """Raises OpaqueFunction for ops that other ranks have to run as often, and for those that read what is neither given to the
-    function nor made in it: a recorded step would not know it."""
+    """Raises OpaqueFunction for ops that other ranks have to run as often, and for those that read parameters, buffers or
+    results that are not given to the function: a recorded step would not know them.
+
+    `others` are tensors that are none of these, with the fake ones that are read in their place.
+    """
 
     def __init__(self, given: Sequence[torch.Tensor]) -> None:
         super().__init__()
         self._known = {_torch.storage_key(tensor): tensor.untyped_storage() for tensor in given}
+        self._mode = next(iter(_torch.fake_modes(given)), None)
+        self.others: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
+        if _torch.is_fake(tensor) or self._mode is None:
+            return tensor
+        if id(tensor) not in self.others:
+            with self._mode:
+                fake = _torch.fake_like(tensor)
+            self.others[id(tensor)] = tensor, fake
+            self._known[_torch.storage_key(fake)] = fake.untyped_storage()
+        return self.others[id(tensor)][1]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if is_collective(func):
             raise OpaqueFunction("communicates with other ranks")
+        kwargs = kwargs or {}
+        if not all(map(_torch.is_fake, _written(func, args, kwargs))):
+            raise OpaqueFunction("writes to a tensor that is not given to it")
+        if func is not torch.ops.aten.lift_fresh.default:
+            args, kwargs = pytree.tree_map_only(torch.Tensor, self._fake, (args, kwargs))
         read = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if func is not torch.ops.aten.lift_fresh.default and any(_torch.storage_key(t) not in self._known for t in read):
-            raise OpaqueFunction("reads a tensor that is not given to it")
-        out = func(*args, **(kwargs or {}))
+            raise OpaqueFunction("reads a parameter, buffer or result that is not given to it")
+        out = func(*args, **kwargs)
         made = (leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, torch.Tensor))
         self._known.update((_torch.storage_key(tensor), tensor.untyped_storage()) for tensor in made)
         return out
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
+    """What an op writes to of what it is given."""
+    if not isinstance(func, _torch.OpOverload):
+        return []
+    arguments = func._schema.arguments
+    values = {**kwargs, **dict(zip((argument.name for argument in arguments), args, strict=False))}
+    written = [values.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [leaf for leaf in pytree.tree_leaves(written) if isinstance(leaf, torch.Tensor)]
 
 
 def call_as_op(function: type[torch.autograd.Function], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -4,7 +4,7 @@ saves known to the plan, since it saves through the hooks that all ops do."""
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,12 +29,13 @@ class FunctionCall:
     memory with another or with what it was given.
 
     `arguments` are all that it takes, `TENSOR` for each tensor; `autocast` is what holds around it: a device's kind, a type and
-    whether it casts.
+    whether it casts. `reads` are tensors that its forward finds in other arguments, or elsewhere.
     """
 
     function: type[torch.autograd.Function]
     arguments: tuple[Any, ...]
     autocast: tuple[tuple[str, torch.dtype, bool], ...]
+    reads: list[torch.Tensor] = field(default_factory=list)
 
     @property
     def __name__(self) -> str:

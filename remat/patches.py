@@ -18,7 +18,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
 from remat._torch import (
+    FakeTensor,
+    FunctionalTensor,
     FunctionBase,
+    NamedMemberAccessor,
     PythonWrapperCodegen,
     Scheduler,
     SubgraphLowering,
@@ -28,6 +31,7 @@ from remat._torch import (
     inductor_config,
     is_functorch_wrapped_tensor,
     optimized_execution,
+    own_attributes,
     post_grad,
     pytree,
 )
@@ -171,6 +175,23 @@ def grad_modes_in_autocast() -> Iterator[None]:
         return first(nodes, lambda node: is_it(node) and node.target is not torch.amp.autocast_mode._enter_autocast)
 
     with mock.patch.object(export_grad_modes, "nodes_first", first_after_autocast):
+        yield
+
+
+@contextlib.contextmanager
+def keeping_attributes() -> Iterator[None]:
+    """What stands for a model's parameters while it is exported has their attributes: quantised weights have there what
+    dequantises them (`quant_state` of bitsandbytes)."""
+    swap = NamedMemberAccessor.swap_tensor
+
+    def swap_and_keep(self: NamedMemberAccessor, name: str, tensor: torch.Tensor, allow_missing: bool = False) -> torch.Tensor:
+        before = swap(self, name, tensor, allow_missing)
+        stands_in = isinstance(tensor, FakeTensor | FunctionalTensor) and not isinstance(before, FunctionalTensor)
+        if stands_in and isinstance(before, torch.Tensor):
+            vars(tensor).update(own_attributes(before))
+        return before
+
+    with mock.patch.object(NamedMemberAccessor, "swap_tensor", _here(swap_and_keep, swap)):
         yield
 
 

@@ -19,7 +19,7 @@ from remat.passes.pinning import why_pinned
 from remat.passes.provenance import module_path
 from remat.passes.randomness import may_draw
 from remat.program import HELD, Fixed, Op, Program, Value
-from remat.recorder import Recorder, Storage, fake_like
+from remat.recorder import Recorder, Storage
 from remat.workspace import Call, workspace_bytes
 
 
@@ -39,7 +39,7 @@ def record(
     recorder = Recorder(device)
     fake = _torch.FakeTensorMode()
     with fake:
-        inputs = [fake_like(tensor) for tensor in tensors]
+        inputs = [_torch.fake_like(tensor) for tensor in tensors]
     for tensor, real, source in zip(inputs, tensors, captured.sources, strict=True):
         recorder.know(tensor)
         trains = adds and source.kind == "parameter" and real.requires_grad

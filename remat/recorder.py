@@ -124,6 +124,7 @@ class Recorder(_torch.TorchDispatchMode):
         self._others = fx.Graph()
         self._pauses = False
         self._inside: _Inside | None = None
+        self._has_functions = False
 
     def know(self, tensor: torch.Tensor) -> None:
         """Parameters and inputs are resident: never counted."""
@@ -158,10 +159,11 @@ class Recorder(_torch.TorchDispatchMode):
         """Run a captured forward graph op by op, without autocast, since its casts are in the graph. `inputs` has a tensor for
         each placeholder, all held by the caller."""
         nodes = list(captured.graph.nodes)
+        self._has_functions |= any(isinstance(node.target, FunctionCall) for node in nodes)
         env: dict[fx.Node, Any] = dict(zip((n for n in nodes if n.op == "placeholder"), inputs, strict=True))
         for node in nodes:
             if node.op == "get_attr":
-                env[node] = fake_like(captured.constants[str(node.target)])
+                env[node] = _torch.fake_like(captured.constants[str(node.target)])
                 self.know(env[node])
         last = {source: node for node in nodes for source in node.all_input_nodes}
         self.in_graph = True
@@ -231,6 +233,8 @@ class Recorder(_torch.TorchDispatchMode):
         kwargs = kwargs or {}
         if self.in_forward and not self.in_graph:
             self.position = len(self.ran)
+        if self._has_functions and func is not aten.lift_fresh.default:
+            args, kwargs = pytree.tree_map_only(torch.Tensor, self._fake, (args, kwargs))
         out = as_run(func, args, kwargs, func(*args, **kwargs))
         if func in IN_PLACE_IN_FORMULAS and self._made_for_this(args[0]):
             out = args[0]
@@ -250,6 +254,14 @@ class Recorder(_torch.TorchDispatchMode):
             read = self.behind((args, kwargs))
             self._ran(self._other(func), (cost, Call.of(func, args, kwargs)), read, self.behind(out))
         return out
+
+    def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A fake tensor for one that a function finds elsewhere and that is there whatever the plan."""
+        if _torch.is_fake(tensor):
+            return tensor
+        fake = _torch.fake_like(tensor)
+        self.know(fake)
+        return fake
 
     def _made_for_this(self, tensor: torch.Tensor) -> bool:
         """Whether a derivative formula has made these zeros just now."""
@@ -323,12 +335,6 @@ class Recorder(_torch.TorchDispatchMode):
         storage.released += 1
         if not self.in_forward:
             storage.release = max(storage.release, self.position - 1)
-
-
-def fake_like(tensor: torch.Tensor) -> torch.Tensor:
-    """A leaf like `tensor`; fake within a fake mode."""
-    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-    return fake.requires_grad_(tensor.requires_grad)
 
 
 def _is_free(func: Any) -> bool:

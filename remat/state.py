@@ -23,7 +23,7 @@ log = logging.getLogger("remat")
 
 KEPT, OFTEN = 32, 8  # graphs of one model: how many are kept, and after how many captures it is said what makes them
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)  # activations; a forward that was replaced
-_PLAIN = frozenset((bool, int, float, str, types.NoneType, torch.dtype, torch.device, *_FUNCTIONS))
+PLAIN = frozenset((bool, int, float, str, types.NoneType, torch.dtype, torch.device, *_FUNCTIONS))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -198,7 +198,7 @@ def _state(module: nn.Module) -> tuple[Any, Any]:
     attributes = [
         (name, kind, value)
         for name, value in module.__dict__.items()
-        if name[0] != "_" and ((kind := type(value)) in _PLAIN or (kind is tuple and _PLAIN.issuperset(map(type, value))))
+        if name[0] != "_" and ((kind := type(value)) in PLAIN or (kind is tuple and PLAIN.issuperset(map(type, value))))
     ]
     return _hooks(module), tuple(attributes)
 

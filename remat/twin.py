@@ -111,6 +111,7 @@ class Twin:
             fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
             adds = tensor.grad is not None or (self._adds and tensor.requires_grad)
             fake.grad = self.like(tensor) if adds else None
+        vars(fake).update(_torch.own_attributes(tensor))
         self._values.know(fake, tensor)
         self._tensors[id(tensor)] = fake
         return fake

@@ -172,7 +172,7 @@ def trace(
     place = next((t.device for t in tensors if t.requires_grad), torch.device("cpu"))
     profile = profile or profile_of(place)
     libraries = library_bytes(place) if profile.is_here else LIBRARY_BYTES if profile.is_gpu else 0
-    others = [t for t in attributes_of(model) if t.device == place]
+    others = [*(t for t in attributes_of(model) if t.device == place), *captured.read_by_functions()]
     resident = resident_memory(tensors, list(model.parameters()), list(model.buffers()), optimizer, in_flight > 1, others)
     times = op_times(place) if costs == "measured" else None
     resident = {**resident, "libraries": libraries}

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import remat
+from remat.absent import LIBRARY_BYTES
 from tests.steps import assert_same, run_step
 
 
@@ -131,19 +132,79 @@ class First(torch.autograd.Function):
         return None
 
 
-OUTSIDE = torch.randn(256)
+class Counting(torch.autograd.Function):
+    """Writes to a tensor that it is not given."""
 
-
-class Outside(torch.autograd.Function):
-    """Reads a tensor that it is not given."""
+    calls = torch.zeros(())
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x * OUTSIDE
+        Counting.calls += 1
+        return x.sin()
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient * OUTSIDE
+        return gradient
+
+
+class Reaching(torch.autograd.Function):
+    """Reads a parameter that it is not given."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, block: Block) -> torch.Tensor:
+        return x * block.scale
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return gradient, None
+
+
+class Dequantising(torch.autograd.Function):
+    """Reads the scales of a quantised weight from an object, as those of bitsandbytes do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, scales: Scales) -> torch.Tensor:
+        ctx.weight, ctx.scales = weight, scales
+        return x @ (weight * scales.of_rows[:, None])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return gradient @ (ctx.weight * ctx.scales.of_rows[:, None]).t(), None, None
+
+
+class Scales:
+    def __init__(self, of_rows: torch.Tensor) -> None:
+        self.of_rows = of_rows
+
+
+class Weight(nn.Parameter):
+    scales: Scales
+
+    def __deepcopy__(self, memo: Any) -> Weight:
+        return _weight(self.data.clone(), copy.deepcopy(self.scales, memo))
+
+    def __reduce_ex__(self, _: Any) -> Any:
+        return _weight, (self.data, self.scales)
+
+
+def _weight(data: torch.Tensor, scales: Scales) -> Weight:
+    weight = Weight(data, requires_grad=False)
+    weight.scales = scales
+    return weight
+
+
+class Quantised(nn.Module):
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.weight = _weight(torch.empty(features, features, dtype=torch.int8), Scales(torch.empty(features)))
+        self.fill()
+
+    def fill(self) -> None:
+        self.weight.data.random_(-128, 128)
+        self.weight.scales = Scales(torch.rand(len(self.weight)) / 1000)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return Dequantising.apply(x, self.weight, self.weight.scales)
 
 
 class Block(nn.Module):
@@ -152,6 +213,7 @@ class Block(nn.Module):
         self.kind = kind
         self.first, self.second, self.dropout = nn.Linear(64, 256), nn.Linear(256, 64), nn.Dropout(0.1)
         self.scale, self.mixed = nn.Parameter(torch.randn(256)), nn.Parameter(torch.randn(256, 256) / 16)
+        self.quantised = Quantised(256)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.dropout(self.second(self._between(self.first(x))))
@@ -174,8 +236,12 @@ class Block(nn.Module):
                 return Dropping.apply(x).tanh()
             case "doubling":
                 return Doubling.apply(x.clone())
-            case "outside":
-                return Outside.apply(x)
+            case "counting":
+                return Counting.apply(x)
+            case "reaching":
+                return Reaching.apply(x, self)
+            case "quantised":
+                return self.quantised(x).tanh()
         return First.apply([x])
 
 
@@ -184,7 +250,7 @@ def _model(kind: str) -> tuple[nn.Module, dict[str, Any]]:
     return nn.Sequential(*(Block(kind) for _ in range(3))), {"input": torch.randn(512, 64)}
 
 
-@pytest.mark.parametrize("kind", ["scaled", "holding", "reversed", "dropping", "product", "powered"])
+@pytest.mark.parametrize("kind", ["scaled", "holding", "reversed", "dropping", "product", "powered", "quantised"])
 def test_functions_of_a_model_are_run_again_like_ops(kind: str) -> None:
     model, kwargs = _model(kind)
     plain = run_step(copy.deepcopy(model), kwargs)
@@ -197,6 +263,34 @@ def test_functions_of_a_model_are_run_again_like_ops(kind: str) -> None:
     assert 0.99 < ours.peak_bytes / module.plan.peak_bytes <= 1
     assert_same(run_step(copy.deepcopy(module), kwargs), plain)
     assert_same(run_step(pickle.loads(pickle.dumps(module)), kwargs), plain)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_weights_that_are_quantised_anew(whole: bool) -> None:
+    model, kwargs = _model("quantised")
+    original = copy.deepcopy(model)
+    remat.enable(model, 0.8, whole_model=whole)
+    assert_same(run_step(model, kwargs), run_step(original, kwargs))
+    before = remat.plan_of(model)
+    model.zero_grad()
+    original.zero_grad()
+    for module, other in zip(model.modules(), original.modules(), strict=True):
+        if isinstance(module, Quantised) and isinstance(other, Quantised):
+            module.fill()
+            other.weight.data.copy_(module.weight)
+            other.weight.scales = module.weight.scales
+    ours = run_step(model, kwargs)
+    assert_same(ours, run_step(original, kwargs))
+    assert before is not None
+    assert 0.99 < ours.peak_bytes / before.peak_bytes <= 1
+
+
+def test_what_functions_read_of_objects_is_resident() -> None:
+    model, kwargs = _model("quantised")
+    scales = [module.weight.scales.of_rows for module in model.modules() if isinstance(module, Quantised)]
+    there = sum(tensor.nbytes for tensor in (*model.parameters(), *kwargs.values(), *scales))
+    assert remat.plan(model, (), kwargs, budget=None).resident_bytes == there
+    assert remat.plan(model, (), kwargs, budget=None, device="h100").resident_bytes == there + LIBRARY_BYTES
 
 
 def test_functions_of_a_model_that_is_compiled() -> None:
@@ -261,7 +355,8 @@ def test_functions_within_blocks() -> None:
     [
         ("doubling", r"writes to a tensor that it is given \(.*Doubling\)"),
         ("list", r"takes tensors within another argument \(.*First\)"),
-        ("outside", r"reads a tensor that is not given to it \(.*Outside\)"),
+        ("counting", r"writes to a tensor that is not given to it \(.*Counting\)"),
+        ("reaching", r"reads a parameter, buffer or result that is not given to it \(.*Reaching\)"),
     ],
 )
 def test_functions_that_cannot_be_ops_are_refused(kind: str, why: str) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from remat import _torch
+from remat._torch import fake_like
 from remat.devices import profile_of
-from remat.recorder import Recorder, fake_like
+from remat.recorder import Recorder
 
 
 def test_memory_made_after_constants_have_gone_counts() -> None:
