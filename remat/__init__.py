@@ -14,6 +14,9 @@ The public names, on one screen:
     profile_device   measure this machine's rates, once; plans use them from then on
 """
 
+import importlib
+import types
+
 from remat.api import explain, frontier, optimize, plan
 from remat.backend import plans
 from remat.bundle import report
@@ -28,6 +31,15 @@ from remat.program import Decision
 from remat.session import CompiledPlan
 from remat.verify import Check, Verification, verify
 from remat.views.dot import to_dot
+
+_INTEGRATIONS = ("distributed", "hf", "lightning")  # imported when they are named: they need what is no dependency
+
+
+def __getattr__(name: str) -> types.ModuleType:
+    if name in _INTEGRATIONS:
+        return importlib.import_module(f"remat.{name}")
+    raise AttributeError(f"module 'remat' has no attribute {name!r}")
+
 
 __version__ = "0.1.0"
 

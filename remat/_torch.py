@@ -28,6 +28,7 @@ from torch._functorch._aot_autograd.descriptors import (
     PlainAOTInput,
     PlainAOTOutput,
     TangentAOTInput,
+    ViewBaseAOTInput,
 )
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors, aot_module_simplified
 from torch._functorch.partitioners import _extract_fwd_bwd_modules
@@ -102,6 +103,7 @@ __all__ = [
     "TangentAOTInput",
     "TorchDispatchMode",
     "V",
+    "ViewBaseAOTInput",
     "WeakTensorKeyDictionary",
     "aot_eager",
     "backward_start_ns",
@@ -123,12 +125,12 @@ __all__ = [
     "free_unbacked_symbols",
     "functorch_config",
     "has_graph_break",
+    "has_storage",
     "in_functorch",
     "inductor_config",
     "inductor_ir",
     "invoke_subgraph",
     "is_fake",
-    "is_functorch_wrapped_tensor",
     "is_opaque_node",
     "is_traceable_wrapper_subclass",
     "joint_graph",
@@ -184,6 +186,11 @@ def runs_formula_of_torch() -> bool:
 def storage_key(tensor: torch.Tensor) -> int:
     """What tells two live storages apart, on every device, fake tensors included."""
     return tensor.untyped_storage()._cdata
+
+
+def has_storage(tensor: torch.Tensor) -> bool:
+    """False for tensors of `torch.func`, and for sparse ones."""
+    return tensor.layout is torch.strided and not is_functorch_wrapped_tensor(tensor)
 
 
 def memory_events(profile: torch.profiler.profile, device_type: str = "cpu") -> Iterator[tuple[int, int]]:

@@ -86,8 +86,8 @@ def adopt(owner: nn.Module, original: nn.Module) -> None:
     owner._parameters = original._parameters
     owner._buffers = original._buffers
     owner._non_persistent_buffers_set = original._non_persistent_buffers_set
-    owner._state_dict_hooks = original._state_dict_hooks
-    owner._load_state_dict_pre_hooks = original._load_state_dict_pre_hooks
+    for hooks in ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"):
+        owner.__dict__[hooks] = original.__dict__[hooks]
     for name, child in original._modules.items():
         owner._modules[name] = child
 

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from remat import _torch
+from remat.accumulation import with_room_for_gradients
 from remat.compilation import Compilation
 from remat.each_size import EachSize, changes_size
 from remat.errors import CaptureError, RematError
@@ -56,10 +57,13 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Mapping
     def compile(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         return Compilation(read, session, inputs, frame, more_graphs).run(gm)
 
+    def compile_with_room(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        return with_room_for_gradients(gm, inputs, read, session, compile)
+
     trains = torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in example_inputs)
     if trains and changes_size(example_inputs):
-        return EachSize(gm, example_inputs, session, compile)
-    return compile(gm, example_inputs)
+        return EachSize(gm, example_inputs, session, compile_with_room)
+    return compile_with_room(gm, example_inputs) if trains else compile(gm, example_inputs)
 
 
 def _session(options: Any) -> Session:

@@ -219,7 +219,7 @@ def _forward_half(
             sources.append(source)
         elif node.op != "output" and all(n in copied for n in node.all_input_nodes):
             if node.op == "get_attr":
-                constants[node.target] = attribute(joint, node.target)
+                constants[node.target] = _constant(attribute(joint, node.target))
             copied[node] = graph.node_copy(node, lambda n: copied[n])
             if node.target is _BATCH_NORM:
                 _free_running_statistics(copied[node])
@@ -267,6 +267,14 @@ def _held_by_functions(graph: fx.Graph, model: nn.Module) -> dict[tuple[str, str
     return {(name, own): value for name, own, value in owned if id(value) in objects}
 
 
+def _constant(value: Any) -> torch.Tensor:
+    if isinstance(value, torch.Generator):
+        raise CaptureError(f"the model draws from a generator of its own, whose state is not kept for backward; {DOOR_2}")
+    if not isinstance(value, torch.Tensor):
+        raise CaptureError(f"the graph holds a {type(value).__name__}, which is no tensor; {DOOR_2}")
+    return value
+
+
 def _unregistered(name: str, tensor: torch.Tensor, model: nn.Module) -> Source:
     """Where a tensor comes from that export calls a buffer, and that is none of the model's."""
     here = attribute(model, name)
@@ -310,6 +318,8 @@ def _source(desc: Any, positions: list[int]) -> Source | None:
         return Source("input", index=positions[desc.idx])
     if isinstance(desc, _torch.TangentAOTInput):
         return None
+    if isinstance(desc, _torch.ViewBaseAOTInput):
+        raise CaptureError("the model writes to one of its inputs, which shares memory with another; pass a clone of it")
     if isinstance(desc, _torch.ForwardTokenAOTInput):
         raise CaptureError(f"the model calls an op with effects, such as the checks of torch.linalg's solvers; {DOOR_2}")
     raise CaptureError(f"remat does not know how to feed {desc!r} to the captured graph; {DOOR_2}")

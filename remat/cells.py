@@ -205,11 +205,12 @@ class Handle:
     value that was computed for this one when another was asked for.
     """
 
-    __slots__ = ("__weakref__", "cell", "given", "group", "kept", "layout")
+    __slots__ = ("__weakref__", "cell", "given", "group", "kept", "layout", "version")
 
     def __init__(self, tensor: torch.Tensor, cell: Cell | None, group: Sequence[weakref.ref[Handle]] = ()) -> None:
         self.cell = cell
         self.kept = tensor if cell is None else None
+        self.version = tensor._version
         self.group = group
         self.given: Any = None
         self.layout = (tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
@@ -217,7 +218,7 @@ class Handle:
     def tensor(self) -> torch.Tensor:
         if self.cell is None:
             assert self.kept is not None
-            return self.kept
+            return _unchanged(self.kept, self.version)
         base = self._base(self.cell)
         dtype, shape, stride, offset = self.layout
         if base.dtype == dtype and base.shape == shape and base.stride() == stride and base.storage_offset() == offset:
@@ -237,9 +238,10 @@ class Handle:
 
 def unpack(packed: Any) -> torch.Tensor:
     """The unpack hook: a tensor that stayed (checked against in-place changes) or a dropped one."""
-    if isinstance(packed, Handle):
-        return packed.tensor()
-    tensor, version = packed
+    return packed.tensor() if isinstance(packed, Handle) else _unchanged(*packed)
+
+
+def _unchanged(tensor: torch.Tensor, version: int) -> torch.Tensor:
     if tensor._version != version:
         raise RewriteError(
             f"a saved tensor of shape {tuple(tensor.shape)} was modified in place between forward and backward "

@@ -22,7 +22,7 @@ from remat.plan import Plan
 from remat.ranks import agreed
 from remat.settings import Settings
 from remat.sharding import local_parameters
-from remat.state import CallKey, call_key, device_type, flatten_call, is_step, keep, leaves_difference, leaves_key
+from remat.state import CallKey, call_key, device_type, flatten_call, is_step, keep, leaves_difference, leaves_key, used
 from remat.table import announce
 from remat.twin import imitate, without_hooks
 from remat.whole import Rewriting, check_training
@@ -252,6 +252,7 @@ class EnabledBlocks(Enabled):
             alike = (v for v in self._variants if v.key == key and v.adds == adds and v.first == (path, called))
             serve = (v for v in alike if all(run.fits(self.blocks[p]) for p, runs in v.runs.items() for run in runs))
             variant = next(serve, None) or self.capture(*self._running)
+            used(self._variants, variant)
             self.plan = variant.plan
             self._runs = {path: iter(runs) for path, runs in variant.runs.items()}
         planned = next(self._runs[path], None)

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -81,14 +82,12 @@ def _single_sequences(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
 
     twin = Twin(model)
     args, kwargs = pytree.tree_map_only(torch.Tensor, twin.like, (args, kwargs))
-    masks.find_packed_sequence_indices = look
+    looking = mock.patch.object(masks, "find_packed_sequence_indices", patches.here(look, looked))
     try:
-        with torch.no_grad(), twin.running(), without_cache(model):
+        with looking, torch.no_grad(), twin.running(), without_cache(model):
             twin.module(*args, **kwargs)
     except Exception as error:  # of any kind: a model may do what fake tensors cannot
         log.debug("%s: looks at positions are known up to an error: %s", type(model).__name__, error)
-    finally:
-        masks.find_packed_sequence_indices = looked
     return found
 
 

@@ -16,6 +16,7 @@ import torch
 aten = torch.ops.aten
 
 SHARES = 16
+_IGNORED = -100  # no class, as `ignore_index` may be one
 
 
 def _shares(logits: torch.Tensor, target: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
@@ -39,8 +40,8 @@ def cross_entropy(
     for share, part, _ in _shares(logits, target):
         rows = torch.where(known[share], target[share], 0)
         picked.append(aten._log_softmax(part.to(dtype), 1, widen).gather(1, rows.unsqueeze(1)))
-    column = torch.where(known, 0, ignore_index)
-    loss, weight = aten.nll_loss_forward(torch.cat(picked), column, None, reduction, ignore_index)
+    column = torch.where(known, 0, _IGNORED)
+    loss, weight = aten.nll_loss_forward(torch.cat(picked), column, None, reduction, _IGNORED)
     return loss, weight
 
 

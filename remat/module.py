@@ -22,12 +22,12 @@ from torch import fx, nn
 from remat import _torch
 from remat.assembly import Region, adopt, recompile_text_only, runnable
 from remat.capture import Captured
-from remat.errors import BudgetError, RematError
+from remat.errors import BudgetError, CaptureError, RematError
 from remat.passes.regions import RegionGraph
 from remat.plan import Plan
 from remat.runtime import one_step
 from remat.shapes import dynamic_axes
-from remat.state import CallKey, call_key, device_type, flatten_call, is_step, keep, serves, tensors_of
+from remat.state import CallKey, call_key, device_type, flatten_call, is_step, keep, serves, tensors_of, used
 from remat.table import announce
 from remat.twin import is_hooks
 
@@ -133,6 +133,7 @@ class RematModule(fx.GraphModule):
         if variant is None:
             variant = self.capture(args, kwargs)
         elif variant.plan is not self.plan and not torch.compiler.is_dynamo_compiling():
+            used(self._variants, variant)
             self._show(variant)
         tensors = [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
         moves = len(variant.plan.transfers) > 0
@@ -151,6 +152,8 @@ class RematModule(fx.GraphModule):
             log.info("%s plans again: the inputs differ from those before, or there are gradients to add to", name)
         if self._dynamic_shapes is not None:
             dynamic_axes(self._original, args, kwargs, self._dynamic_shapes)  # raises for axes that this call does not have
+        if self._original._backward_hooks or self._original._backward_pre_hooks:
+            raise CaptureError("the model has a backward hook, which no graph keeps; put it on what remat.optimize returned")
         flat, spec = flatten_call(args, kwargs)
         key = self._key(flat, spec)
         known = next((v.captured for v in self._variants if v.key == key and v.captured.fits(self._original)), None)
@@ -187,8 +190,20 @@ class RematModule(fx.GraphModule):
 
     def train(self, mode: bool = True) -> RematModule:
         self._original.train(mode)
-        super().train(mode)
+        self.training = mode
         return self
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self._original.zero_grad(set_to_none)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self._original.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self._original.load_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:  # where this module is part of the one that loads
+        self._original._load_from_state_dict(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RematModule:
         twin = RematModule(copy.deepcopy(self._original, memo), self._build, self._dynamic_shapes)

@@ -17,7 +17,7 @@ import torch
 
 from remat.devices import cache_file
 from remat.errors import RematError
-from remat.workspace import Call
+from remat.workspace import Call, can_run
 
 log = logging.getLogger("remat")
 
@@ -81,11 +81,13 @@ def _read(path: Path) -> dict[str, float]:
 
 
 def _measured(call: Call, device: torch.device) -> float | None:
+    if not can_run(call):
+        return None
     try:
         with call.ready(random=True) as run:
             run()
             return _on_cpu(run) if device.type == "cpu" else _on_accelerator(run, device)
-    except (RuntimeError, IndexError, ValueError, TypeError) as error:
+    except Exception as error:  # ops of others raise what they like
         log.debug("%s cannot be timed: %s", call.op, error)
         return None
 

@@ -47,8 +47,8 @@ _arriving: dict[int, Event] = {}
 def offload(x: torch.Tensor, stride: Sequence[int]) -> torch.Tensor:
     """Start to copy `x` to the host. `stride` has no holes and no overlaps."""
     tier = host_tier(x.device)
-    with tier.pool.lending(x.numel() * x.element_size()) as buffer:
-        host = buffer.fresh().view(x.dtype)
+    with tier.pool.lending(x.nbytes) as buffer:
+        host = buffer.fresh(x.nbytes).view(x.dtype)
         buffer.busy = tier.out.copy(torch.as_strided(host, x.shape, stride), x, buffer.busy)
     key = storage_key(host)
     _lent[key] = _Lent(buffer, x)

@@ -28,12 +28,13 @@ from remat._torch import (
     V,
     export_grad_modes,
     exporting,
+    has_storage,
     inductor_config,
-    is_functorch_wrapped_tensor,
     optimized_execution,
     own_attributes,
     post_grad,
     pytree,
+    storage_key,
 )
 from remat.function_capture import OpaqueFunction, call_as_op
 
@@ -94,7 +95,7 @@ def freeing_before(is_needed: Callable[[Any, Any], bool]) -> contextlib.Abstract
 # ---- while a model is exported ----
 
 
-def _here(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
+def here(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
     """`ours` on the thread that calls this, `theirs` on all others, which may be training meanwhile."""
     thread = threading.get_ident()
 
@@ -131,7 +132,7 @@ def specializing(single: Sequence[bool]) -> Iterator[None]:
 
     there: dict[str, Any] = {}
     if looked and traces:
-        there = {"find_packed_sequence_indices": _here(look, looked), "is_tracing": _here(is_tracing, traces)}
+        there = {"find_packed_sequence_indices": here(look, looked), "is_tracing": here(is_tracing, traces)}
     try:
         with mock.patch.multiple(masks, **there) if there else contextlib.nullcontext():
             yield
@@ -191,7 +192,7 @@ def keeping_attributes() -> Iterator[None]:
             vars(tensor).update(own_attributes(before))
         return before
 
-    with mock.patch.object(NamedMemberAccessor, "swap_tensor", _here(swap_and_keep, swap)):
+    with mock.patch.object(NamedMemberAccessor, "swap_tensor", here(swap_and_keep, swap)):
         yield
 
 
@@ -201,7 +202,7 @@ def without_backward() -> contextlib.AbstractContextManager[Any]:
     def no_gradients(outputs: Any, inputs: Sequence[Any], *_: Any, **__: Any) -> tuple[None, ...]:
         return (None,) * len(inputs)
 
-    return mock.patch.object(torch.autograd, "grad", _here(no_gradients, torch.autograd.grad))
+    return mock.patch.object(torch.autograd, "grad", here(no_gradients, torch.autograd.grad))
 
 
 @contextlib.contextmanager
@@ -298,12 +299,11 @@ class _UnseenWrites(TorchFunctionMode):
             return func(*args, **kwargs)
         for tensor in _tensors((args, kwargs)):
             if tensor.requires_grad:
-                storage = tensor.untyped_storage()
-                self._training[storage._cdata] = storage
+                self._training[storage_key(tensor)] = tensor.untyped_storage()
         is_renormed = func in _EMBEDDINGS and kwargs.get("max_norm") is not None  # their weights, without grad
         for tensor in _tensors(args[1] if is_renormed else _written(func, args, kwargs)):
             is_seen = tensor.requires_grad and torch.is_grad_enabled() and not is_renormed
-            if not is_seen and tensor.untyped_storage()._cdata in self._training:
+            if not is_seen and storage_key(tensor) in self._training:
                 raise OpaqueAutograd("writes without grad to a tensor that has a gradient")
         return func(*args, **kwargs)
 
@@ -319,7 +319,7 @@ def interpreting_scripts() -> Iterator[None]:
             with optimized_execution(False):
                 return run(script, *args, **kwargs)
 
-        return _here(call, run)
+        return here(call, run)
 
     with contextlib.ExitStack() as stack:
         for kind in (torch.jit.ScriptFunction, torch._C.ScriptMethod):
@@ -328,9 +328,8 @@ def interpreting_scripts() -> Iterator[None]:
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
-    """The tensors that have a storage: not those of `torch.func`, nor sparse ones."""
-    leaves = [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-    return [leaf for leaf in leaves if leaf.layout is torch.strided and not is_functorch_wrapped_tensor(leaf)]
+    """The tensors that have a storage."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor) and has_storage(leaf)]
 
 
 def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -384,10 +383,10 @@ def watch_for_opaque_autograd() -> Iterator[None]:
 
     checkpointed, hook = checkpoint._checkpoint_without_reentrant_generator, torch.Tensor.register_hook
     with (
-        mock.patch.object(checkpoint, "_checkpoint_without_reentrant_generator", _here(no_checkpoint, checkpointed)),
-        mock.patch.object(FunctionBase, "apply", classmethod(_here(function, apply)), create=True),  # also for `f = F.apply`
-        mock.patch.object(torch.Tensor, "register_hook", _here(no_hook, hook)),
-        mock.patch.object(torch.nn.Module, "__setattr__", _here(no_result, set_attribute)),
+        mock.patch.object(checkpoint, "_checkpoint_without_reentrant_generator", here(no_checkpoint, checkpointed)),
+        mock.patch.object(FunctionBase, "apply", classmethod(here(function, apply)), create=True),  # also for `f = F.apply`
+        mock.patch.object(torch.Tensor, "register_hook", here(no_hook, hook)),
+        mock.patch.object(torch.nn.Module, "__setattr__", here(no_result, set_attribute)),
         _UnseenWrites(),
     ):
         yield

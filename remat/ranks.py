@@ -27,14 +27,18 @@ def agreed(make: Callable[[], Plan], group: dist.ProcessGroup | None) -> tuple[P
 
     Raises the error of one rank on all of them, and RematError where they have planned for different graphs.
     """
+    cause: Exception | None = None
     try:
         mine = make()
         word = Word(None, mine.fingerprint, mine.model, mine.inputs, mine.resident_bytes)
     except Exception as error:  # of any kind: the other ranks wait for a word
-        word = Word(_portable(error))
+        word, cause = Word(_portable(error)), error
     words: list[Word] = [word] * dist.get_world_size(group)
     dist.all_gather_object(words, word, group=group)
-    _check(words)
+    try:
+        _check(words)
+    except RematError as error:
+        raise error from cause
     return mine, words
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from remat import _torch
 from remat._torch import pytree
 from remat.devices import cuda_block_bytes
+from remat.errors import RematError
 
 
 def resident_memory(
@@ -45,15 +46,26 @@ def attributes_of(model: nn.Module) -> list[torch.Tensor]:
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the optimizer's state; predicted by one step on fake tensors where there is none yet."""
+    """Bytes of the optimizer's state; predicted by one step on fake tensors where there is none yet.
+
+    Raises RematError where making the optimizer, or its step, takes more than parameters with gradients.
+    """
     if optimizer.state:
         return _bytes(t for t in pytree.tree_leaves(dict(optimizer.state)) if isinstance(t, torch.Tensor))
-    parts = [[(_torch.local(p), p.requires_grad) for p in group["params"]] for group in optimizer.param_groups]
+    try:
+        return sum(_state_bytes(type(optimizer), group) for group in optimizer.param_groups)
+    except TypeError as error:  # its constructor or its step has arguments of its own
+        raise RematError(
+            f"what state {type(optimizer).__name__} will hold cannot be predicted ({error}): take its first step "
+            "before, or leave optimizer= out and room for it in the budget"
+        ) from error
+
+
+def _state_bytes(kind: Any, group: dict[str, Any]) -> int:
+    """Bytes of the state for one group of parameters, which carries its hyperparameters."""
+    parts = [(_torch.local(p), p.requires_grad) for p in group["params"]]
     with _torch.FakeTensorMode():
-        pairs = zip(optimizer.param_groups, parts, strict=True)
-        groups = [{**group, "params": [_fake_trained(*p) for p in part]} for group, part in pairs]
-        make: Any = type(optimizer)  # each group carries its hyperparameters
-        twin = make(groups)
+        twin = kind([{**group, "params": [_fake_trained(*part) for part in parts]}])
         with contextlib.suppress(_torch.DataDependentOutputException):  # state is made before any value is read
             twin.step()
         return _bytes(t for t in pytree.tree_leaves(dict(twin.state)) if isinstance(t, torch.Tensor))

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import nn
 
-from remat._torch import pytree
+from remat._torch import has_storage, pytree, storage_key
 
 log = logging.getLogger("remat")
 
@@ -59,13 +59,18 @@ class Constant(NamedTuple):
 
 
 class CallKey(NamedTuple):
-    """Equal for calls of a model that one plan serves. `modules` are identities: whoever keeps a key keeps its modules."""
+    """Equal for calls of a model that one plan serves. `modules` are identities: whoever keeps a key keeps its modules.
+
+    `same`: for each tensor, of the call and then of the model, the place of the first that is the same object; then the same of
+    the storages of the call's. Under torch.compile, the tensors.
+    """
 
     leaves: Any
     autocast: torch.dtype | None
     tensors: tuple[Any, ...]
     modules: tuple[int, ...]
     states: tuple[Any, ...]
+    same: tuple[Any, ...]
     others: Any = ()
 
 
@@ -98,23 +103,36 @@ def _structure(spec: Any) -> Any:
     return spec.type, context, tuple([_structure(child) for child in spec.children()])
 
 
-def call_key(flat: list[Any], spec: Any, device: str, modules: Sequence[nn.Module], tensors: Iterable[torch.Tensor]) -> CallKey:
+def call_key(flat: list[Any], spec: Any, device: str, modules: Sequence[nn.Module], tensors: Sequence[torch.Tensor]) -> CallKey:
     """The key of a call with these leaves, of a model on `device` whose graph has `modules` and `tensors` in it."""
+    given = [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     found = tuple([tensor_key(tensor) for tensor in tensors])
-    states = () if torch.compiler.is_dynamo_compiling() else tuple(map(_state, modules))
-    return CallKey(leaves_key(flat, spec), autocast, found, tuple(map(id, modules)), states)
+    key = CallKey(leaves_key(flat, spec), autocast, found, tuple(map(id, modules)), (), (*given, *tensors))
+    if torch.compiler.is_dynamo_compiling():
+        return key
+    same = _firsts(map(id, key.same)), _firsts(storage_key(leaf) if has_storage(leaf) else id(leaf) for leaf in given)
+    return key._replace(states=tuple(map(_state, modules)), same=same)
+
+
+def _firsts(keys: Iterable[int]) -> tuple[int, ...]:
+    """For each key, the place of the first that is equal to it."""
+    first: dict[int, int] = {}
+    return tuple([first.setdefault(key, place) for place, key in enumerate(keys)])
 
 
 def serves(known: CallKey, modules: Sequence[nn.Module], key: CallKey) -> bool:
     """True if what was captured for a key, which speaks of `modules`, serves a call of another.
 
     Under torch.compile the states of modules are read here, and only what is compared, so that Dynamo watches that; all that is
-    in a module takes it four times as long.
+    in a module takes it four times as long. For the same reason only what was one tensor is held to be one still.
     """
     if not torch.compiler.is_dynamo_compiling():
         return known == key
-    return known._replace(states=()) == key and all(map(_is_still, modules, known.states))
+    if known._replace(states=(), same=()) != key._replace(same=()):
+        return False
+    is_same = all(key.same[place] is key.same[first] for place, first in enumerate(known.same[0]) if first != place)
+    return is_same and all(map(_is_still, modules, known.states))
 
 
 def _is_still(module: nn.Module, state: tuple[Any, Any]) -> bool:
@@ -136,8 +154,8 @@ def device_type(module: nn.Module) -> str:
 
 
 def keep(found: list[_K], new: _K, model: str) -> None:
-    """Add what a call was captured as; the oldest goes where there are too many. Says once, unless `model` has no name, what
-    has made many of them."""
+    """Add what a call was captured as; the one that has not served for longest goes where there are too many. Says once, unless
+    `model` has no name, what has made many of them."""
     found.append(new)
     del found[:-KEPT]
     if len(found) == OFTEN and model:
@@ -149,6 +167,12 @@ def keep(found: list[_K], new: _K, model: str) -> None:
             OFTEN,
             next(filter(None, changes), "gradients are there already, or are not"),
         )
+
+
+def used(found: list[_K], one: _K) -> None:
+    """Note that one of these has served a call: those that served last are kept longest."""
+    if found[-1] is not one:
+        found[:] = [*(other for other in found if other is not one), one]
 
 
 def difference(now: CallKey, before: CallKey, modules: Sequence[nn.Module]) -> str:
@@ -163,6 +187,8 @@ def difference(now: CallKey, before: CallKey, modules: Sequence[nn.Module]) -> s
         changed = sorted({name for name, *_ in set(attributes) ^ set(others)})
         if changed or hooks != other_hooks:
             return ", ".join(f"{type(module).__name__}.{name}" for name in changed or ("hooks",))
+    if now.same != before.same:
+        return "arguments or parameters that are one tensor"
     return "parameters of another type, shape, device or requires_grad" if now.tensors != before.tensors else ""
 
 

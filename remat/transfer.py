@@ -4,7 +4,7 @@ A lane is a stream of its own for each direction, ordered against compute by eve
 device. Memory is taken on the compute stream, and let go of only after compute has been made to wait for the copy, so that the
 allocator never hands it out while a copy reads or writes it. Host buffers have the exact size (no powers of two), lie
 outside of torch's allocator, are pinned where the device is a GPU, and are used again in the next step: pinning costs
-milliseconds each. On a CPU the host tier is a plain copy, done at once.
+milliseconds each. There are never more of them than were in use at once. On a CPU the host tier is a plain copy, done at once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import contextlib
 import mmap
 import threading
 import weakref
-from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
 from typing import Protocol
@@ -23,6 +22,8 @@ import torch
 from remat.budget import format_bytes
 from remat.errors import RematError
 
+_LARGER = 1.25
+
 
 class Event(Protocol):
     """A moment on a stream; `wait` makes compute wait for it, without blocking the host where the device has streams."""
@@ -31,7 +32,7 @@ class Event(Protocol):
 
 
 class HostBuffer:
-    """Host memory for one storage, pinned for `device`. `busy` is the last copy from or to it."""
+    """Host memory for one storage, pinned for `device`, as uint8 in `bytes`. `busy` is the last copy from or to it."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.busy: Event | None = None
@@ -44,9 +45,9 @@ class HostBuffer:
         else:
             self.bytes = torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
-    def fresh(self) -> torch.Tensor:
-        """The bytes as a tensor with a storage of its own, whose death tells when nobody uses them."""
-        return torch.from_numpy(self.bytes.numpy())
+    def fresh(self, size: int) -> torch.Tensor:
+        """The first bytes as a tensor with a storage of its own, whose death tells when nobody uses them."""
+        return torch.from_numpy(self.bytes.numpy()[:size])
 
 
 def _pin(memory: torch.Tensor, device: torch.device) -> None:
@@ -65,23 +66,44 @@ def _unpin(address: int) -> None:
 
 
 class HostPool:
-    """The host buffers of one device. `bytes` is all that it holds, `in_use_bytes` what is lent, both in bytes."""
+    """The host buffers of one device. `bytes` is all that it holds, `in_use_bytes` what is lent, both in bytes.
+
+    It holds no more than was lent at once, so that steps of ever other sizes do not add up.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.bytes = self.in_use_bytes = self.made = 0
-        self._free: dict[int, list[HostBuffer]] = defaultdict(list)
+        self._most_in_use = 0
+        self._idle: list[HostBuffer] = []  # those given back last come last
         self._lock = threading.RLock()  # backward has threads of its own, and a collection in `take` may give buffers back
 
     def take(self, size: int) -> HostBuffer:
-        """A buffer of `size` bytes, used before where there is one."""
+        """A buffer of `size` bytes, used before where there is one; a little larger rather than let go of others for it."""
         with self._lock:
-            if not self._free[size]:
-                self._free[size].append(HostBuffer(size, self.device))
-                self.bytes += size
-                self.made += 1
-            self.in_use_bytes += size
-            return self._free[size].pop()
+            buffer = self._idle_one(size) or self._new_one(size)
+            self.in_use_bytes += buffer.bytes.nbytes
+            self._most_in_use = max(self._most_in_use, self.in_use_bytes)
+            return buffer
+
+    def _idle_one(self, size: int) -> HostBuffer | None:
+        largest = size if self.bytes + size <= self._most_in_use else _LARGER * size
+        fitting = (buffer for buffer in self._idle if size <= buffer.bytes.nbytes <= largest)
+        found = min(fitting, key=lambda buffer: buffer.bytes.nbytes, default=None)
+        if found is not None:
+            self._idle.remove(found)
+        return found
+
+    def _new_one(self, size: int) -> HostBuffer:
+        limit = max(self._most_in_use, self.in_use_bytes + size)
+        if self._idle and self.bytes + size > limit and self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)  # copies may still read or write what is let go of
+        while self._idle and self.bytes + size > limit:
+            self.bytes -= self._idle.pop(0).bytes.nbytes
+        buffer = HostBuffer(size, self.device)
+        self.bytes += size
+        self.made += 1
+        return buffer
 
     @contextlib.contextmanager
     def lending(self, size: int) -> Iterator[HostBuffer]:
@@ -96,13 +118,13 @@ class HostPool:
     def give(self, buffer: HostBuffer) -> None:
         with self._lock:
             self.in_use_bytes -= buffer.bytes.nbytes
-            self._free[buffer.bytes.nbytes].append(buffer)
+            self._idle.append(buffer)
 
     def clear(self) -> None:
         """Free the buffers that are not lent."""
         with self._lock:
-            self._free.clear()
-            self.bytes = self.in_use_bytes
+            self._idle.clear()
+            self.bytes = self._most_in_use = self.in_use_bytes
 
 
 class Lane(Protocol):
@@ -171,7 +193,7 @@ class Moved:
     again, once compute may read them. The buffer returns to the pool with the last reference to this.
     """
 
-    __slots__ = ("__weakref__", "_arrived", "_back", "_buffer", "_copied", "_device", "_there", "_tier")
+    __slots__ = ("__weakref__", "_arrived", "_back", "_buffer", "_copied", "_device", "_host", "_there", "_tier")
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
         self._device = storage.device
@@ -180,7 +202,8 @@ class Moved:
         self._back: torch.Tensor | None = None
         self._arrived: Event | None = None
         with self._tier.pool.lending(storage.nbytes()) as buffer:
-            self._copied: Event = self._tier.out.copy(buffer.bytes, self._there, buffer.busy)
+            self._host = buffer.bytes[: storage.nbytes()]
+            self._copied: Event = self._tier.out.copy(self._host, self._there, buffer.busy)
         buffer.busy = self._copied
         self._buffer: HostBuffer | None = buffer
 
@@ -193,8 +216,8 @@ class Moved:
         if self._there is not None or self._back is not None:
             return
         assert self._buffer is not None, "a value was asked for after it had come back and gone"
-        self._back = torch.empty(self._buffer.bytes.nbytes, dtype=torch.uint8, device=self._device)
-        self._arrived = self._buffer.busy = self._tier.back.copy(self._back, self._buffer.bytes, self._copied)
+        self._back = torch.empty(self._host.nbytes, dtype=torch.uint8, device=self._device)
+        self._arrived = self._buffer.busy = self._tier.back.copy(self._back, self._host, self._copied)
 
     def tensor(self) -> torch.Tensor:
         """The bytes, as a uint8 tensor over a storage of the original's size. Gives the host buffer back."""

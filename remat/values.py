@@ -11,11 +11,13 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 
 from remat import _torch
 from remat._torch import pytree
+from remat.patches import here
 
 _SMALL = 2**20  # entries of real numbers that are computed with: a mask of tokens has fewer
 
@@ -72,16 +74,15 @@ class KnownValues(_torch.TorchDispatchMode):
     @contextlib.contextmanager
     def told(self) -> Iterator[None]:
         """Within it, and transformers takes tensors with known values for real ones."""
-        library = sys.modules.get("transformers.utils.import_utils")
-        asked = getattr(library, "is_fake_tensor", None)
-        if asked is not None:
-            library.is_fake_tensor = lambda tensor: asked(tensor) and not self.knows(tensor)  # type: ignore[union-attr]
-        try:
-            with self:
-                yield
-        finally:
-            if asked is not None:
-                library.is_fake_tensor = asked  # type: ignore[union-attr]
+        library: Any = sys.modules.get("transformers.utils.import_utils")
+        asked: Any = getattr(library, "is_fake_tensor", None)
+
+        def is_fake(tensor: Any) -> bool:
+            return bool(asked(tensor)) and not self.knows(tensor)
+
+        told: dict[str, Any] = {} if asked is None else {"is_fake_tensor": here(is_fake, asked)}
+        with mock.patch.multiple(library, **told) if told else contextlib.nullcontext(), self:
+            yield
 
 
 def _is_computed(tensor: torch.Tensor) -> bool:

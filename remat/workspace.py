@@ -177,14 +177,15 @@ def workspace_bytes(call: Call | None) -> int:
     if call is None or not call.has_scratch or any(device.type == "meta" for device in call.devices):
         return 0
     if call.key not in _known:
-        found = _measured(call) if _can_run(call) else None
+        found = _measured(call) if can_run(call) else None
         if found is None:
             return call.largest_bytes
         _known[call.key] = found
     return _known[call.key]
 
 
-def _can_run(call: Call) -> bool:
+def can_run(call: Call) -> bool:
+    """Whether the op may be run by itself, on numbers that mean nothing."""
     if call.op in _OPAQUE or (call.op is _KEEPS and not call.tensors[-1].bytes):
         return False
     if _torch.profiler_is_running():  # the meter is a profiler too, and two cannot run at once
@@ -203,7 +204,7 @@ def _measured(call: Call) -> int | None:
     try:
         on_zeros = _run_once(call)
         return max(on_zeros, _run_once(call, random=True)) if call.op in _BY_VALUES else on_zeros
-    except (RuntimeError, IndexError) as error:  # out of memory, and zeros are no valid input for a few ops
+    except Exception as error:  # out of memory; zeros are no valid input for a few ops, and ops of others raise what they like
         log.debug("workspace of %s is unknown: %s", call.op, error)
         return None
 

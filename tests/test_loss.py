@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch import nn
 
 import remat
 from remat import whole
+from remat.loss import cross_entropy
 from tests.steps import assert_same, run_step
 
 
@@ -101,3 +103,17 @@ def test_the_frontier_fit_and_formulas_know_of_it() -> None:
     module = remat.optimize(model, (), kwargs, budget=None, plan=remat.Plan.from_json(plan.to_json()))
     assert shares(module.plan)
     assert_same(run_step(module, kwargs), run_step(remat.optimize(model, (), kwargs, budget=None), kwargs))
+
+
+@pytest.mark.parametrize("ignored", [-100, 0, 3])
+@pytest.mark.parametrize("reduction", [1, 2])
+@pytest.mark.parametrize("rows", [5, 40])
+def test_an_ignored_class_may_have_any_number(ignored: int, reduction: int, rows: int) -> None:
+    torch.manual_seed(0)
+    logits, target = torch.randn(40, 7, requires_grad=True), torch.randint(0, 7, (40,))
+    target[:rows] = ignored
+    expected = nn.functional.cross_entropy(logits, target, ignore_index=ignored, reduction=("none", "mean", "sum")[reduction])
+    found, _ = cross_entropy(logits, target, torch.float32, False, reduction, ignored)
+    assert torch.equal(found, expected) or (found.isnan() and expected.isnan())
+    (ours,), (theirs,) = torch.autograd.grad(found, logits), torch.autograd.grad(expected, logits)
+    assert torch.equal(ours.nan_to_num(), theirs.nan_to_num())

@@ -31,6 +31,107 @@ def small() -> tuple[nn.Module, torch.Tensor, Any]:
     return model, x, smallest(model, x)
 
 
+class Frozen(nn.Module):
+    """Has a say in its modes, in what it saves and in which gradients go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+        self.cleared = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.first(x)).square().mean()
+
+    def train(self, mode: bool = True) -> Frozen:
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return {**super().state_dict(*args, **kwargs), "note": torch.ones(1)}
+
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().load_state_dict({k: v for k, v in state_dict.items() if k != "note"}, *args, **kwargs)
+
+    def get_extra_state(self) -> int:
+        return self.cleared
+
+    def set_extra_state(self, state: int) -> None:
+        self.cleared = state
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.cleared += 1
+        super().zero_grad(set_to_none)
+
+
+def test_what_the_model_does_otherwise_than_other_modules_it_does_still() -> None:
+    model, x = Frozen().train(), torch.randn(16, 8)
+    module = remat.optimize(model, (x,), budget=None)
+    module.eval()
+    assert module.train() is module
+    assert (module.training, model.training, model.norm.training) == (True, True, False)
+    before = model.norm.running_mean.clone()
+    module(x).backward()
+    assert torch.equal(model.norm.running_mean, before)
+    module.zero_grad()
+    assert (model.cleared, model.first.weight.grad) == (1, None)
+    called: list[str] = []
+    model.register_state_dict_pre_hook(lambda *_: called.append("to be saved"))
+    model.register_load_state_dict_post_hook(lambda *_: called.append("loaded"))
+    saved = {name: torch.as_tensor(value).clone() for name, value in module.state_dict().items()}
+    assert set(saved) == set(model.state_dict())
+    assert "note" in saved
+    saved["_extra_state"] = 5  # type: ignore[assignment]
+    saved["first.bias"] += 1
+    module.load_state_dict(saved)
+    assert called == ["to be saved", "to be saved", "loaded"]
+    assert model.cleared == 5
+    assert torch.equal(model.first.bias, saved["first.bias"])
+    outer = nn.Sequential(module)
+    saved["first.bias"] += 1
+    outer.load_state_dict({f"0.{name}": value for name, value in saved.items() if name != "note"})
+    assert torch.equal(model.first.bias, saved["first.bias"])
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_backward_hooks_of_the_model_itself(register: str, before: bool) -> None:
+    """No graph keeps them; on the module that optimize returns they run."""
+    model, x = mlp()
+    x.requires_grad_()
+    module = remat.optimize(model, (x,), budget=None)
+    calls: list[int] = []
+    getattr(module, register)(lambda *_: calls.append(1))
+    module(x).sum().backward()
+    assert calls == [1]
+    if before:
+        module = remat.optimize(model, budget=None)
+    getattr(model, register)(lambda *_: None)
+    with pytest.raises(remat.CaptureError, match="the model has a backward hook, which no graph keeps; put it on what"):
+        module(x)
+
+
+@pytest.mark.parametrize("pin", [{"mul": "OFFLOAD"}, {"mul": "RECOMPUTE"}])
+def test_a_tensor_changed_before_backward_is_an_error_whoever_saved_it(pin: dict[str, str]) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.shift = nn.Parameter(torch.randn(64)), nn.Parameter(torch.randn(64))
+
+        def forward(self, x: torch.Tensor) -> Any:
+            y = x * self.weight
+            return y.sin().sum(), (y + self.shift).sum()
+
+    model, x = Scaled(), torch.randn(256, 64, requires_grad=True)
+    module = remat.optimize(model, (x,), budget=None, pin=pin, host_budget="1GiB")
+    for i in (0, 1):
+        out = module(x)
+        with torch.no_grad():
+            model.weight += 1
+        with pytest.raises(remat.RewriteError, match="modified in place"):
+            out[i].backward()
+
+
 def test_it_is_a_graph_module_with_the_original_parameters() -> None:
     model, _, module = small()
     assert isinstance(module, torch.fx.GraphModule)

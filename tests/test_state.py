@@ -136,6 +136,76 @@ def test_a_forward_that_counts_its_calls_is_captured_once(way: str) -> None:
     assert remat.plan_of(module) is plan
 
 
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (self.layer(x) * (2 if x is y else 3) + y).sum()
+
+
+@pytest.mark.parametrize("way", ["optimize", "enable", "compiled"])
+def test_arguments_that_are_one_tensor_once(way: str) -> None:
+    """A graph captured so reads one where there are two later, and the other way round."""
+    torch.manual_seed(0)
+    model, (x, y) = Two(), torch.randn(2, 4, 8)
+    plain = copy.deepcopy(model)
+    if way == "enable":
+        module: Any = remat.enable(model, None)
+    else:
+        module = remat.optimize(model, (x, x), budget=None)
+        module(y, x)
+    called = torch.compile(module, backend="eager") if way == "compiled" else module
+    for pair in ((x, x), (x, y), (y, x), (y, y)):
+        assert torch.equal(called(*pair), plain(*pair))
+    if way != "compiled":  # Dynamo does not look whether an argument is a parameter
+        other = torch.randn(8, 8)
+        for mine, theirs in ((model.layer.weight, plain.layer.weight), (other, other)):
+            assert torch.equal(called(mine, other), plain(theirs, other))
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(8, 8), nn.Linear(8, 8, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.words(ids).tanh()).square().mean()
+
+
+@pytest.mark.parametrize("way", ["optimize", "enable"])
+def test_weights_that_are_tied_once(way: str) -> None:
+    torch.manual_seed(0)
+    model, ids = Tied(), torch.arange(8)
+    plain = copy.deepcopy(model)
+    module: Any = remat.optimize(model, (ids,), budget=None) if way == "optimize" else remat.enable(model, None)
+    assert torch.equal(module(ids), plain(ids))
+    for changed in (model, plain):
+        torch.manual_seed(1)
+        changed.head.weight = nn.Parameter(torch.randn(8, 8))
+    module(ids).backward()
+    plain(ids).backward()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+
+
+def test_the_graph_that_served_last_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state, "KEPT", 2)
+    model, x = scaled()
+    module = remat.optimize(model, budget=None)
+    for size in (4, 3, 4, 2):  # the last takes the place of the second
+        module(x[:size])
+    before = module.plan
+    module(x[:4])
+    plan = module.plan
+    assert plan is not before
+    module(x[:2])
+    module(x[:4])
+    assert module.plan is plan
+
+
 def test_going_back_takes_the_graph_that_is_there() -> None:
     model, x = scaled()
     module = remat.optimize(model, (x,), budget=None)

@@ -69,6 +69,22 @@ def test_buffers_have_the_exact_size_and_are_used_again() -> None:
     assert pool.made == 2
 
 
+def test_buffers_of_ever_other_sizes_do_not_add_up() -> None:
+    pool = HostPool(torch.device("cpu"))
+    for length in (*range(700, 1001, 3), *range(1000, 0, -1)):
+        lent = [pool.take(length), pool.take(2 * length)]
+        assert all(buffer.bytes.nbytes >= size for buffer, size in zip(lent, (length, 2 * length), strict=True))
+        assert pool.bytes <= 1.25 * 3 * 1000
+        for buffer in lent:
+            pool.give(buffer)
+    made = pool.made
+    for length in (900, 1000) * 10:  # of two sizes not far from each other the larger one's serve both
+        lent = [pool.take(length), pool.take(2 * length)]
+        for buffer in lent:
+            pool.give(buffer)
+    assert pool.made <= made + 4
+
+
 def test_buffers_may_come_back_while_one_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """A garbage collection runs when it likes, and what it finds gives its buffers back."""
     pool = HostPool(torch.device("cpu"))
