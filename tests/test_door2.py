@@ -279,6 +279,35 @@ def test_blocks_compiled_one_by_one_share_the_budget_of_their_options() -> None:
     assert after.plan.resident_bytes == before.plan.resident_bytes + before.plan.saved_bytes  # the blocks are of one size
 
 
+@pytest.mark.parametrize("budget", ["tight", "wide", 0.6])
+def test_steps_that_add_to_gradients(budget: Any) -> None:
+    """A budget in bytes is kept with them; code is made again only where that takes other code."""
+    torch.manual_seed(0)
+    model, x = Mlp().train(), torch.randn(128, 32)
+    plain = compiled(copy.deepcopy(model))
+    plain(x)
+    (everything,) = remat.plans(plain)
+    of_gradients = sum(p.nbytes for p in model.parameters())
+    if isinstance(budget, str):
+        budget = everything.plan.peak_bytes + (2 * of_gradients if budget == "wide" else 0)
+    torch._dynamo.reset()
+    module, expected = compiled(copy.deepcopy(model), budget), copy.deepcopy(model)
+
+    def step(model: Any) -> None:
+        torch.manual_seed(1)
+        model(x).backward()
+
+    for _ in range(2):
+        step(module)
+        peak = remat.measure(lambda: step(module)).peak_bytes
+        step(expected), step(expected)
+        for ours, theirs in zip(module.parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-6)
+        assert peak <= budget or isinstance(budget, float)
+        module.zero_grad(), expected.zero_grad()
+    assert len(remat.plans(module)) == (2 if budget == everything.plan.peak_bytes else 1)
+
+
 # ---- several graphs ----
 
 

@@ -12,6 +12,12 @@ import remat
 from remat import _torch
 
 
+def test_integrations_need_no_import_of_their_own() -> None:
+    assert all(map(callable, (remat.hf.RematCallback, remat.lightning.RematCallback, remat.distributed.plan)))
+    with pytest.raises(AttributeError, match="module 'remat' has no attribute 'jax'"):
+        remat.jax  # noqa: B018
+
+
 def test_names() -> None:
     assert remat.__all__ == [
         "Activation",

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -115,3 +116,27 @@ def test_another_model_trains_while_one_is_captured() -> None:
 
     assert not _errors(train, capture)
     assert steps
+
+
+def test_models_with_packed_rows_beside_others() -> None:
+    """Captures look how transformers looks at positions, of their own model alone."""
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model, other = (transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, use_cache=False)) for _ in range(2))
+    ids = torch.randint(0, 64, (1, 16))
+    packed = {"input_ids": ids, "labels": ids.clone(), "position_ids": torch.cat([torch.arange(8), torch.arange(8)])[None]}
+    stop, runs = threading.Event(), threading.Event()
+
+    def train() -> None:
+        while not stop.is_set():
+            other(input_ids=ids, position_ids=torch.arange(16)[None])
+            runs.set()
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    runs.wait()
+    try:
+        module = remat.optimize(model, (), packed, budget=None)
+    finally:
+        stop.set()
+        thread.join()
+    assert torch.equal(module(**packed).loss, model(**packed).loss)
