@@ -23,6 +23,7 @@ from remat.capture import Captured, capture
 from remat.devices import profile_of
 from remat.errors import CaptureError, RematError
 from remat.export import DOOR_2, as_in_training, say_without_cache, without_cache
+from remat.kept import kept_as_before
 from remat.op_times import op_times
 from remat.passes.pinning import why_pinned
 from remat.passes.regions import RegionGraph, form_regions
@@ -30,7 +31,7 @@ from remat.plan import Plan
 from remat.program import HELD, Program
 from remat.record import backward_from, mutated_inputs, write_program
 from remat.recorder import Recorder
-from remat.resident import resident_memory, there_bytes
+from remat.resident import attributes_of, resident_memory, there_bytes
 from remat.settings import Settings
 from remat.sharding import ShardedStep, local_parameters
 from remat.state import flatten_call, leaves_key
@@ -126,7 +127,8 @@ def trace_blocks(
                 "module one with blocks=[...]"
             )
     recording = _Recording(model, blocks, groups, settings.in_flight > 1)
-    program = recording.program(args, kwargs, settings)
+    with kept_as_before(model, (args, kwargs), DOOR_2):
+        program = recording.program(args, kwargs, settings)
     graphs = [call.captured.graph for call in recording.calls if call.captured is not None]
     if not graphs:
         raise RematError("nothing in the blocks requires grad, so there is nothing to plan there; unfreeze something first")
@@ -202,7 +204,8 @@ class _Recording:
         own = [t for graph in graphs for t in (*graph.constants.values(), *graph.read_by_functions())]
         given, buffers = [*_tensors(args, kwargs), *own, *self.attributes], list(self.model.buffers())
         libraries = library_bytes(self.place) if self.profile.is_here else LIBRARY_BYTES if self.profile.is_gpu else 0
-        resident = resident_memory(given, self.parameters, buffers, settings.optimizer, settings.in_flight > 1)
+        others = [t for t in attributes_of(self.model) if t.device == self.place]
+        resident = resident_memory(given, self.parameters, buffers, settings.optimizer, settings.in_flight > 1, others)
         self.there_bytes = libraries + there_bytes(given, self.parameters, buffers, settings.optimizer, self.place)
         times = op_times(self.place) if settings.costs == "measured" else None
         found = write_program(recorder, self.pins, {**resident, "libraries": libraries}, times, tuple(self.parts))

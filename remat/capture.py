@@ -100,6 +100,9 @@ def check_model(model: Any, args: Any) -> None:
         raise RematError(f"a {type(model).__name__} is no nn.Module; write one whose forward calls it")
     if not isinstance(args, tuple):
         raise RematError(f"args is a {type(args).__name__}; give a tuple of positional inputs, args=(x,)")
+    lazy = next((name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)), None)
+    if lazy is not None:
+        raise RematError(f"{lazy} has no shape yet, which lazy modules find in their first call; call the model once before")
     enabled = next((module for module in model.modules() if "_remat" in vars(module)), None)
     if enabled is not None:
         raise RematError(f"remat is enabled for {type(enabled).__name__} already; call remat.disable on it first")
@@ -219,7 +222,9 @@ def _forward_half(
             sources.append(source)
         elif node.op != "output" and all(n in copied for n in node.all_input_nodes):
             if node.op == "get_attr":
-                constants[node.target] = _constant(attribute(joint, node.target))
+                constants[node.target] = attribute(joint, node.target)
+                if isinstance(constants[node.target], torch.Generator):
+                    raise CaptureError(f"the model draws from a generator of its own, of which no state is kept; {DOOR_2}")
             copied[node] = graph.node_copy(node, lambda n: copied[n])
             if node.target is _BATCH_NORM:
                 _free_running_statistics(copied[node])
@@ -265,14 +270,6 @@ def _held_by_functions(graph: fx.Graph, model: nn.Module) -> dict[tuple[str, str
     objects = {id(argument) for argument in given if type(argument) not in PLAIN}
     owned = ((name, *item) for name, parameter in model.named_parameters() for item in _torch.own_attributes(parameter).items())
     return {(name, own): value for name, own, value in owned if id(value) in objects}
-
-
-def _constant(value: Any) -> torch.Tensor:
-    if isinstance(value, torch.Generator):
-        raise CaptureError(f"the model draws from a generator of its own, whose state is not kept for backward; {DOOR_2}")
-    if not isinstance(value, torch.Tensor):
-        raise CaptureError(f"the graph holds a {type(value).__name__}, which is no tensor; {DOOR_2}")
-    return value
 
 
 def _unregistered(name: str, tensor: torch.Tensor, model: nn.Module) -> Source:

@@ -20,12 +20,15 @@ from torch import nn
 from remat import _torch, patches
 from remat._torch import pytree
 from remat.errors import CaptureError, find_cause
+from remat.kept import KeptTensor, kept_as_before
+from remat.opaque import CHECKPOINTS, OpaqueAutograd, watch_for_opaque_autograd
 from remat.twin import Twin
 
 log = logging.getLogger("remat")
 
 DOOR_2 = 'torch.compile(model, backend="remat", options={"budget": ...}) handles this'
 _OURS = (Path(torch.__file__).parent, Path(__file__).parent, Path(contextlib.__file__))
+_UNKNOWN = "an unknown line"
 _ASSIGNED = r"The tensor attributes? .* assigned during export"  # one that matters is an error: OpaqueAutograd
 
 
@@ -40,7 +43,13 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     errors: list[Exception] = []
     for way in (patches.specializing(_single_sequences(model, args, kwargs)), contextlib.nullcontext()):
         try:
-            with patches.watch_for_opaque_autograd(), way, without_cache(model), warnings.catch_warnings():
+            with (
+                kept_as_before(model, (args, kwargs), DOOR_2),
+                watch_for_opaque_autograd(model),
+                way,
+                without_cache(model),
+                warnings.catch_warnings(),
+            ):
                 warnings.filterwarnings("ignore", _ASSIGNED)
                 exported = torch.export.export(model, args, kwargs, strict=False)
             if _torch.fake_modes(exported.constants.values()) - own:  # export does not look where inputs are fake
@@ -48,8 +57,10 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
             if _host_randomness() != before:
                 raise CaptureError("a random number of Python's or NumPy's became a constant; draw it with torch")
             return exported
+        except KeptTensor:
+            raise
         except Exception as error:  # export raises many types, none of them documented
-            cause = find_cause(error, patches.OpaqueAutograd)
+            cause = find_cause(error, OpaqueAutograd)
             if cause is not None:
                 raise CaptureError(_opaque_message(cause.what, _user_line(error))) from error
             log.debug("%s: cannot be exported as it is: %s", type(model).__name__, error)
@@ -129,16 +140,18 @@ def _caching(model: nn.Module) -> list[Any]:
 
 
 def _opaque_message(what: str, line: str) -> str:
-    if what == patches.CHECKPOINTS:
+    if what == CHECKPOINTS:
         return (
             f"the model already {what}, which remat replaces; turn it off first "
             "(transformers: model.activation_checkpointing_disable(), gradient_checkpointing_disable() before 5.23)"
         )
-    return f"the model {what}, which an exported graph does not keep ({line}); {DOOR_2}"
+    place = f" ({line})" if line != _UNKNOWN else ""
+    return f"the model {what}, which an exported graph does not keep{place}; {DOOR_2}"
 
 
 def _user_line(error: BaseException) -> str:
     """The last line of a traceback that is neither torch's nor ours, nor of `contextlib`."""
     frames = traceback.extract_tb(error.__traceback__)
-    theirs = [frame for frame in frames if not any(map(Path(frame.filename).is_relative_to, _OURS))]
-    return f"{theirs[-1].filename}:{theirs[-1].lineno}: {theirs[-1].line}" if theirs else "an unknown line"
+    files = [frame for frame in frames if not frame.filename.startswith("<")]  # what torch generates
+    theirs = [frame for frame in files if not any(map(Path(frame.filename).is_relative_to, _OURS))]
+    return f"{theirs[-1].filename}:{theirs[-1].lineno}: {theirs[-1].line}" if theirs else _UNKNOWN

@@ -14,6 +14,7 @@ import os
 import time
 import types
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -116,28 +117,33 @@ def measure_accelerator(fn: Callable[[], object], device: torch.device) -> Measu
 
 
 def reachable(fn: Callable[[], object]) -> list[torch.Tensor]:
-    """The tensors that `fn` can reach: through its closure, the globals it names, modules, optimizers."""
-    tensors: list[torch.Tensor] = []
+    """The tensors that `fn` can reach: through its closure, the globals it names, modules, optimizers; and their gradients."""
+    found = [item for item in reach([fn]) if isinstance(item, torch.Tensor)]
+    return [local(tensor) for tensor in found]
+
+
+def reach(roots: Iterable[object], not_through: type | tuple[type, ...] = ()) -> Iterator[object]:
+    """All objects that these lead to, each once; but not through objects of some types."""
     seen: set[int] = set()
-    stack: list[object] = [fn]
+    stack = list(roots)
     while stack:
         item = stack.pop()
-        if id(item) in seen:
+        if id(item) in seen or isinstance(item, not_through):
             continue
         seen.add(id(item))
+        yield item
         if isinstance(item, torch.Tensor):
-            tensors.append(local(item))
             if item.is_leaf and item.grad is not None:
                 stack.append(item.grad)
             continue
         stack.extend(_referents(item))
-    return tensors
 
 
 def _referents(item: object) -> Iterable[object]:
     if isinstance(item, types.FunctionType):
         cells = [cell.cell_contents for cell in item.__closure__ or () if _filled(cell)]
-        used = [item.__globals__[name] for name in _names(item.__code__) if name in item.__globals__]
+        names = () if item.__globals__.get("__name__", "").startswith("torch.") else _names(item.__code__)
+        used = [item.__globals__[name] for name in names if name in item.__globals__]
         return [*cells, *used, *(item.__defaults__ or ())]
     if isinstance(item, types.MethodType):
         return [item.__self__, item.__func__]
@@ -145,7 +151,7 @@ def _referents(item: object) -> Iterable[object]:
         return [item.func, *item.args, *item.keywords.values()]
     if isinstance(item, dict):
         return list(item.values())
-    if isinstance(item, list | tuple | set | frozenset):
+    if isinstance(item, list | tuple | set | frozenset | deque):
         return list(item)
     if isinstance(item, type | types.ModuleType | types.BuiltinFunctionType | types.CodeType):
         return ()

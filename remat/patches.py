@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 import sys
 import threading
-import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import fx
-from torch.overrides import TorchFunctionMode
-from torch.utils import checkpoint
 
 from remat._torch import (
     FakeTensor,
     FunctionalTensor,
-    FunctionBase,
     NamedMemberAccessor,
     PythonWrapperCodegen,
     Scheduler,
@@ -28,15 +23,11 @@ from remat._torch import (
     V,
     export_grad_modes,
     exporting,
-    has_storage,
     inductor_config,
     optimized_execution,
     own_attributes,
     post_grad,
-    pytree,
-    storage_key,
 )
-from remat.function_capture import OpaqueFunction, call_as_op
 
 # ---- while Inductor compiles ----
 
@@ -268,46 +259,6 @@ _MARGIN_LOSSES = ("multi_margin_loss", "multilabel_margin_loss_forward")
 _COMPOSITE = (torch._C.DispatchKey.CompositeImplicitAutograd, torch._C.DispatchKey.Autograd)
 
 
-def _is_torch(frame: types.FrameType) -> bool:
-    return str(frame.f_globals["__name__"]).startswith("torch.")
-
-
-class OpaqueAutograd(Exception):
-    """A model did what an exported graph would silently drop: `what` says so, of "the model"."""
-
-    def __init__(self, what: str) -> None:
-        super().__init__(what)
-        self.what = what
-
-
-CHECKPOINTS = "checkpoints itself with torch.utils.checkpoint"
-_EMBEDDINGS = (torch.nn.functional.embedding, torch.nn.functional.embedding_bag)
-
-
-class _UnseenWrites(TorchFunctionMode):
-    """Raises OpaqueAutograd where a model writes to a tensor that has a gradient and autograd does not see it: without grad, or
-    through `detach`. The values change then, and the gradient does not. (A mode that sees ops and not functions would change
-    what export makes of gradients within forward.)"""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._training: dict[int, torch.UntypedStorage] = {}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if torch.compiler.is_dynamo_compiling():  # a branch of `torch.cond`, which is for compiled steps anyway
-            return func(*args, **kwargs)
-        for tensor in _tensors((args, kwargs)):
-            if tensor.requires_grad:
-                self._training[storage_key(tensor)] = tensor.untyped_storage()
-        is_renormed = func in _EMBEDDINGS and kwargs.get("max_norm") is not None  # their weights, without grad
-        for tensor in _tensors(args[1] if is_renormed else _written(func, args, kwargs)):
-            is_seen = tensor.requires_grad and torch.is_grad_enabled() and not is_renormed
-            if not is_seen and storage_key(tensor) in self._training:
-                raise OpaqueAutograd("writes without grad to a tensor that has a gradient")
-        return func(*args, **kwargs)
-
-
 @contextlib.contextmanager
 def interpreting_scripts() -> Iterator[None]:
     """Functions and modules of torch.jit run op by op. After two calls they are compiled, with a backward that is one autograd
@@ -324,69 +275,4 @@ def interpreting_scripts() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for kind in (torch.jit.ScriptFunction, torch._C.ScriptMethod):
             stack.enter_context(mock.patch.object(kind, "__call__", interpreted(kind.__call__)))
-        yield
-
-
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    """The tensors that have a storage."""
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor) and has_storage(leaf)]
-
-
-def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """What a function writes to, by the names of functions and arguments."""
-    name = getattr(func, "__name__", "")
-    is_named = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
-    is_operator = name == "__setitem__" or (name.startswith("__i") and hasattr(torch.Tensor, f"__{name[3:]}"))  # y *= 2
-    return args[:1] if is_named or is_operator or kwargs.get("inplace") else kwargs.get("out")
-
-
-@contextlib.contextmanager
-def watch_for_opaque_autograd() -> Iterator[None]:
-    """Raise OpaqueAutograd where a model checkpoints itself, calls an autograd.Function that no op can stand for, hooks a
-    tensor, keeps one that has a gradient as an attribute, or writes to one where autograd does not see it.
-
-    Non-strict export runs through all of these, and keeps none of them.
-    """
-    set_attribute = torch.nn.Module.__setattr__
-
-    def no_checkpoint(*_: Any, **__: Any) -> Any:
-        raise OpaqueAutograd(CHECKPOINTS)
-
-    within: list[type] = []
-
-    in_c: Any = inspect.getattr_static(FunctionBase, "apply")
-
-    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        return in_c.__get__(None, cls)(*args, **kwargs)
-
-    def function(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if cls is checkpoint.CheckpointFunction:
-            raise OpaqueAutograd(CHECKPOINTS)
-        if cls.__module__.startswith("torch.") or within:
-            return apply(cls, *args, **kwargs)
-        within.append(cls)
-        try:
-            return call_as_op(cls, args, kwargs)
-        except OpaqueFunction as error:
-            raise OpaqueAutograd(f"has an autograd function that {error} ({cls.__module__}.{cls.__qualname__})") from error
-        finally:
-            within.pop()
-
-    def no_hook(*_: Any) -> Any:
-        raise OpaqueAutograd("hooks the gradient of a tensor in forward")
-
-    def no_result(self: torch.nn.Module, name: str, value: Any) -> None:
-        is_result = isinstance(value, torch.Tensor) and value.requires_grad and not value.is_leaf
-        if is_result and not _is_torch(sys._getframe(2)):  # torch.nn.utils.weight_norm computes a weight for each forward
-            raise OpaqueAutograd(f"keeps a tensor with a gradient as {type(self).__name__}.{name}")
-        set_attribute(self, name, value)
-
-    checkpointed, hook = checkpoint._checkpoint_without_reentrant_generator, torch.Tensor.register_hook
-    with (
-        mock.patch.object(checkpoint, "_checkpoint_without_reentrant_generator", here(no_checkpoint, checkpointed)),
-        mock.patch.object(FunctionBase, "apply", classmethod(here(function, apply)), create=True),  # also for `f = F.apply`
-        mock.patch.object(torch.Tensor, "register_hook", here(no_hook, hook)),
-        mock.patch.object(torch.nn.Module, "__setattr__", here(no_result, set_attribute)),
-        _UnseenWrites(),
-    ):
         yield

@@ -90,9 +90,11 @@ class Twin:
             if is_hooks(name, hooks):
                 twin.__dict__[name] = type(hooks)((k, h) for k, h in hooks.items() if not _shards(h))
         twin.__dict__.pop(_COMPILED, None)
-        forward = twin.__dict__.pop("forward", None)
-        if isinstance(forward, types.MethodType) and forward.__self__ is module:
-            twin.__dict__["forward"] = types.MethodType(forward.__func__, twin)
+        if not isinstance(twin.__dict__.get("forward"), types.MethodType):
+            twin.__dict__.pop("forward", None)
+        for name, value in module.__dict__.items():
+            if isinstance(value, types.MethodType) and value.__self__ is module and name in twin.__dict__:
+                twin.__dict__[name] = types.MethodType(value.__func__, twin)
         twin.__dict__["_parameters"] = {
             name: self.parameter(self._sharded[id(module), name]) if (id(module), name) in self._sharded else self._tensor(p)
             for name, p in module._parameters.items()

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
+import logging
 import random
+import types
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +16,7 @@ import torch
 from torch import nn
 
 import remat
+from remat import opaque
 from tests.models import Mlp
 from tests.steps import assert_same, assert_same_gradients, run_step
 
@@ -217,3 +222,194 @@ def test_a_custom_op_that_draws_and_does_not_say_so_draws_the_same_again() -> No
     assert module.plan is not None
     assert any("noise" in name for name in module.plan.dropped)
     assert_same(run_step(module, kwargs), plain)
+
+
+class Keeping(Mlp):
+    """Keeps an activation where `keep` puts it."""
+
+    def __init__(self, keep: Callable[[Keeping, torch.Tensor, list[torch.Tensor]], None]) -> None:
+        super().__init__()
+        self.keep, self.found, self.by_name = keep, list[torch.Tensor](), dict[str, torch.Tensor]()
+        self.last = types.SimpleNamespace(value=None)
+
+    def forward(self, x: torch.Tensor, sink: list[torch.Tensor]) -> torch.Tensor:
+        h = self.layers[0](x)
+        self.keep(self, h, sink)
+        return super().forward(h)
+
+
+FOUND: list[torch.Tensor] = []
+KEEPS = [
+    lambda self, h, sink: self.found.append(h),
+    lambda self, h, sink: self.by_name.update(h=h),
+    lambda self, h, sink: setattr(self, "pair", (h, 1)),
+    lambda self, h, sink: setattr(self.last, "value", h),
+    lambda self, h, sink: sink.append(h),
+    lambda self, h, sink: FOUND.append(h),
+]
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+def test_a_result_with_a_gradient_that_is_kept_anywhere_is_refused(keep: Any) -> None:
+    FOUND.clear()
+    model, x = Keeping(keep).train(), torch.randn(8, 32)
+    with pytest.raises(remat.CaptureError, match=r"keeps a tensor with a gradient beyond its call \(.*\), which an"):
+        remat.optimize(model, (x, []), budget=None)
+    assert not model.found
+    assert not model.by_name
+
+
+def test_what_a_hook_keeps_is_refused() -> None:
+    found: list[torch.Tensor] = []
+    for detached in (False, True):
+        model = Mlp().train()
+        model.layers[1].register_forward_hook(lambda _, args, out, d=detached: found.append(out.detach() if d else out))
+        with pytest.raises(remat.CaptureError, match=r"keeps a tensor.* beyond its call \(layers\.1\._forward_hooks\)"):
+            remat.optimize(model, (torch.randn(8, 32),), budget=None)
+
+
+@functools.lru_cache
+def positions(n: int) -> torch.Tensor:
+    return torch.linspace(0, 1, n)
+
+
+def _rewritten(model: nn.Module, x: torch.Tensor, way: str) -> nn.Module:
+    if way == "optimize":
+        return remat.optimize(model, (x,), budget=None)
+    return remat.enable(model, None, whole_model=way == "whole")
+
+
+class Remembering(Mlp):
+    """Keeps tensors without gradients in caches, and counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache, self.seen, self.steps = dict[int, torch.Tensor](), list[torch.Tensor](), 0
+
+    @staticmethod
+    @functools.lru_cache
+    def scale(n: int) -> torch.Tensor:
+        return torch.linspace(1, 2, n)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n = x.shape[-1]
+        if n not in self.cache:
+            self.cache[n] = torch.linspace(2, 3, n)
+        self.seen.append(x.detach().mean())
+        self.steps += 1
+        return super().forward(self.layers[0](x * self.cache[n] + positions(n)) * self.scale(n))
+
+
+@pytest.mark.parametrize("way", ["optimize", "whole", "blocks"])
+def test_caches_are_left_as_they_were(way: str, caplog: pytest.LogCaptureFixture) -> None:
+    opaque._say_changed.cache_clear()
+    positions.cache_clear()
+    Remembering.scale.cache_clear()
+    model, x = Remembering().train(), torch.randn(8, 32)
+    plain = copy.deepcopy(model)
+    with caplog.at_level(logging.WARNING, "remat"):
+        ours = run_step(_rewritten(model, x, way), {"x": x}).gradients
+    assert_same_gradients(ours, run_step(plain, {"x": x}).gradients)
+    assert ("Remembering changes steps in forward" in caplog.text) == (way != "blocks")
+    for tensor in (*model.cache.values(), *model.seen, positions(32), model.scale(32)):
+        assert type(tensor) is torch.Tensor
+    assert type(model.eval()(x)) is torch.Tensor
+
+
+class Centred(nn.Module):
+    """A part with a buffer that is assigned to."""
+
+    def __init__(self, like: Any) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.register_buffer("centre", like)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.linear(x)
+        if self.centre is None:
+            self.centre = torch.zeros(8)
+        out = (x - self.centre).tanh()
+        self.centre = 0.5 * self.centre + 0.5 * x.detach().mean(0)
+        return out
+
+
+@pytest.mark.parametrize("way", ["optimize", "whole", "blocks"])
+def test_buffers_of_submodules_that_are_assigned_to(way: str) -> None:
+    model, x = nn.Sequential(Centred(torch.zeros(8)), Centred(torch.zeros(8))).train(), torch.randn(4, 8)
+    plain = copy.deepcopy(model)
+    module = _rewritten(model, x, way)
+    for _ in range(3):
+        ours, theirs = module(x), plain(x)
+        assert torch.equal(ours, theirs)
+        ours.sum().backward(), theirs.sum().backward()
+    for a, b in zip(model.buffers(), plain.buffers(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_buffers_that_get_another_shape_are_refused() -> None:
+    model, x = Centred(None).train(), torch.randn(4, 8)
+    with pytest.raises(remat.CaptureError, match=r"gives its buffer Centred\.centre another shape or type in forward"):
+        remat.optimize(model, (x,), budget=None)
+    model(x)
+    assert torch.equal(remat.optimize(copy.deepcopy(model), (x,), budget=None)(x), model(x))
+
+
+class Averaging(Mlp):
+    def __init__(self) -> None:
+        super().__init__()
+        self.average = torch.zeros(32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.average = 0.9 * self.average + 0.1 * x.detach().mean(0)
+        return super().forward(x - self.average)
+
+
+def _seeded(x: torch.Tensor) -> torch.Tensor:
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        return x * torch.rand_like(x)
+
+
+def _same_twice(x: torch.Tensor) -> torch.Tensor:
+    before = torch.get_rng_state()
+    y = torch.rand_like(x)
+    torch.set_rng_state(before)
+    return x * y * torch.rand_like(x)
+
+
+def _detached(x: torch.Tensor) -> torch.Tensor:
+    y = x.clone()
+    y.detach_()
+    return x + y
+
+
+@pytest.mark.parametrize(
+    ("do", "match"),
+    [
+        (_seeded, r"sets the state of random numbers \(torch's fork_rng\) in forward.*side_effects\.py:\d+"),
+        (_same_twice, r"sets the state of random numbers \(torch's set_rng_state\) in forward"),
+        (_detached, r"detaches a tensor in place"),
+        (lambda x: x.detach().requires_grad_(), r"asks for the gradient of a tensor in forward"),
+    ],
+)
+def test_what_a_graph_does_not_do_is_refused(do: Callable[[torch.Tensor], torch.Tensor], match: str) -> None:
+    class Doing(Mlp):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(do(self.layers[0](x)))
+
+    refused(Doing(), match)
+
+
+def test_a_tensor_that_is_replaced_is_refused() -> None:
+    refused(Averaging(), r"replaces average, a tensor that it reads")
+
+
+def test_data_of_a_result_is_what_is_detached() -> None:
+    class Straight(Mlp):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.layers[0](x)
+            return super().forward(h + (h.round() - h).data)
+
+    model, x = Straight().train(), torch.randn(8, 32)
+    expected = run_step(model, {"x": x})
+    assert_same_gradients(run_step(remat.optimize(model, (x,), budget=None), {"x": x}).gradients, expected.gradients)
