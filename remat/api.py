@@ -74,11 +74,18 @@ def optimize(
         CaptureError: the model cannot be captured as one graph.
     """
     check_model(model, args)
-    module = RematModule(
-        model,
-        Rewriting(Settings(budget, policy, trainable_only, host_budget, pin, costs, plan, optimizer, in_flight)),
-        dynamic_shapes,
+    settings = Settings(
+        budget=budget,
+        policy=policy,
+        trainable_only=trainable_only,
+        host_budget=host_budget,
+        pin=pin,
+        costs=costs,
+        plan=plan,
+        optimizer=optimizer,
+        in_flight=in_flight,
     )
+    module = RematModule(model, Rewriting(settings), dynamic_shapes)
     if args or kwargs:
         module.capture(args, kwargs or {})
     return module
@@ -110,7 +117,17 @@ def plan(
     device: plan for a well-known device, which need not be there ("h100"; remat/devices.py has them), whatever the model and
         its inputs lie on, `meta` included. Nothing is run or allocated. "auto" and "80%" are of that device's memory.
     """
-    settings = Settings(budget, policy, trainable_only, host_budget, pin, costs, plan, optimizer, in_flight)
+    settings = Settings(
+        budget=budget,
+        policy=policy,
+        trainable_only=trainable_only,
+        host_budget=host_budget,
+        pin=pin,
+        costs=costs,
+        plan=plan,
+        optimizer=optimizer,
+        in_flight=in_flight,
+    )
     _, found = trace(model, args, kwargs or {}, optimizer, device, costs, in_flight).planned(settings)
     if dynamic_shapes is None:
         return found
@@ -143,7 +160,7 @@ def frontier(
     """
     if not isinstance(points, int) or points < 1:
         raise RematError(f"points={points} must be a whole number, at least 1")
-    settings = Settings(budget, "auto", True, host_budget, pin, costs, None, optimizer, in_flight)
+    settings = Settings(budget=budget, host_budget=host_budget, pin=pin, costs=costs, optimizer=optimizer, in_flight=in_flight)
     traced = trace(model, args, kwargs or {}, optimizer, device, costs, in_flight)
     limit = traced.limit_bytes(budget)
     plans = list(traced.frontier(settings, points))

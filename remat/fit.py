@@ -87,7 +87,16 @@ def fit(
         BudgetError: not even the smallest size fits.
         RematError: no such axis, or the step does not grow with it.
     """
-    settings = Settings(budget, policy, trainable_only, host_budget, pin, costs, None, optimizer, in_flight)
+    settings = Settings(
+        budget=budget,
+        policy=policy,
+        trainable_only=trainable_only,
+        host_budget=host_budget,
+        pin=pin,
+        costs=costs,
+        optimizer=optimizer,
+        in_flight=in_flight,
+    )
     if budget is None or parse_budget(budget).share_of_activations is not None:
         raise RematError(f"budget={budget!r} grows with the step; fit() needs bytes, '24GiB', '80%' or 'auto'")
     if not isinstance(multiple_of, int) or multiple_of < 1:

@@ -64,14 +64,6 @@ def _is_torch(frame: types.FrameType) -> bool:
     return str(frame.f_globals["__name__"]).startswith("torch.")
 
 
-def _asked_by_model() -> bool:
-    """Whether what is not torch's on the stack is a model's, before it is remat's."""
-    frame = sys._getframe(2)
-    while frame.f_back is not None and _is_torch(frame):
-        frame = frame.f_back
-    return not str(frame.f_globals["__name__"]).startswith("remat.")
-
-
 class _Functions(TorchFunctionMode):
     """Sees the functions that a model calls. (A mode that sees ops and not functions would change what export makes of
     gradients within forward.)
@@ -93,9 +85,6 @@ class _Functions(TorchFunctionMode):
             return args[0].detach()
         if func in (torch.Tensor.detach_, torch.detach_) and args[0].requires_grad:
             raise OpaqueAutograd("detaches a tensor in place (detach_(); detach() is kept)")
-        asks = func is torch.Tensor.requires_grad_ and not args[0].requires_grad and all((*args[1:], *kwargs.values()))
-        if asks and _asked_by_model():
-            raise OpaqueAutograd("asks for the gradient of a tensor in forward (requires_grad_())")
         if getattr(func, "__name__", "") != "__get__":
             self.read.update(map(id, _tensors((args, kwargs))))
         for tensor in _tensors((args, kwargs)):

@@ -12,6 +12,7 @@ from torch import nn
 
 from remat._torch import pytree
 from remat.errors import RematError
+from remat.state import flatten_call
 
 Axes = dict[str, tuple[tuple[int, int], ...]]  # by name: (flat index of the input, axis)
 
@@ -23,7 +24,7 @@ def named_axes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     """The axes that may change: those that `dynamic_shapes` names, as `torch.export.export` takes it (a `Dim` or its name for
     an axis), or "batch" and "seq": the first and second axis of every input that is as long there as the first input is."""
     if dynamic_shapes is None:
-        return _usual_axes(pytree.tree_leaves((args, dict(sorted(kwargs.items())))))
+        return _usual_axes(flatten_call(args, kwargs)[0])
     found: Axes = {}
     for place, axis, dim in dynamic_axes(model, args, kwargs, dynamic_shapes):
         name = dim if isinstance(dim, str) else getattr(dim, "__name__", None)
@@ -41,7 +42,7 @@ def dynamic_axes(
 
     Raises RematError for an argument or an axis that the call does not have.
     """
-    leaves, spec = pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
+    leaves, spec = flatten_call(args, kwargs)
     places, named_places = pytree.tree_unflatten(list(range(len(leaves))), spec)
     named = {**inspect.signature(model.forward).bind_partial(*places).arguments, **named_places}
     if isinstance(dynamic_shapes, list | tuple):
@@ -96,7 +97,7 @@ def size_of(args: tuple[Any, ...], kwargs: dict[str, Any], axes: Axes, name: str
     """How long the axes called `name` are. Raises RematError if there are none, or they differ."""
     if not axes.get(name):
         raise RematError(f"no axis of the inputs is called {name!r}; there are {', '.join(map(repr, axes))}")
-    leaves = pytree.tree_leaves((args, dict(sorted(kwargs.items()))))
+    leaves = flatten_call(args, kwargs)[0]
     sizes = {leaves[i].shape[axis] for i, axis in axes[name]}
     if len(sizes) > 1:
         raise RematError(f"the axes called {name!r} have different lengths: {sorted(sizes)}")
@@ -107,7 +108,7 @@ def resized(
     args: tuple[Any, ...], kwargs: dict[str, Any], axes: Axes, sizes: Mapping[str, int]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Inputs of the given sizes: the same tensors where nothing changes, zeros where something does."""
-    leaves, spec = pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
+    leaves, spec = flatten_call(args, kwargs)
     shapes = {i: list(leaf.shape) for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
     for name, size in sizes.items():
         for i, axis in axes[name]:

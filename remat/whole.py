@@ -29,6 +29,7 @@ from remat.plan import Input, Plan
 from remat.record import record
 from remat.resident import attributes_of, resident_memory, there_bytes
 from remat.settings import Settings
+from remat.state import flatten_call
 from remat.traced import Traced, fingerprint_of, with_baseline
 from remat.workspace import library_bytes
 
@@ -231,5 +232,5 @@ def placeholder_tensors(
     captured: Captured, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[torch.Tensor]:
     """The tensor behind each placeholder of the captured graph."""
-    flat = pytree.tree_leaves((args, dict(sorted(kwargs.items()))))
+    flat, _ = flatten_call(args, kwargs)
     return [tensor_of(source, model, flat, captured.constants) for source in captured.sources]

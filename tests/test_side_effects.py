@@ -389,7 +389,7 @@ def _detached(x: torch.Tensor) -> torch.Tensor:
         (_seeded, r"sets the state of random numbers \(torch's fork_rng\) in forward.*side_effects\.py:\d+"),
         (_same_twice, r"sets the state of random numbers \(torch's set_rng_state\) in forward"),
         (_detached, r"detaches a tensor in place"),
-        (lambda x: x.detach().requires_grad_(), r"asks for the gradient of a tensor in forward"),
+        (lambda x: x.detach().requires_grad_(), r"became a constant, as where it asks for its gradient"),
     ],
 )
 def test_what_a_graph_does_not_do_is_refused(do: Callable[[torch.Tensor], torch.Tensor], match: str) -> None:
