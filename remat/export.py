@@ -28,7 +28,6 @@ log = logging.getLogger("remat")
 
 DOOR_2 = 'torch.compile(model, backend="remat", options={"budget": ...}) handles this'
 _OURS = (Path(torch.__file__).parent, Path(__file__).parent, Path(contextlib.__file__))
-_FAKE_CONSTANT = "We found a fake tensor in the exported program constant's list"
 _UNKNOWN = "an unknown line"
 _ASSIGNED = r"The tensor attributes? .* assigned during export"  # one that matters is an error: OpaqueAutograd
 
@@ -67,8 +66,6 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
             log.debug("%s: cannot be exported as it is: %s", type(model).__name__, error)
             errors.append(error)
     reason = str(errors[0]).strip().splitlines()[0] if str(errors[0]).strip() else type(errors[0]).__name__
-    if reason.startswith(_FAKE_CONSTANT):
-        reason = "a tensor that forward makes became a constant, as where it asks for its gradient (requires_grad_())"
     raise CaptureError(
         f"{reason}\n  at {_user_line(errors[0])}\n  If the model alone runs on this input, one graph cannot hold it; {DOOR_2}"
     ) from errors[0]

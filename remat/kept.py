@@ -28,12 +28,14 @@ class KeptTensor(CaptureError):
 
 @contextlib.contextmanager
 def kept_as_before(model: nn.Module, args: Any, way_out: str) -> Iterator[None]:
-    """Within, the model runs on fake tensors; then its lists, dictionaries and sets are as they were, and functions that cache
-    their results have forgotten new ones. Raises KeptTensor where a tensor is kept still; `way_out` is what to do then."""
+    """Within, the model runs on fake tensors; then its lists, dictionaries, sets and generators are as they were, and functions
+    that cache their results have forgotten new ones. Raises KeptTensor where a tensor is kept still, with the way out."""
     containers = [value for module in model.modules() for value in _plain(module).values() if type(value) in _CONTAINERS]
     before = [(container, container.copy()) for container in containers]
     known = {id(tensor) for _, tensor in kept_tensors(model, args)}
     caches = {cached: cached.cache_info().currsize for cached in _caches(model)}
+    own = reach([*map(_plain, model.modules()), _code(model)], nn.Module)
+    states = [(generator, generator.get_state()) for generator in own if isinstance(generator, torch.Generator)]
     try:
         yield
     finally:
@@ -41,6 +43,8 @@ def kept_as_before(model: nn.Module, args: Any, way_out: str) -> Iterator[None]:
             if not _same(container, content):
                 container.clear()
                 container.extend(content) if isinstance(container, list) else container.update(content)
+        for generator, state in states:
+            generator.set_state(state)
         for cached in _caches(model):
             if cached.cache_info().currsize > caches.get(cached, 0):
                 cached.cache_clear()

@@ -85,9 +85,10 @@ class _Functions(TorchFunctionMode):
             return args[0].detach()
         if func in (torch.Tensor.detach_, torch.detach_) and args[0].requires_grad:
             raise OpaqueAutograd("detaches a tensor in place (detach_(); detach() is kept)")
+        tensors = _tensors((args, kwargs))
         if getattr(func, "__name__", "") != "__get__":
-            self.read.update(map(id, _tensors((args, kwargs))))
-        for tensor in _tensors((args, kwargs)):
+            self.read.update(map(id, tensors))
+        for tensor in tensors:
             if tensor.requires_grad:
                 self._training[storage_key(tensor)] = tensor.untyped_storage()
         is_renormed = func in _EMBEDDINGS and kwargs.get("max_norm") is not None  # their weights, without grad
