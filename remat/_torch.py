@@ -58,6 +58,7 @@ from torch.autograd.function import _SingleLevelFunction as FunctionBase
 from torch.export import _trace as exporting
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 from torch.jit._fuser import optimized_execution
+from torch.nn.modules.module import _global_buffer_registration_hooks as buffer_registration_hooks
 from torch.nn.utils._named_member_accessor import NamedMemberAccessor
 from torch.utils import _pytree as pytree
 from torch.utils._mode_utils import no_dispatch
@@ -108,6 +109,7 @@ __all__ = [
     "aot_eager",
     "backward_start_ns",
     "buffer_bytes",
+    "buffer_registration_hooks",
     "buffer_strides",
     "clear_library_workspaces",
     "compile_call",

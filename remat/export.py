@@ -35,6 +35,7 @@ _ASSIGNED = r"The tensor attributes? .* assigned during export"  # one that matt
 @patches.quiet_trials()
 @patches.grad_modes_in_autocast()
 @patches.keeping_attributes()
+@patches.buffers_registered_as_before()
 def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
     """The model as it runs eagerly; where that cannot be exported, as its libraries would have it exported."""
     say_without_cache(model)

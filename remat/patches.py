@@ -21,6 +21,7 @@ from remat._torch import (
     Scheduler,
     SubgraphLowering,
     V,
+    buffer_registration_hooks,
     export_grad_modes,
     exporting,
     inductor_config,
@@ -168,6 +169,17 @@ def grad_modes_in_autocast() -> Iterator[None]:
 
     with mock.patch.object(export_grad_modes, "nodes_first", first_after_autocast):
         yield
+
+
+@contextlib.contextmanager
+def buffers_registered_as_before() -> Iterator[None]:
+    """An export that fails leaves a hook behind, which lets nobody register a buffer any more (torch 2.11)."""
+    before = dict(buffer_registration_hooks)
+    try:
+        yield
+    finally:
+        for number in [number for number in buffer_registration_hooks if number not in before]:
+            del buffer_registration_hooks[number]
 
 
 @contextlib.contextmanager
