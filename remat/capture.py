@@ -133,7 +133,7 @@ def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             raise CaptureError(f"{path} has a backward hook, which an exported graph does not keep; take it off")
     inputs = tuple(leaf for leaf in flat if isinstance(leaf, torch.Tensor))
     with capturing_functions() as put_functions:
-        exported = export(model, args, kwargs)
+        exported, assigned = export(model, args, kwargs)
         module, constant_outputs = _flat_module(exported, flat)
         try:
             with patches.without_backward():
@@ -142,7 +142,11 @@ def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             raise CaptureError(f"AOTAutograd could not trace the exported model: {error}; {DOOR_2}") from error
         put_functions(joint.graph)
     spec = exported.module_call_graph[0].signature.out_spec
-    return _forward_half(joint, module, model, flat, in_spec, spec, constant_outputs)
+    captured = _forward_half(joint, module, model, flat, in_spec, spec, constant_outputs)
+    for node, source in zip(captured.graph.find_nodes(op="placeholder"), captured.sources, strict=True):
+        if source.kind == "buffer" and source.name in assigned:
+            _free(captured.graph, node)
+    return captured
 
 
 def _flat_module(exported: torch.export.ExportedProgram, flat: list[Any]) -> tuple[fx.GraphModule, dict[int, Any]]:
@@ -295,6 +299,14 @@ def _refuse_other_results(graph: fx.Graph) -> None:
         layouts = {value.layout for value in pytree.tree_leaves(values) if isinstance(value, torch.Tensor)} - {torch.strided}
         if layouts:
             raise CaptureError(f"{node.target} returns a tensor of layout {layouts.pop()}, which has no plan; {DOOR_2}")
+
+
+def _free(graph: fx.Graph, buffer: fx.Node) -> None:
+    """Let a graph read a copy of a buffer: autograd may save it, and the step, which gives the model another, writes to it."""
+    with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
+        copy = graph.call_function(torch.ops.aten.clone.default, (buffer,))
+    copy.meta.update(buffer.meta)
+    buffer.replace_all_uses_with(copy, lambda user: user is not copy)
 
 
 def _free_running_statistics(node: fx.Node) -> None:

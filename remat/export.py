@@ -36,8 +36,9 @@ _ASSIGNED = r"The tensor attributes? .* assigned during export"  # one that matt
 @patches.grad_modes_in_autocast()
 @patches.keeping_attributes()
 @patches.buffers_registered_as_before()
-def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
-    """The model as it runs eagerly; where that cannot be exported, as its libraries would have it exported."""
+def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.export.ExportedProgram, set[str]]:
+    """The model as it runs eagerly; where that cannot be exported, as its libraries would have it exported. And the names of
+    buffers that its forward assigns to."""
     say_without_cache(model)
     before = _host_randomness()
     own = _torch.fake_modes((*model.parameters(), *model.buffers(), *pytree.tree_leaves((args, kwargs))))
@@ -46,7 +47,7 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
         try:
             with (
                 kept_as_before(model, (args, kwargs), DOOR_2),
-                watch_for_opaque_autograd(model),
+                watch_for_opaque_autograd(model) as assigned,
                 way,
                 without_cache(model),
                 warnings.catch_warnings(),
@@ -57,7 +58,7 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
                 raise CaptureError("an intermediate result became a constant")
             if _host_randomness() != before:
                 raise CaptureError("a random number of Python's or NumPy's became a constant; draw it with torch")
-            return exported
+            return exported, assigned
         except KeptTensor:
             raise
         except Exception as error:  # export raises many types, none of them documented

@@ -35,8 +35,7 @@ _SEEDS = (
     *((torch.cuda, name) for name in ("manual_seed", "manual_seed_all", "set_rng_state", "set_rng_state_all")),
     (torch.random, "fork_rng"),
 )
-
-
+_SET_ATTRIBUTE = nn.Module.__setattr__
 _DATA: Any = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
@@ -49,15 +48,16 @@ class OpaqueAutograd(Exception):
 
 
 @contextlib.contextmanager
-def watch_for_opaque_autograd(model: nn.Module) -> Iterator[None]:
+def watch_for_opaque_autograd(model: nn.Module) -> Iterator[set[str]]:
     """Raise OpaqueAutograd where `model` checkpoints itself, calls an autograd.Function that no op can stand for, hooks or
     detaches a tensor in place, keeps one that has a gradient, writes to one where autograd does not see it, or seeds.
 
-    Non-strict export runs through all of these, and keeps none of them.
+    Non-strict export runs through all of these, and keeps none of them. Gives the names of buffers that the model assigns to.
     """
     functions = _Functions()
-    with _no_checkpoints(), _functions_as_ops(), _no_hooks(), _no_seeds(), _assignments(), _state(model, functions), functions:
-        yield
+    state = _State(functions)
+    with _no_checkpoints(), _functions_as_ops(), _no_hooks(), _no_seeds(), _watching(state, model), functions:
+        yield state.assigned
 
 
 def _is_torch(frame: types.FrameType) -> bool:
@@ -169,58 +169,73 @@ def _unseeded(theirs: Any, name: str) -> Any:
     return here(ours, theirs)
 
 
-def _assignments() -> contextlib.AbstractContextManager[Any]:
-    """What is assigned to a buffer is written to it. A result that has a gradient is not to be kept as an attribute."""
-    set_attribute = nn.Module.__setattr__
+class _State:
+    """What a forward does to its modules' attributes. Buffers that it assigns to, in `assigned` by path and name, are written
+    to once it is through, so that what it has read of them before is as it was.
 
-    def assign(self: nn.Module, name: str, value: Any) -> None:
-        buffers = self.__dict__.get("_buffers", {})
+    Raises OpaqueAutograd where a tensor with a gradient is kept beyond the call, a buffer gets another shape, or another tensor
+    is replaced that the forward reads. Says what else changes, which planned steps will not.
+    """
+
+    def __init__(self, functions: _Functions) -> None:
+        self.assigned: set[str] = set()
+        self._functions = functions
+        self._known: set[int] = set()
+        self._before: dict[tuple[str, str], Any] = {}
+        self._buffers: dict[tuple[int, str], tuple[dict[str, Any], torch.Tensor]] = {}
+
+    def enter(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        for found in (self._known, self._before, self._buffers, self._functions.read):  # of an earlier run
+            found.clear()
+        self._known.update(map(id, (*model.parameters(), *model.buffers(), *pytree.tree_leaves((args, kwargs)))))
+        self._before.update(_attributes(model))
+
+    def assign(self, module: nn.Module, name: str, value: Any) -> None:
+        """In the place of `nn.Module.__setattr__`."""
+        buffers = module.__dict__.get("_buffers", {})
         like = [(t.shape, t.dtype) for t in (value, buffers.get(name)) if isinstance(t, torch.Tensor)]
         if _is_torch(sys._getframe(2)):  # torch.nn.utils.weight_norm computes a weight for each forward
-            set_attribute(self, name, value)
+            _SET_ATTRIBUTE(module, name, value)
         elif isinstance(value, torch.Tensor) and value.requires_grad and not value.is_leaf:
-            raise OpaqueAutograd(f"keeps a tensor with a gradient as {type(self).__name__}.{name}")
+            raise OpaqueAutograd(f"keeps a tensor with a gradient as {type(module).__name__}.{name}")
         elif name not in buffers or value is buffers[name]:
-            set_attribute(self, name, value)
+            _SET_ATTRIBUTE(module, name, value)
         elif len(like) == 2 and like[0] == like[1]:
-            with torch.no_grad():
-                buffers[name].copy_(value)
+            self._buffers.setdefault((id(buffers), name), (buffers, buffers[name]))
+            buffers[name] = value
         else:
-            raise OpaqueAutograd(f"gives its buffer {type(self).__name__}.{name} another shape or type in forward")
+            raise OpaqueAutograd(f"gives its buffer {type(module).__name__}.{name} another shape or type in forward")
 
-    return mock.patch.object(nn.Module, "__setattr__", here(assign, set_attribute))
-
-
-@contextlib.contextmanager
-def _state(model: nn.Module, functions: _Functions) -> Iterator[None]:
-    """Raise OpaqueAutograd where a forward keeps a tensor with a gradient beyond its call, or replaces a tensor that it reads;
-    say what else of the modules' attributes it changes, which planned steps will not."""
-    known: set[int] = set()
-    before: dict[tuple[str, str], Any] = {}
-
-    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-        for found in (known, before, functions.read):  # of an earlier run
-            found.clear()
-        known.update(map(id, (*module.parameters(), *module.buffers(), *pytree.tree_leaves((args, kwargs)))))
-        before.update(_attributes(module))
-
-    def leave(module: nn.Module, args: Any, kwargs: Any, _: Any) -> None:
-        for where, tensor in kept_tensors(module, (args, kwargs)):
-            if tensor.requires_grad and id(tensor) not in known:
+    def leave(self, model: nn.Module, args: Any, kwargs: Any, _: Any) -> None:
+        for where, tensor in kept_tensors(model, (args, kwargs)):
+            if tensor.requires_grad and id(tensor) not in self._known:
                 raise OpaqueAutograd(f"keeps a tensor with a gradient beyond its call ({where})")
+        paths = {id(module._buffers): path for path, module in model.named_modules()}
+        for (_, name), (buffers, buffer) in self._buffers.items():
+            with torch.no_grad():
+                buffer.copy_(buffers[name])
+            buffers[name] = buffer
+            self.assigned.add(f"{paths[id(buffers)]}.{name}".strip("."))
         changed = []
-        for (path, name), value in _attributes(module).items():
-            was = before.get((path, name))
-            if isinstance(was, torch.Tensor) and was is not value and id(was) in functions.read:
+        for (path, name), value in _attributes(model).items():
+            was = self._before.get((path, name))
+            if isinstance(was, torch.Tensor) and was is not value and id(was) in self._functions.read:
                 raise OpaqueAutograd(f"replaces {f'{path}.{name}'.strip('.')}, a tensor that it reads")
             if type(value) in PLAIN and (type(was), was) != (type(value), value):
                 changed.append(name)
         if changed:
-            _say_changed(type(module).__name__, ", ".join(dict.fromkeys(changed)))
+            _say_changed(type(model).__name__, ", ".join(dict.fromkeys(changed)))
 
-    hooks = [model.register_forward_pre_hook(enter, with_kwargs=True), model.register_forward_hook(leave, with_kwargs=True)]
+
+@contextlib.contextmanager
+def _watching(state: _State, model: nn.Module) -> Iterator[None]:
+    hooks = [
+        model.register_forward_pre_hook(state.enter, with_kwargs=True),
+        model.register_forward_hook(state.leave, with_kwargs=True),
+    ]
     try:
-        yield
+        with mock.patch.object(nn.Module, "__setattr__", here(state.assign, _SET_ATTRIBUTE)):
+            yield
     finally:
         for hook in hooks:
             hook.remove()
