@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -29,11 +30,10 @@ class KeptTensor(CaptureError):
 @contextlib.contextmanager
 def kept_as_before(model: nn.Module, args: Any, way_out: str) -> Iterator[None]:
     """Within, the model runs on fake tensors; then its lists, dictionaries, sets and generators are as they were, and functions
-    that cache their results have forgotten new ones. Raises KeptTensor where a tensor is kept still, with the way out."""
+    that cache fake tensors have forgotten their results. Raises KeptTensor where a tensor is kept still, with the way out."""
     containers = [value for module in model.modules() for value in _plain(module).values() if type(value) in _CONTAINERS]
     before = [(container, container.copy()) for container in containers]
     known = {id(tensor) for _, tensor in kept_tensors(model, args)}
-    caches = {cached: cached.cache_info().currsize for cached in _caches(model)}
     own = reach([*map(_plain, model.modules()), _code(model)], nn.Module)
     states = [(generator, generator.get_state()) for generator in own if isinstance(generator, torch.Generator)]
     try:
@@ -46,8 +46,7 @@ def kept_as_before(model: nn.Module, args: Any, way_out: str) -> Iterator[None]:
         for generator, state in states:
             generator.set_state(state)
         for cached in _caches(model):
-            if cached.cache_info().currsize > caches.get(cached, 0):
-                cached.cache_clear()
+            cached.cache_clear()
     where = next((where for where, tensor in kept_tensors(model, args) if id(tensor) not in known), None)
     if where is not None:
         raise KeptTensor(f"the model keeps a tensor beyond its call ({where}), which no graph does; {way_out}")
@@ -80,7 +79,16 @@ def _fakes(roots: list[Any]) -> Iterator[torch.Tensor]:
 
 
 def _caches(model: nn.Module) -> list[Any]:
-    return [item for item in reach(_code(model)) if isinstance(item, _LRU_CACHE)]
+    """Functions that have fake tensors among the results that they cache."""
+    found = [item for item in reach(_code(model)) if isinstance(item, _LRU_CACHE)]
+    return [cached for cached in found if next(_fakes(_results(cached)), None) is not None]
+
+
+def _results(cached: Any) -> list[Any]:
+    """What `functools.lru_cache` holds for a function, which only the garbage collector tells."""
+    held = gc.get_referents(cached)
+    held += [value for item in held if isinstance(item, dict) for value in item.values()]
+    return [item for item in held if not isinstance(item, types.FunctionType | dict)]
 
 
 def _same(container: Any, content: Any) -> bool:

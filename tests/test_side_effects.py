@@ -273,10 +273,24 @@ def positions(n: int) -> torch.Tensor:
     return torch.linspace(0, 1, n)
 
 
+@functools.cache
+def slopes(n: int) -> tuple[torch.Tensor, ...]:
+    return (torch.linspace(1, 2, n),)
+
+
+@functools.cache
+def backend() -> object:
+    """What is loaded once."""
+    return object()
+
+
 def _rewritten(model: nn.Module, x: torch.Tensor, way: str) -> nn.Module:
     if way == "optimize":
         return remat.optimize(model, (x,), budget=None)
     return remat.enable(model, None, whole_model=way == "whole")
+
+
+BACKENDS: list[object] = []
 
 
 class Remembering(Mlp):
@@ -297,21 +311,25 @@ class Remembering(Mlp):
             self.cache[n] = torch.linspace(2, 3, n)
         self.seen.append(x.detach().mean())
         self.steps += 1
+        BACKENDS.append(backend())
+        x = x * slopes(n)[0]
         return super().forward(self.layers[0](x * self.cache[n] + positions(n)) * self.scale(n))
 
 
 @pytest.mark.parametrize("way", ["optimize", "whole", "blocks"])
 def test_caches_are_left_as_they_were(way: str, caplog: pytest.LogCaptureFixture) -> None:
     opaque._say_changed.cache_clear()
-    positions.cache_clear()
-    Remembering.scale.cache_clear()
+    for cached in (positions, slopes, backend, Remembering.scale):
+        cached.cache_clear()
+    BACKENDS.clear()
     model, x = Remembering().train(), torch.randn(8, 32)
     plain = copy.deepcopy(model)
     with caplog.at_level(logging.WARNING, "remat"):
         ours = run_step(_rewritten(model, x, way), {"x": x}).gradients
     assert_same_gradients(ours, run_step(plain, {"x": x}).gradients)
     assert ("Remembering changes steps in forward" in caplog.text) == (way != "blocks")
-    for tensor in (*model.cache.values(), *model.seen, positions(32), model.scale(32)):
+    assert set(BACKENDS) == {backend()}
+    for tensor in (*model.cache.values(), *model.seen, positions(32), *slopes(32), model.scale(32)):
         assert type(tensor) is torch.Tensor
     assert type(model.eval()(x)) is torch.Tensor
 
