@@ -229,9 +229,12 @@ class _State:
 
 @contextlib.contextmanager
 def _watching(state: _State, model: nn.Module) -> Iterator[None]:
+    def elsewhere(*_: Any) -> None:
+        """Another thread's forward."""
+
     hooks = [
-        model.register_forward_pre_hook(state.enter, with_kwargs=True),
-        model.register_forward_hook(state.leave, with_kwargs=True),
+        model.register_forward_pre_hook(here(state.enter, elsewhere), with_kwargs=True),
+        model.register_forward_hook(here(state.leave, elsewhere), with_kwargs=True),
     ]
     try:
         with mock.patch.object(nn.Module, "__setattr__", here(state.assign, _SET_ATTRIBUTE)):
