@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 import transformers
 from torch import nn
+
+import remat
 
 Built = tuple[nn.Module, dict[str, Any]]
 
@@ -170,6 +173,13 @@ class Mlp(nn.Module):
         for layer in self.layers:
             x = x + self.dropout(layer(x))
         return x.square().mean()
+
+
+@functools.cache
+def smallest_budget(**shape: Any) -> int:
+    """The smallest at which `mlp` of this shape trains."""
+    model, x = mlp(**shape)
+    return remat.frontier(model, (x,), points=2)[-1].peak_bytes
 
 
 def mlp(rows: int = 64, **shape: Any) -> tuple[nn.Module, torch.Tensor]:

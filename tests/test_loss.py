@@ -66,6 +66,7 @@ def test_gradients_are_the_same_and_the_peak_is_lower_than_without(dtype: torch.
     assert outcome.peak_bytes <= module.plan.peak_bytes <= budget
 
 
+@pytest.mark.slow
 def test_the_smallest_budget_named_is_enough_where_the_loss_is_little() -> None:
     """Shares are not worth a second plan then, and still need a little less than the step as it is written."""
     torch.manual_seed(0)
