@@ -78,10 +78,10 @@ def test_what_the_model_does_otherwise_than_other_modules_it_does_still() -> Non
     called: list[str] = []
     model.register_state_dict_pre_hook(lambda *_: called.append("to be saved"))
     model.register_load_state_dict_post_hook(lambda *_: called.append("loaded"))
-    saved = {name: torch.as_tensor(value).clone() for name, value in module.state_dict().items()}
+    saved: dict[str, Any] = {name: torch.as_tensor(value).clone() for name, value in module.state_dict().items()}
     assert set(saved) == set(model.state_dict())
     assert "note" in saved
-    saved["_extra_state"] = 5  # type: ignore[assignment]
+    saved["_extra_state"] = 5
     saved["first.bias"] += 1
     module.load_state_dict(saved)
     assert called == ["to be saved", "to be saved", "loaded"]

@@ -14,8 +14,7 @@ from remat import _torch
 
 def test_integrations_need_no_import_of_their_own() -> None:
     assert all(map(callable, (remat.hf.RematCallback, remat.lightning.RematCallback, remat.distributed.plan)))
-    with pytest.raises(AttributeError, match="module 'remat' has no attribute 'jax'"):
-        remat.jax  # noqa: B018
+    assert not hasattr(remat, "jax")
 
 
 def test_names() -> None:
