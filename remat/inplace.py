@@ -15,7 +15,8 @@ from torch import nn
 
 from remat.blocks import find_blocks
 from remat.budget import BudgetLike
-from remat.enabled import Enabled, EnabledBlocks, EnabledWhole
+from remat.enabled import Enabled, EnabledWhole
+from remat.enabled_blocks import EnabledBlocks
 from remat.errors import RematError
 from remat.module import RematModule
 from remat.plan import Plan
