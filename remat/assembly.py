@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from remat.capture import Captured
+from remat.captured import Captured
 from remat.passes.aliasing import is_view
 from remat.passes.regions import RegionGraph
 from remat.passes.transfers import is_mark, without_transfers

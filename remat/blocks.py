@@ -19,7 +19,8 @@ from torch import fx, nn
 from remat import _torch
 from remat._torch import pytree
 from remat.absent import LIBRARY_BYTES
-from remat.capture import Captured, capture
+from remat.capture import capture
+from remat.captured import Captured
 from remat.devices import profile_of
 from remat.errors import CaptureError, RematError
 from remat.export import DOOR_2, as_in_training, say_without_cache, without_cache

@@ -13,7 +13,7 @@ from torch import fx, nn
 from remat import _torch
 from remat.assembly import runnable
 from remat.blocks import check_blockwise, trace_blocks
-from remat.capture import Captured
+from remat.captured import Captured
 from remat.enabled import Enabled, take_back, uncompiled
 from remat.errors import BudgetError, RematError
 from remat.export import say_without_cache, without_cache

@@ -21,7 +21,7 @@ from torch import fx, nn
 
 from remat import _torch
 from remat.assembly import Region, adopt, recompile_text_only, runnable
-from remat.capture import Captured
+from remat.captured import Captured
 from remat.errors import BudgetError, CaptureError, RematError
 from remat.passes.regions import RegionGraph
 from remat.plan import Plan

@@ -10,7 +10,7 @@ from torch import fx
 
 from remat import _torch
 from remat.absent import scratch_bytes
-from remat.capture import Captured
+from remat.captured import Captured
 from remat.devices import DeviceProfile
 from remat.errors import CaptureError, RematError
 from remat.export import DOOR_2

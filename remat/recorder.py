@@ -20,7 +20,7 @@ from torch import fx
 
 from remat import _torch
 from remat._torch import pytree
-from remat.capture import Captured
+from remat.captured import Captured
 from remat.cost import op_cost_us
 from remat.devices import DeviceProfile
 from remat.errors import CaptureError

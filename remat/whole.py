@@ -16,7 +16,8 @@ from torch import fx, nn
 from remat import _torch
 from remat._torch import pytree
 from remat.absent import LIBRARY_BYTES, stand_in
-from remat.capture import Captured, capture, check_model, tensor_of
+from remat.capture import capture, check_model
+from remat.captured import Captured, tensor_of
 from remat.devices import DeviceProfile, device_profile, profile_of
 from remat.errors import BudgetError, HostBudgetError, RematError
 from remat.export import as_in_training
