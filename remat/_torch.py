@@ -107,6 +107,7 @@ __all__ = [
     "ViewBaseAOTInput",
     "WeakTensorKeyDictionary",
     "aot_eager",
+    "autograd_nodes",
     "backward_start_ns",
     "buffer_bytes",
     "buffer_registration_hooks",
@@ -183,6 +184,17 @@ def runs_formula_of_torch() -> bool:
     """True while backward runs a derivative formula of torch's own, and no function of a model's."""
     node = torch._C._current_autograd_node()
     return node is not None and not isinstance(node, torch.autograd.function.BackwardCFunction)
+
+
+def autograd_nodes(tensor: torch.Tensor) -> set[Any]:
+    """The autograd nodes that backward from `tensor` reaches."""
+    found, ahead = set(), [tensor.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            ahead += [before for before, _ in node.next_functions]
+    return found
 
 
 def storage_key(tensor: torch.Tensor) -> int:

@@ -199,7 +199,7 @@ class _Recording:
         leaves = _tensors(output)
         self.pins.update(dict.fromkeys((id(s) for s in recorder.behind(leaves) if id(s) in self.pins), HELD))
         with twin.mode, recorder.backward():
-            backward_from(output)
+            backward_from(output, recorder)
             sharded.end_backward()
         graphs = [call.captured for call in self.calls if call.captured is not None]
         own = [t for graph in graphs for t in (*graph.constants.values(), *graph.read_by_functions())]

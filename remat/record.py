@@ -50,14 +50,14 @@ def record(
     with fake, recorder.forward():
         outputs = recorder.run_graph(captured, inputs)
     with fake, recorder.backward():
-        backward_from(captured.output_of(outputs))
+        backward_from(captured.output_of(outputs), recorder)
     produced = {ran.node: ran.storages for ran in recorder.ran}
     escaping = {id(s) for node in captured.graph.output_node().all_input_nodes for s in produced.get(node, ())}
     pins = {id(s): why_pinned(s.node, mutated_inputs(captured)) for s in recorder.all if s.node is not None}
     return write_program(recorder, pins | dict.fromkeys(escaping, HELD), resident, times)
 
 
-def backward_from(output: Any) -> None:
+def backward_from(output: Any, recorder: Recorder) -> None:
     """Backward from a model's output: from what is named `loss` in it, or from a scalar that all else has led to. Otherwise
     the loss is outside of the model, and gives every tensor that requires grad a dense gradient."""
     leaves = [o for o in _torch.pytree.tree_leaves(output) if isinstance(o, torch.Tensor)]
@@ -69,8 +69,10 @@ def backward_from(output: Any) -> None:
         )
     named = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     losses = [o for o in differentiable if o.dim() == 0 and (o is named or _is_after(o, differentiable))]
+    loss = losses[0] if losses else _Loss.apply(*differentiable)
+    recorder.watch_sums(loss)
     try:
-        (losses[0] if losses else _Loss.apply(*differentiable)).backward()
+        loss.backward()
     except RematError:
         raise
     except Exception as error:  # an op without a derivative; of any kind where a function of the model's own runs
@@ -79,13 +81,8 @@ def backward_from(output: Any) -> None:
 
 def _is_after(loss: torch.Tensor, others: Sequence[torch.Tensor]) -> bool:
     """Whether backward from `loss` passes through all `others`."""
-    seen, ahead = set(), [loss.grad_fn]
-    while ahead:
-        step = ahead.pop()
-        if step is not None and step not in seen:
-            seen.add(step)
-            ahead += [before for before, _ in step.next_functions]
-    return all(other is loss or other.grad_fn in seen for other in others)
+    nodes = _torch.autograd_nodes(loss)
+    return all(other is loss or other.grad_fn in nodes for other in others)
 
 
 class _Loss(torch.autograd.Function):

@@ -125,6 +125,8 @@ class Recorder(_torch.TorchDispatchMode):
         self._pauses = False
         self._inside: _Inside | None = None
         self._has_functions = False
+        self._finished: int | None = None  # the number of the autograd node whose gradients go on to others now
+        self._sums: list[tuple[Storage, Storage, int]] = []
 
     def know(self, tensor: torch.Tensor) -> None:
         """Parameters and inputs are resident: never counted."""
@@ -154,6 +156,24 @@ class Recorder(_torch.TorchDispatchMode):
             yield
         self.position += 1
         self.kernels.append(Kernel("end of step", 0.0, None, -1))
+        self._add_in_place()
+
+    def watch_sums(self, loss: torch.Tensor) -> None:
+        """Learn which additions in backward from `loss` are autograd's, of the gradients of what has several readers."""
+        for node in _torch.autograd_nodes(loss):
+            if node.name() != "torch::autograd::AccumulateGrad":
+                node.register_hook(self._finish)
+
+    def _finish(self, *_: Any) -> None:
+        self._finished = _torch.running_sequence_number()
+
+    def _add_in_place(self) -> None:
+        """Autograd adds to a gradient in its place where nothing else holds that (`accumulate` in its input_buffer.cpp). Fake
+        ones it does not; those ended with the addition."""
+        for old, new, position in reversed(self._sums):
+            if old.dies == position:
+                old.dies, old.kind = new.dies, new.kind
+                self.all = [storage for storage in self.all if storage is not new]
 
     def run_graph(self, captured: Captured, inputs: list[torch.Tensor]) -> list[Any]:
         """Run a captured forward graph op by op, without autocast, since its casts are in the graph. `inputs` has a tensor for
@@ -246,6 +266,8 @@ class Recorder(_torch.TorchDispatchMode):
             self.kernels.append(Kernel(str(func), cost, Call.of(func, args, kwargs), self._origin()))
             self.position += 1
         self.note(out)
+        if not self.in_forward and func is aten.add.Tensor and self._finished == _torch.running_sequence_number() is not None:
+            self._note_sum(args[0], out)
         if self._inside is not None and counts:
             self._inside.cost_us += op_cost_us(func, args, kwargs, out, self.device)
             self._inside.calls.append((Call.of(func, args, kwargs), self._inside.live_bytes))
@@ -300,6 +322,11 @@ class Recorder(_torch.TorchDispatchMode):
                 self._inside.make(storage)
             weakref.finalize(raw, self._died, key, storage)
 
+    def _note_sum(self, gradient: torch.Tensor, out: torch.Tensor) -> None:
+        old, new = (self._storages.get(_torch.storage_key(t)) for t in (gradient, out))
+        if old is not None and new is not None and _is_dense(gradient):
+            self._sums.append((old, new, self.position - 1))
+
     def _died(self, key: int, storage: Storage) -> None:
         storage.dies = self.position - (0 if self.in_forward else 1)
         if self._inside is not None and storage.born == self.position:
@@ -335,6 +362,16 @@ class Recorder(_torch.TorchDispatchMode):
         storage.released += 1
         if not self.in_forward:
             storage.release = max(storage.release, self.position - 1)
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether its elements lie without gaps or repeats, in whatever order of its dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def _is_free(func: Any) -> bool:
