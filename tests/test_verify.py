@@ -59,10 +59,12 @@ def test_gradients_are_as_they_were(has_gradients: bool) -> None:
     if has_gradients:
         for p in model.parameters():
             p.grad = torch.full_like(p, 3.0)
+    model.unused = nn.Parameter(torch.zeros(2**16))  # trains, and never has one
     optimized = remat.optimize(model.train(), (), kwargs, budget=None)
     found = remat.verify(optimized, kwargs=kwargs)
     assert found.holds
     assert abs(found.checks[0].error) < 0.01
+    assert model.unused.grad is None
     gradients = [p.grad for p in model.parameters()]
     assert all((g == 3.0).all() for g in gradients if g is not None) if has_gradients else set(gradients) == {None}
 
