@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ def optimize(
     pin: Pins = None,
     costs: str = "analytic",
     in_flight: int = 1,
+    loss: Callable[[Any], torch.Tensor] | None = None,
 ) -> RematModule:
     """Rewrite `model` so that a training step fits in `budget`; returns a `torch.fx.GraphModule` to train as before.
 
@@ -68,6 +70,10 @@ def optimize(
         trainable_only: fixed rules leave blocks alone in which no parameter trains.
         in_flight: how many forwards run before the first backward, as in a stage of a pipeline (1F1B: its distance from the
             last stage, plus one); the budget is for all of them, and gradients count as there from the start.
+        loss: what comes after the model, where that is not in it: a function from its output to the scalar that backward starts
+            from, such as `lambda logits: F.cross_entropy(logits.flatten(0, 1), labels)`. Planning runs it on tensors without
+            values, to count what it takes; training does not call it. Without one the model's own `loss` is taken, or a loss
+            that takes nothing but a gradient of each output.
 
     Raises:
         BudgetError: nothing fits, or not the plan given, or the budget cannot be read.
@@ -84,6 +90,7 @@ def optimize(
         plan=plan,
         optimizer=optimizer,
         in_flight=in_flight,
+        loss=loss,
     )
     module = RematModule(model, Rewriting(settings), dynamic_shapes)
     if args or kwargs:
@@ -107,6 +114,7 @@ def plan(
     costs: str = "analytic",
     device: str | None = None,
     in_flight: int = 1,
+    loss: Callable[[Any], torch.Tensor] | None = None,
 ) -> Plan:
     """Plan one training step without running it. Kernels whose scratch memory is not known yet run once, by themselves, if the
     device has room for them. Arguments and errors as in `optimize`.
@@ -127,8 +135,9 @@ def plan(
         plan=plan,
         optimizer=optimizer,
         in_flight=in_flight,
+        loss=loss,
     )
-    _, found = trace(model, args, kwargs or {}, optimizer, device, costs, in_flight).planned(settings)
+    _, found = trace(model, args, kwargs or {}, settings, device).planned(settings)
     if dynamic_shapes is None:
         return found
     axes = named_axes(model, args, kwargs or {}, dynamic_shapes)
@@ -147,6 +156,7 @@ def frontier(
     costs: str = "analytic",
     device: str | None = None,
     in_flight: int = 1,
+    loss: Callable[[Any], torch.Tensor] | None = None,
     points: int = 12,
 ) -> list[Plan]:
     """The trade-off between memory and time: the planner's plans from the fastest to the smallest, each smaller and slower than
@@ -160,8 +170,10 @@ def frontier(
     """
     if not isinstance(points, int) or points < 1:
         raise RematError(f"points={points} must be a whole number, at least 1")
-    settings = Settings(budget=budget, host_budget=host_budget, pin=pin, costs=costs, optimizer=optimizer, in_flight=in_flight)
-    traced = trace(model, args, kwargs or {}, optimizer, device, costs, in_flight)
+    settings = Settings(
+        budget=budget, host_budget=host_budget, pin=pin, costs=costs, optimizer=optimizer, in_flight=in_flight, loss=loss
+    )
+    traced = trace(model, args, kwargs or {}, settings, device)
     limit = traced.limit_bytes(budget)
     plans = list(traced.frontier(settings, points))
     other = traced.worth_sharing(plans[-1].peak_bytes, settings)

@@ -199,13 +199,13 @@ class _Recording:
         leaves = _tensors(output)
         self.pins.update(dict.fromkeys((id(s) for s in recorder.behind(leaves) if id(s) in self.pins), HELD))
         with twin.mode, recorder.backward():
-            backward_from(output, recorder)
+            backward_from(output, recorder, settings.loss)
             sharded.end_backward()
         graphs = [call.captured for call in self.calls if call.captured is not None]
         own = [t for graph in graphs for t in (*graph.constants.values(), *graph.read_by_functions())]
         given, buffers = [*_tensors(args, kwargs), *own, *self.attributes], list(self.model.buffers())
         libraries = library_bytes(self.place) if self.profile.is_here else LIBRARY_BYTES if self.profile.is_gpu else 0
-        others = [t for t in attributes_of(self.model) if t.device == self.place]
+        others = [*(t for t in attributes_of(self.model) if t.device == self.place), *recorder.found]
         resident = resident_memory(given, self.parameters, buffers, settings.optimizer, settings.in_flight > 1, others)
         self.there_bytes = libraries + there_bytes(given, self.parameters, buffers, settings.optimizer, self.place)
         times = op_times(self.place) if settings.costs == "measured" else None

@@ -32,7 +32,7 @@ def enable(model: nn.Module, budget: BudgetLike = "auto", *, whole_model: bool =
         budget: as in `remat.optimize`.
         whole_model: False rewrites the model block by block, as `optimize_blocks` does, where one graph cannot hold it.
         **settings: further arguments of `remat.optimize`: policy, optimizer, host_budget, pin, costs, plan, trainable_only,
-            in_flight.
+            in_flight, loss.
 
     The first call of each shape captures and plans, and the first one that adds to gradients plans again. In `eval()` and
     without grad the model runs as it always did, `generate` included.
@@ -79,7 +79,7 @@ def optimize_blocks(
         blocks: modules of the model or their paths, none inside of another; by default the elements of its outermost lists of
             modules.
         **settings: further arguments of `remat.optimize`: policy ("auto", "none", "blocks", "every-k", "selective" or a
-            function), optimizer, pin, costs, plan, trainable_only, in_flight.
+            function), optimizer, pin, costs, plan, trainable_only, in_flight, loss.
 
     Raises RematError where `enable` does, and for a setting that has no meaning here.
     """

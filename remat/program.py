@@ -146,7 +146,7 @@ class Program:
     is held until backward has last read it, and cannot be let go of in between. `resident` says what `resident_bytes`
     are for, by kind. `modules` are the paths of the modules that the forward ops come from. `parts` are the stretches [start,
     stop) of forward that can be rewritten, none across their ends; none are given where that is all of it. Without a `link`
-    nothing moves to the host.
+    nothing moves to the host. The first `loss_ops` of backward are those of a loss outside of the model.
     """
 
     forward: tuple[Op, ...]
@@ -161,6 +161,7 @@ class Program:
     resident: tuple[tuple[str, int], ...] = ()
     modules: tuple[str, ...] = ()
     parts: tuple[tuple[int, int], ...] = ()
+    loss_ops: int = 0
 
     @cached_property
     def fixed_table(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

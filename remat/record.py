@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from remat.passes.provenance import module_path
 from remat.passes.randomness import may_draw
 from remat.program import HELD, Fixed, Op, Program, Value
 from remat.recorder import Recorder, Storage
+from remat.resident import bytes_beside
 from remat.workspace import Call, workspace_bytes
 
 
@@ -30,6 +31,7 @@ def record(
     resident: Mapping[str, int],
     times: OpTimes | None = None,
     adds: bool = False,
+    loss: Callable[[Any], torch.Tensor] | None = None,
 ) -> Program:
     """Record one training step of the captured graph; one that adds to gradients where there are any, or for all if `adds`.
 
@@ -50,16 +52,41 @@ def record(
     with fake, recorder.forward():
         outputs = recorder.run_graph(captured, inputs)
     with fake, recorder.backward():
-        backward_from(captured.output_of(outputs), recorder)
+        backward_from(captured.output_of(outputs), recorder, loss)
     produced = {ran.node: ran.storages for ran in recorder.ran}
     escaping = {id(s) for node in captured.graph.output_node().all_input_nodes for s in produced.get(node, ())}
     pins = {id(s): why_pinned(s.node, mutated_inputs(captured)) for s in recorder.all if s.node is not None}
+    resident = {**resident, "others": resident["others"] + bytes_beside(recorder.found, tensors)}
     return write_program(recorder, pins | dict.fromkeys(escaping, HELD), resident, times)
 
 
-def backward_from(output: Any, recorder: Recorder) -> None:
-    """Backward from a model's output: from what is named `loss` in it, or from a scalar that all else has led to. Otherwise
-    the loss is outside of the model, and gives every tensor that requires grad a dense gradient."""
+def backward_from(output: Any, recorder: Recorder, loss_of: Callable[[Any], torch.Tensor] | None = None) -> None:
+    """Backward from what `loss_of` makes of a model's output. Without it, from what is named `loss` there, or a scalar that all
+    else has led to; or else from some loss outside of the model, which gives every tensor that requires grad a dense gradient.
+    """
+    loss = _found_loss(output) if loss_of is None else _computed_loss(output, recorder, loss_of)
+    recorder.watch_sums(loss)
+    try:
+        with _torch.without_autocast():
+            loss.backward()
+    except RematError:
+        raise
+    except Exception as error:  # an op without a derivative; of any kind where a function of the model's own runs
+        raise CaptureError(f"there is no backward to plan for: {error}; {DOOR_2}") from error
+
+
+def _computed_loss(output: Any, recorder: Recorder, loss_of: Callable[[Any], torch.Tensor]) -> torch.Tensor:
+    """`loss_of` runs between forward and backward, as part of which it counts: no plan decides about it."""
+    try:
+        loss = recorder.run_loss(lambda: loss_of(output))
+    except Exception as error:
+        raise RematError(f"loss= fails on the model's output, which has no values while planning: {error}") from error
+    if not isinstance(loss, torch.Tensor) or loss.dim() or not loss.requires_grad:
+        raise RematError("loss= has to return a tensor of one number that requires grad")
+    return loss
+
+
+def _found_loss(output: Any) -> torch.Tensor:
     leaves = [o for o in _torch.pytree.tree_leaves(output) if isinstance(o, torch.Tensor)]
     differentiable = [o for o in leaves if o.requires_grad]
     if not differentiable:
@@ -69,14 +96,7 @@ def backward_from(output: Any, recorder: Recorder) -> None:
         )
     named = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     losses = [o for o in differentiable if o.dim() == 0 and (o is named or _is_after(o, differentiable))]
-    loss = losses[0] if losses else _Loss.apply(*differentiable)
-    recorder.watch_sums(loss)
-    try:
-        loss.backward()
-    except RematError:
-        raise
-    except Exception as error:  # an op without a derivative; of any kind where a function of the model's own runs
-        raise CaptureError(f"there is no backward to plan for: {error}; {DOOR_2}") from error
+    return losses[0] if losses else _Loss.apply(*differentiable)
 
 
 def _is_after(loss: torch.Tensor, others: Sequence[torch.Tensor]) -> bool:
@@ -136,6 +156,7 @@ def write_program(
         resident=tuple(resident.items()),
         modules=tuple(module_path(ran.node) for ran in recorder.ran),
         parts=parts,
+        loss_ops=recorder.loss_ops,
     )
 
 

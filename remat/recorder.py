@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -114,6 +114,9 @@ class Recorder(_torch.TorchDispatchMode):
         self.in_forward = True
         self.in_graph = False
         self.module = ""
+        self.meets_real = False  # whether what runs may find tensors with values elsewhere
+        self.found: list[torch.Tensor] = []  # those that a loss found
+        self.loss_ops = 0
         self.ran: list[Ran] = []
         self.kernels: list[Kernel] = []
         self.all: list[Storage] = []
@@ -123,8 +126,8 @@ class Recorder(_torch.TorchDispatchMode):
         self._sequence: list[int] = []  # autograd's count after each forward op
         self._others = fx.Graph()
         self._pauses = False
+        self._in_loss = False
         self._inside: _Inside | None = None
-        self._has_functions = False
         self._finished: int | None = None  # the number of the autograd node whose gradients go on to others now
         self._sums: list[tuple[Storage, Storage, int]] = []
 
@@ -152,11 +155,20 @@ class Recorder(_torch.TorchDispatchMode):
         """Backward runs within, after forward; the step ends with it."""
         self.in_forward = False
         self.position = len(self.ran)
-        with self, _torch.without_autocast():
+        with self:
             yield
         self.position += 1
         self.kernels.append(Kernel("end of step", 0.0, None, -1))
         self._add_in_place()
+
+    def run_loss(self, loss_of: Callable[[], Any]) -> Any:
+        """What comes after the model, as a part of backward: no plan decides about it."""
+        self.meets_real = self._in_loss = True
+        try:
+            return loss_of()
+        finally:
+            self._in_loss = False
+            self.loss_ops = len(self.kernels)
 
     def watch_sums(self, loss: torch.Tensor) -> None:
         """Learn which additions in backward from `loss` are autograd's, of the gradients of what has several readers."""
@@ -179,7 +191,7 @@ class Recorder(_torch.TorchDispatchMode):
         """Run a captured forward graph op by op, without autocast, since its casts are in the graph. `inputs` has a tensor for
         each placeholder, all held by the caller."""
         nodes = list(captured.graph.nodes)
-        self._has_functions |= any(isinstance(node.target, FunctionCall) for node in nodes)
+        self.meets_real |= any(isinstance(node.target, FunctionCall) for node in nodes)
         env: dict[fx.Node, Any] = dict(zip((n for n in nodes if n.op == "placeholder"), inputs, strict=True))
         for node in nodes:
             if node.op == "get_attr":
@@ -253,7 +265,7 @@ class Recorder(_torch.TorchDispatchMode):
         kwargs = kwargs or {}
         if self.in_forward and not self.in_graph:
             self.position = len(self.ran)
-        if self._has_functions and func is not aten.lift_fresh.default:
+        if self.meets_real and func is not aten.lift_fresh.default:
             args, kwargs = pytree.tree_map_only(torch.Tensor, self._fake, (args, kwargs))
         out = as_run(func, args, kwargs, func(*args, **kwargs))
         if func in IN_PLACE_IN_FORMULAS and self._made_for_this(args[0]):
@@ -281,6 +293,8 @@ class Recorder(_torch.TorchDispatchMode):
         """A fake tensor for one that a function finds elsewhere and that is there whatever the plan."""
         if _torch.is_fake(tensor):
             return tensor
+        if self._in_loss:
+            self.found.append(tensor)
         fake = _torch.fake_like(tensor)
         self.know(fake)
         return fake

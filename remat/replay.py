@@ -14,9 +14,9 @@ from remat.program import KINDS, RESIDENT, Program
 
 
 class Moment(NamedTuple):
-    """One op of the replay: `phase` is "forward", "recompute" or "backward"; `live_bytes` is allocated while it runs, and
-    `by_kind` says for what, in the order of `KINDS`. Times are in microseconds from the start of the step. `module` made the
-    value, or the one whose gradient this is for."""
+    """One op of the replay: `phase` is "forward", "loss" (outside of the model), "recompute" or "backward"; `live_bytes` is
+    allocated while it runs, and `by_kind` says for what, in the order of `KINDS`. Times are in microseconds from the start of
+    the step. `module` made the value, or the one whose gradient this is for."""
 
     phase: str
     name: str
@@ -25,6 +25,10 @@ class Moment(NamedTuple):
     start_us: float
     end_us: float
     by_kind: tuple[int, ...]
+
+    @property
+    def is_backward(self) -> bool:
+        return self.phase in ("recompute", "backward")
 
     def __str__(self) -> str:
         of = f" of {self.module}" if self.module else ""
@@ -115,7 +119,7 @@ class Replay:
         program, n = self.program, len(self.program.forward)
         return tuple(
             Moment(
-                "recompute" if again else "forward" if p < n else "backward",
+                "recompute" if again else "forward" if p < n else "loss" if p < n + program.loss_ops else "backward",
                 program.op_at(p).name,
                 program.module_at(p),
                 live,

@@ -38,6 +38,11 @@ def resident_memory(
     return {**found, "optimizer": 0 if optimizer is None else optimizer_bytes(optimizer)}
 
 
+def bytes_beside(tensors: Iterable[torch.Tensor], others: Iterable[torch.Tensor]) -> int:
+    """Bytes of the tensors that share no storage with `others`, each storage once."""
+    return _bytes(tensors, {_torch.storage_key(_torch.local(t)) for t in others})
+
+
 def attributes_of(model: nn.Module) -> list[torch.Tensor]:
     """Tensors that are attributes of modules without being parameters or buffers, such as the `weight` that
     `nn.utils.weight_norm` computes."""

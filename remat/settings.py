@@ -4,7 +4,7 @@ given."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,11 +41,12 @@ class Common:
 
 @dataclass(frozen=True)
 class Settings(Common):
-    """What door 1 takes. It travels without its optimizer."""
+    """What door 1 takes. It travels without its optimizer and its loss."""
 
     plan: Plan | None = None
     optimizer: torch.optim.Optimizer | None = None
     in_flight: int = 1
+    loss: Callable[[Any], torch.Tensor] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,9 +56,11 @@ class Settings(Common):
             raise RematError(f"optimizer={self.optimizer!r} is no optimizer; give the one that trains the model's parameters")
         if not isinstance(self.in_flight, int) or self.in_flight < 1:
             raise RematError(f"in_flight={self.in_flight!r} is not a number of forwards")
+        if self.loss is not None and not callable(self.loss):
+            raise RematError(f"loss={self.loss!r} cannot be called; give a function of the model's output")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "optimizer": None}
+        return {**self.__dict__, "optimizer": None, "loss": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Settings:
         return self

@@ -31,5 +31,4 @@ class SizedCall:
     def traced(self, sizes: Mapping[str, int]) -> TracedModel:
         """The step with the axes of these names as long as that."""
         args, kwargs = resized(self.args, self.kwargs, self.axes, sizes)
-        settings = self.settings
-        return trace(self.model, args, kwargs, settings.optimizer, self.device, settings.costs, settings.in_flight)
+        return trace(self.model, args, kwargs, self.settings, self.device)

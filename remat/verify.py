@@ -131,7 +131,7 @@ def _held_against(plan: Plan, step: Callable[[], object]) -> Verification:
     start = events[0][0]
     forward = [live for at, live in events if at < backward_ns]
     backward = [live for at, live in events if at >= backward_ns]
-    turn = next(i for i, moment in enumerate(plan.timeline) if moment.phase != "forward")
+    turn = next(i for i, moment in enumerate(plan.timeline) if moment.is_backward)
     live = [moment.live_bytes for moment in plan.timeline]
     kept = sum(s.bytes for s in plan.storages if s.born < turn <= s.dies)
     checks = (

@@ -34,6 +34,7 @@ from remat.state import flatten_call
 from remat.traced import Traced, fingerprint_of, with_baseline
 from remat.workspace import library_bytes
 
+_FASTEST = Settings(budget=None)
 _MUCH = 0.1  # less of the room above what is resident is not worth a second plan
 
 
@@ -48,8 +49,7 @@ class Rewriting:
     ) -> tuple[Captured, Plan, fx.Graph, tuple[RegionGraph, ...]]:
         """`captured`: what such a call was captured as before, if it was."""
         settings = self.settings
-        traced = trace(model, args, kwargs, settings.optimizer, None, settings.costs, settings.in_flight, captured)
-        step, plan = traced.planned(settings)
+        step, plan = trace(model, args, kwargs, settings, captured=captured).planned(settings)
         outer, regions = form_regions(step.captured.graph, step.stretches(plan), transfers_of(plan))
         return step.captured, plan, outer, regions
 
@@ -144,17 +144,15 @@ def trace(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    optimizer: torch.optim.Optimizer | None = None,
+    settings: Settings = _FASTEST,
     device: str | None = None,
-    costs: str = "analytic",
-    in_flight: int = 1,
     captured: Captured | None = None,
 ) -> TracedModel:
     """Capture one call of `model` and record its training step, as on the device it is on or on a well-known one by name.
     Keeps nothing on the device; kernels run there for their scratch memory (remat/workspace.py).
 
-    in_flight: how many forwards run before the first backward; with several, the step adds to gradients, whether there are any
-    yet or not.
+    Of `settings` only what the step is counts: optimizer, costs, loss and in_flight (where there are several, the step adds to
+    gradients, whether there are any yet or not).
     """
     check_model(model, args)
     inspect.signature(model.forward).bind(*args, **kwargs)  # a wrong call is a TypeError, as it always was
@@ -162,7 +160,7 @@ def trace(
     given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     real = given, list(model.parameters()), [*model.buffers(), *attributes_of(model)]
     if device is not None:
-        if costs == "measured":
+        if settings.costs == "measured":
             raise RematError(f"costs='measured' needs the device itself; without device={device!r} this machine's is measured")
         profile = device_profile(device)
         model, args, kwargs = stand_in(model, args, kwargs)
@@ -175,11 +173,12 @@ def trace(
     profile = profile or profile_of(place)
     libraries = library_bytes(place) if profile.is_here else LIBRARY_BYTES if profile.is_gpu else 0
     others = [*(t for t in attributes_of(model) if t.device == place), *captured.read_by_functions()]
-    resident = resident_memory(tensors, list(model.parameters()), list(model.buffers()), optimizer, in_flight > 1, others)
-    times = op_times(place) if costs == "measured" else None
+    owned = list(model.parameters()), list(model.buffers())
+    resident = resident_memory(tensors, *owned, settings.optimizer, settings.in_flight > 1, others)
+    times = op_times(place) if settings.costs == "measured" else None
     resident = {**resident, "libraries": libraries}
-    there = libraries + there_bytes(*real, optimizer, place)
-    about = type(model).__name__, inputs_of(args, kwargs), there, tensors, place, profile, resident, times, in_flight
+    there = libraries + there_bytes(*real, settings.optimizer, place)
+    about = type(model).__name__, inputs_of(args, kwargs), there, tensors, place, profile, resident, times, settings
     return _traced(*about, captured)
 
 
@@ -205,18 +204,19 @@ def _traced(
     profile: DeviceProfile,
     resident: Mapping[str, int],
     times: OpTimes | None,
-    in_flight: int,
+    settings: Settings,
     captured: Captured,
 ) -> TracedModel:
-    program = record(captured, tensors, profile, resident, times, in_flight > 1)
+    program = record(captured, tensors, profile, resident, times, settings.in_flight > 1, settings.loss)
     if times is not None:
         times.save()
     fingerprint = fingerprint_of([captured.graph])
-    about = model, inputs, there, tensors, place, profile, resident, times, in_flight
+    about = model, inputs, there, tensors, place, profile, resident, times, settings
     nodes = tuple(node for node in captured.graph.nodes if node.op == "call_function")
     trains = training(captured, tensors)
     again = partial(_traced, *about)
-    return TracedModel(program, nodes, place, profile, fingerprint, trains, model, inputs, there, in_flight, captured, again)
+    found = program, nodes, place, profile, fingerprint, trains, model, inputs, there, settings.in_flight
+    return TracedModel(*found, captured, again)
 
 
 def training(captured: Captured, tensors: Sequence[torch.Tensor]) -> frozenset[int]:

@@ -119,7 +119,7 @@ def _columns(moments: Sequence[Moment], kinds: Sequence[str], unit: _Unit) -> li
 
 def _marks(plan: Plan, moments: Sequence[Moment], unit: _Unit, top: float) -> list[alt.Chart]:
     """Where backward starts, and the budget where it is not far above everything."""
-    start = next((moment.start_us for moment in moments if moment.phase != "forward"), moments[-1].end_us) / 1e3
+    start = next((moment.start_us for moment in moments if moment.is_backward), moments[-1].end_us) / 1e3
     line = alt.Chart(alt.Data(values=[{"ms": start, "text": "backward →"}]))
     marks = [
         line.mark_rule(strokeDash=[4, 3], color="gray").encode(x="ms:Q"),
@@ -238,7 +238,7 @@ def verification(found: Verification) -> alt.LayerChart:
     """Predicted and measured memory over one step; each phase takes its share of the width in either."""
     plan = found.plan
     unit = _Unit.of(max(found.peak_bytes, plan.peak_bytes))
-    turn = next(i for i, moment in enumerate(plan.timeline) if moment.phase != "forward")
+    turn = next(i for i, moment in enumerate(plan.timeline) if moment.is_backward)
     predicted = [(moment.start_us, moment.live_bytes) for moment in plan.timeline]
     rows = _halves("predicted", predicted, plan.timeline[turn].start_us, plan.step_us, unit)
     rows += _halves("measured", found.measured, found.backward_us, found.measured[-1][0], unit)
