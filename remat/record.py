@@ -19,7 +19,8 @@ from remat.passes.pinning import why_pinned
 from remat.passes.provenance import module_path
 from remat.passes.randomness import may_draw
 from remat.program import HELD, Fixed, Op, Program, Value
-from remat.recorder import Recorder, Storage
+from remat.recorded import Storage
+from remat.recorder import Recorder
 from remat.resident import bytes_beside
 from remat.workspace import Call, workspace_bytes
 

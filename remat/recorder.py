@@ -13,7 +13,7 @@ import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import fx
@@ -28,53 +28,11 @@ from remat.export import DOOR_2
 from remat.fake_kernels import IN_PLACE_IN_FORMULAS, as_run
 from remat.functions import FunctionCall
 from remat.passes.aliasing import results
+from remat.recorded import Kernel, Ran, Storage
 from remat.steps import bind, recompute_inputs
 from remat.workspace import Call
 
 aten = torch.ops.aten
-
-
-@dataclass
-class Storage:
-    """Memory from position `born` to `dies` (-1: to the end), made by forward op `node` if it is a decision's to keep.
-
-    `last_forward` is the last forward op that reads it; autograd has `packed` it so many times, of which it has `released` some
-    by now, unpacks it at the positions in `reads` and holds it until `release`. `kind` is one of `remat.program.KINDS`, ""
-    where its lifetime tells. An autograd function that was given or made it (`in_function`) may hold it too.
-    """
-
-    bytes: int
-    born: int
-    dies: int = -1
-    node: fx.Node | None = None
-    last_forward: int = -1
-    packed: int = 0
-    released: int = 0
-    reads: list[int] = field(default_factory=list)
-    release: int = -1
-    kind: str = ""
-    in_function: bool = False
-
-
-class Ran(NamedTuple):
-    """A forward op that ran: the storages behind its results, and those that running it again would read. `inside` are the ops
-    of an autograd function, each with the bytes that live beside its scratch memory and are no result of the function's."""
-
-    node: fx.Node
-    cost_us: float
-    call: Call | None
-    storages: tuple[Storage, ...]
-    reads: tuple[Storage, ...]
-    inside: tuple[tuple[Call | None, int], ...] = ()
-
-
-class Kernel(NamedTuple):
-    """A backward op: `origin` is the position of the forward op whose gradient it computes."""
-
-    name: str
-    cost_us: float
-    call: Call | None
-    origin: int
 
 
 class _Token:
@@ -182,10 +140,12 @@ class Recorder(_torch.TorchDispatchMode):
     def _add_in_place(self) -> None:
         """Autograd adds to a gradient in its place where nothing else holds that (`accumulate` in its input_buffer.cpp). Fake
         ones it does not; those ended with the addition."""
+        written_over = set()
         for old, new, position in reversed(self._sums):
             if old.dies == position:
                 old.dies, old.kind = new.dies, new.kind
-                self.all = [storage for storage in self.all if storage is not new]
+                written_over.add(id(new))
+        self.all = [storage for storage in self.all if id(storage) not in written_over]
 
     def run_graph(self, captured: Captured, inputs: list[torch.Tensor]) -> list[Any]:
         """Run a captured forward graph op by op, without autocast, since its casts are in the graph. `inputs` has a tensor for
