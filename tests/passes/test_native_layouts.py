@@ -52,10 +52,9 @@ def test_they_are_copied_as_in_the_plain_model(case: str) -> None:
         assert 0.97 < outcome.peak_bytes / module.plan.peak_bytes <= 1
 
 
-def test_graph() -> None:
-    graph = capture(
-        Turned(CASES["log sigmoid"]).functions[0], (torch.randn(2, 3, 4).transpose(1, 2).requires_grad_(),), {}
-    ).graph
+def test_the_graph() -> None:
+    turned = torch.randn(2, 3, 4).transpose(1, 2).requires_grad_()
+    graph = capture(nn.LogSigmoid(), (turned,), {}).graph
     assert [node.target.overloadpacket.__name__ for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload)] == [
         "log_sigmoid_forward",
         "permute",
@@ -85,5 +84,5 @@ def test_where_that_was_not_known(caplog: pytest.LogCaptureFixture) -> None:
     steps._say_copied.cache_clear()
     model: Any = Rolled().to(memory_format=torch.channels_last)
     kwargs = {"x": torch.randn(8, 3, 6, 6).to(memory_format=torch.channels_last)}
-    assert_same(run_step(model, kwargs), run_step(remat.optimize(model, kwargs=kwargs, budget=0.9), kwargs))
+    assert_same(run_step(model, kwargs), run_step(remat.optimize(model, kwargs=kwargs, budget=None), kwargs))
     assert "is copied where it changes shape, which no plan counts" in caplog.text
