@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from remat.passes.aliasing import results
 from remat.passes.randomness import may_draw
 from remat.passes.transfers import is_mark, read_transfers
 
-log = logging.getLogger("remat")
 aten = torch.ops.aten
 
 
@@ -148,7 +146,7 @@ def bind(node: fx.Node) -> tuple[Callable[..., Any], tuple[fx.Node, ...]]:
     """A callable that takes the node's tensor inputs in order and runs the node's op with its other arguments; compiled from
     source, so that a call puts no arguments together."""
     order: list[fx.Node] = []
-    names: dict[str, Any] = {"target": _view if node.target is aten.view.default else node.target}
+    names: dict[str, Any] = {"target": node.target}
 
     def written(argument: Any) -> str:
         if isinstance(argument, fx.Node):
@@ -163,19 +161,3 @@ def bind(node: fx.Node) -> tuple[Callable[..., Any], tuple[fx.Node, ...]]:
     arguments = [*map(written, node.args), *(f"**{{{name!r}: {written(a)}}}" for name, a in node.kwargs.items())]
     parameters = ", ".join(f"v{i + 1}" for i in range(len(order)))
     return eval(f"lambda {parameters}: target({', '.join(arguments)})", names), tuple(order)
-
-
-def _view(x: torch.Tensor, size: Any) -> torch.Tensor:
-    """A view, or a copy where the kernel that made `x` laid it out otherwise than its fake one (passes/native_layouts.py)."""
-    try:
-        return aten.view.default(x, size)
-    except RuntimeError:
-        _say_copied()
-        return x.reshape(size)
-
-
-@functools.cache
-def _say_copied() -> None:
-    log.warning(
-        "a result lies otherwise in memory than was planned, and is copied where it changes shape, which no plan counts"
-    )

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import remat
-from remat import steps
 from remat.capture import capture
 from remat.passes.native_layouts import lay_out_as_traced
 from tests.steps import assert_same, run_step
@@ -70,19 +68,3 @@ def test_images_with_their_channels_last_stay_so() -> None:
     x = torch.randn(2, 4, 6, 6).to(memory_format=torch.channels_last)
     graph = capture(nn.BatchNorm2d(4), (x,), {}).graph
     assert not graph.find_nodes(op="call_function", target=torch.ops.aten.permute.default)
-
-
-def test_where_that_was_not_known(caplog: pytest.LogCaptureFixture) -> None:
-    class Rolled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4 * 36, 2)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.head(self.conv(x).roll((1, 1), (2, 3)).flatten(1)).square().mean()
-
-    steps._say_copied.cache_clear()
-    model: Any = Rolled().to(memory_format=torch.channels_last)
-    kwargs = {"x": torch.randn(8, 3, 6, 6).to(memory_format=torch.channels_last)}
-    assert_same(run_step(model, kwargs), run_step(remat.optimize(model, kwargs=kwargs, budget=None), kwargs))
-    assert "is copied where it changes shape, which no plan counts" in caplog.text
