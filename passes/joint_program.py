@@ -28,7 +28,7 @@ from remat.passes.overwriting import overwritten
 from remat.passes.pinning import why_pinned
 from remat.passes.provenance import module_path
 from remat.passes.randomness import is_random
-from remat.passes.subgraphs import subgraph_bytes
+from remat.passes.subgraphs import held_by_loop, subgraph_bytes
 from remat.passes.traffic import extra_bytes
 from remat.program import HELD, Decision, Fixed, Op, Program, Value
 from remat.workspace import Call, workspace_bytes
@@ -291,7 +291,8 @@ def _op(
     if is_view(node) or node.target is operator.getitem:
         return Op(node.name, 0.0, 0)
     if not isinstance(node.target, OpOverload):  # a higher-order op, never recomputed
-        return Op(node.name, 0.0, subgraph_bytes(node, device.allocated_bytes), tuple(reads), own)
+        scratch = subgraph_bytes(node, device.allocated_bytes) + device.allocated_bytes(_unread_bytes(node))
+        return Op(node.name, 0.0, scratch + (0 if halves.fuses else held_by_loop(node)), tuple(reads), own)
     args, kwargs = pytree.tree_map_only(fx.Node, lambda n: n.meta.get("val"), (node.args, dict(node.kwargs)))
     result: Any = node.meta.get("val")
     if extra is not None:

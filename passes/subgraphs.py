@@ -6,10 +6,11 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx
 
 from remat._torch import invoke_subgraph, pytree
-from remat.passes.aliasing import storage_bytes, storage_roots
+from remat.passes.aliasing import results, storage_bytes, storage_roots
 
 
 def inline_regions(gm: fx.GraphModule) -> None:
@@ -45,6 +46,27 @@ def subgraph_bytes(node: fx.Node, allocated: Callable[[int], int]) -> int:
     names = [str(source.target) for source in node.all_input_nodes if source.op == "get_attr"]
     graphs = [graph for name in names if isinstance(graph := getattr(module, name, None), fx.GraphModule)]
     return max((_scratch_bytes(graph.graph, allocated) for graph in graphs), default=0)
+
+
+def held_by_loop(node: fx.Node) -> int:
+    """What torch's loops hold beside their results and what one run of their graph allocates, where they run as they are.
+
+    A `while_loop` has the values it carries from before a run and from after it. A `scan` has the first slice of each result,
+    the last and the next one, and indices of int64 for each and for one more.
+    """
+    if "while_loop" in str(node.target):
+        return _bytes(node)
+    if node.target is not torch.ops.higher_order.scan:
+        return 0
+    graph = getattr(node.graph.owning_module, str(node.args[0].target)).graph  # type: ignore[union-attr]
+    n_carried = len(node.args[1])  # type: ignore[arg-type]
+    carried, slices = results(graph)[:n_carried], results(graph)[n_carried:]
+    indices = [8 * source.meta["val"].numel() for source in slices]
+    return sum(map(_bytes, carried)) + 3 * sum(map(_bytes, slices)) + sum(indices) + max(indices, default=0)
+
+
+def _bytes(node: fx.Node) -> int:
+    return sum(map(storage_bytes, pytree.tree_leaves(node.meta.get("val"))))
 
 
 def _scratch_bytes(graph: fx.Graph, allocated: Callable[[int], int]) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import fx, nn
+from torch._higher_order_ops import scan, while_loop
 
 import remat
 from remat.devices import CPU
@@ -69,6 +70,39 @@ def test_branches_within_the_smallest_budget() -> None:
     (graph,) = remat.plans(module)
     assert graph.plan.dropped
     assert outcome.peak_bytes <= budget < 0.7 * expected.peak_bytes
+
+
+class Loop(nn.Module):
+    """`kind` of a loop, or of a branch, with results that nobody reads."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.weight = kind, nn.Parameter(torch.linspace(-1, 1, 2**14))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kind == "cond":
+            sides = (lambda x: (x * self.weight, x * 2)), lambda x: (x.sin() * self.weight, x.cos())
+            return torch.cond(x.sum() > 0, *sides, (x,))[0].square().sum()
+        if self.kind == "scan":
+            carried, found = scan(self._step, torch.zeros(2**14), x)
+            return carried.sum() + found.square().sum()
+        with torch.no_grad():
+            _, h = while_loop(lambda i, h: i < 6, lambda i, h: (i + 1, torch.tanh(h / 2 + x)), (torch.tensor(0), x.cos()))
+        return (h * self.weight).sum()
+
+    def _step(self, carried: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        following = torch.tanh(carried * self.weight + x)
+        return following, following * 2
+
+
+@pytest.mark.parametrize("kind", ["cond", "scan", "while_loop"])
+def test_what_loops_hold_and_nobody_reads(kind: str) -> None:
+    model, kwargs = Loop(kind), {"x": torch.randn(8, 2**14)}
+    module = compiled(model)
+    outcome = run_step(module, kwargs)
+    (graph,) = remat.plans(module)
+    assert 0.95 < outcome.peak_bytes / graph.plan.peak_bytes <= 1
+    assert_close_gradients(outcome.gradients, run_step(model, kwargs).gradients, 1e-5)
 
 
 @pytest.mark.slow
