@@ -298,7 +298,7 @@ class Recorder(_torch.TorchDispatchMode):
 
     def _note_sum(self, gradient: torch.Tensor, out: torch.Tensor) -> None:
         old, new = (self._storages.get(_torch.storage_key(t)) for t in (gradient, out))
-        if old is not None and new is not None and _is_dense(gradient):
+        if old is not None and new is not None and not gradient._is_view():  # a view's base holds its memory too
             self._sums.append((old, new, self.position - 1))
 
     def _died(self, key: int, storage: Storage) -> None:
@@ -336,16 +336,6 @@ class Recorder(_torch.TorchDispatchMode):
         storage.released += 1
         if not self.in_forward:
             storage.release = max(storage.release, self.position - 1)
-
-
-def _is_dense(tensor: torch.Tensor) -> bool:
-    """Whether its elements lie without gaps or repeats, in whatever order of its dimensions."""
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
 
 
 def _is_free(func: Any) -> bool:

@@ -52,6 +52,12 @@ class _PlusOne(torch.autograd.Function):
         return gradient + torch.ones_like(gradient)
 
 
+def _attended(memory: torch.Tensor) -> torch.Tensor:
+    """A decoder's steps: the gradients that each gives are views of matrix products."""
+    query = torch.ones(16, 256, 1)
+    return (memory @ query).sum() + (memory @ query).sum() + (memory @ query).sum()
+
+
 @pytest.mark.parametrize(
     "function",
     [
@@ -59,10 +65,11 @@ class _PlusOne(torch.autograd.Function):
         lambda a, b: (a + 2 * a)[0].sum(),
         lambda a, b: a[1].sum() + a.sum(),
         lambda a, b: a[0].sum() + torch.cat([a, a.detach()[:, :1]], 1)[0].sum(),
+        lambda a, b: _attended(a.view(16, 16, 256)),
         lambda a, b: a[1].sum() + (a + b)[0].sum(),
         lambda a, b: _PlusOne.apply(a)[0].sum(),
     ],
-    ids=["slices", "residual", "of one number", "with gaps", "held by another", "in a formula"],
+    ids=["slices", "residual", "of one number", "with gaps", "views", "held by another", "in a formula"],
 )
 def test_gradients_are_added_in_place_where_autograd_does(function: Callable[..., torch.Tensor]) -> None:
     model, kwargs = _Sums(function), {"x": torch.tensor(2.0)}
