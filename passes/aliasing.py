@@ -87,6 +87,16 @@ def made_bytes(node: fx.Node) -> int:
     return max(size, numel * node.meta["val"].element_size() if numel else 0)
 
 
+def picked_bytes(node: fx.Node) -> int:
+    """Bytes of the sparse gradient of sums of rows, which its fake kernel takes to be empty: a row for each index, which is
+    there. 0 for all other nodes."""
+    value, indices = node.meta["val"], node.args[1] if len(node.args) > 1 else None
+    if node.target is not torch.ops.aten._embedding_bag_backward.default or value.layout is torch.strided:
+        return 0
+    assert isinstance(indices, fx.Node)
+    return int(indices.meta["val"].numel()) * value.shape[1] * value.element_size()
+
+
 def made_numel(op: Any, inputs: Sequence[Any]) -> int:
     """Elements that the storage of an op's result has at least; 0 where it has what the result shows."""
     n = _MADE_LIKE_INPUTS.get(op, 0)

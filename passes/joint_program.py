@@ -20,7 +20,7 @@ from remat._torch import TANGENTS_GO, InputMutationAOTOutput, OpOverload, pytree
 from remat.cost import arithmetic_us, op_cost_us
 from remat.devices import DeviceProfile
 from remat.op_times import OpTimes
-from remat.passes.aliasing import is_view, made_bytes, owner, results, storage_bytes
+from remat.passes.aliasing import is_view, made_bytes, owner, picked_bytes, results, storage_bytes
 from remat.passes.fusion import find_inlined, is_mask, is_pointwise, is_reduction, op_name
 from remat.passes.layouts import channels_last, copied_bytes, is_convolution, prefers_channels_last
 from remat.passes.ordering import as_needed
@@ -220,7 +220,7 @@ def _storages(node: fx.Node, fuses: bool) -> list[tuple[fx.Node, int]]:
     """The storages that a node allocates: itself, or the items of its several outputs."""
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor):
-        return [(node, storage_bytes(value) if fuses else made_bytes(node))]
+        return [(node, picked_bytes(node) or (storage_bytes(value) if fuses else made_bytes(node)))]
     return _item_storages(node)
 
 

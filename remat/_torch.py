@@ -283,8 +283,17 @@ def forget_output_strides() -> None:
 
 @contextlib.contextmanager
 def tracing_alone() -> Iterator[None]:
-    """No other thread traces or compiles meanwhile: it would meet our patches. Autograd does not look for NaN in values."""
-    with compile_lock, torch.autograd.set_detect_anomaly(False):
+    """No other thread traces or compiles meanwhile: it would meet our patches. Autograd does not look for NaN in values, and
+    modes around the call that count or change ops do not see what is traced."""
+    with (
+        compile_lock,
+        torch.autograd.set_detect_anomaly(False),
+        _disable_current_modes() as modes,
+        contextlib.ExitStack() as fake,
+    ):
+        for mode in modes:
+            if isinstance(mode, FakeTensorMode):
+                fake.enter_context(mode)
         yield
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from remat.budget import BudgetLike, format_bytes
+from remat.budget import BudgetLike, format_bytes, format_needed
 from remat.capture import check_model
 from remat.errors import BudgetError, RematError
 from remat.formulas import with_formulas
@@ -186,7 +186,7 @@ def frontier(
         return [p for p in plans if limit is None or p.peak_bytes <= limit]
     least = plans[-1].peak_bytes
     raise BudgetError(
-        f"no plan fits in {format_bytes(limit)}; the smallest needs {format_bytes(least)} ({least} bytes). Raise budget=.",
+        f"no plan fits in {format_bytes(limit)}; the smallest needs {format_needed(least)}. Raise budget=.",
         budget_bytes=limit,
         minimum_bytes=least,
         where=str(max(plans[-1].timeline, key=lambda moment: moment.live_bytes)),

@@ -156,12 +156,23 @@ def free_bytes(device: torch.device) -> int:
 
 def format_bytes(amount: int) -> str:
     """`6442450944` → `6.00 GiB`."""
+    size, unit = _in_unit(amount)
+    return f"{size:.0f} B" if unit == "B" else f"{size:.2f} {unit}"
+
+
+def format_needed(amount: int) -> str:
+    """`709960` → `693.33 KiB (709960 bytes)`, rounded up: what is shown is enough as a budget."""
+    size, unit = _in_unit(amount)
+    return f"{math.ceil(100 * size) / 100:.2f} {unit} ({amount} bytes)"
+
+
+def _in_unit(amount: int) -> tuple[float, str]:
     size = float(amount)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(size) < 1024:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.2f} {unit}"
+            return size, unit
         size /= 1024
-    return f"{size:.2f} TiB"
+    return size, "TiB"
 
 
 _said: set[str] = set()

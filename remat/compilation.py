@@ -16,7 +16,7 @@ from torch import fx
 
 from remat import _torch
 from remat._torch import pytree
-from remat.budget import format_bytes, memory_of, parse_budget, resolve_budget, resolve_host_budget
+from remat.budget import format_needed, memory_of, parse_budget, resolve_budget, resolve_host_budget
 from remat.describe import describe
 from remat.devices import profile_of
 from remat.errors import BudgetError, CaptureError, HostBudgetError, RematError, find_cause
@@ -213,7 +213,7 @@ class Compilation:
         more = (minimum - target) * (2 ** len(earlier) - 1)
         minimum += max(0, min(more, sum(graph.unsaved_bytes for graph in earlier)))
         minimum = -(-minimum * _PASSES // (_PASSES - 1))
-        needed = f"{format_bytes(minimum)} ({minimum} bytes)"
+        needed = format_needed(minimum)
         text = f"the model's graphs share the budget, of which one has a part: they need {needed} or more. {error}"
         return BudgetError(text, budget_bytes=task.limit, minimum_bytes=minimum, where=error.where)
 

@@ -19,9 +19,9 @@ from torch import nn
 
 from remat import _torch, patches
 from remat._torch import pytree
-from remat.errors import CaptureError, find_cause
+from remat.errors import CaptureError, RewriteError, find_cause
 from remat.kept import KeptTensor, kept_as_before
-from remat.opaque import CHECKPOINTS, OpaqueAutograd, watch_for_opaque_autograd
+from remat.opaque import CHECKPOINTS, GRADIENTS, OpaqueAutograd, watch_for_opaque_autograd
 from remat.twin import Twin
 
 log = logging.getLogger("remat")
@@ -108,6 +108,8 @@ def _single_sequences(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
 def as_in_training() -> Iterator[None]:
     """Trace with grad and op by op, whatever holds around the call, and keep what tracing saves from saved-tensor hooks there:
     from `torch.utils.checkpoint`, which counts it, and from `save_on_cpu`."""
+    if _torch.in_functorch():
+        raise RewriteError("a call of a new kind cannot be planned in a torch.func transform; transform the original module")
     hooks = torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
     with torch.inference_mode(False), torch.enable_grad(), hooks, patches.interpreting_scripts():
         yield
@@ -148,6 +150,8 @@ def _opaque_message(what: str, line: str) -> str:
             "(transformers: model.activation_checkpointing_disable(), gradient_checkpointing_disable() before 5.23)"
         )
     place = f" ({line})" if line != _UNKNOWN else ""
+    if what == GRADIENTS:
+        return f"the model {what}{place}, for which there is no plan; without create_graph, {DOOR_2}"
     return f"the model {what}, which an exported graph does not keep{place}; {DOOR_2}"
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from remat.budget import BudgetLike, format_bytes, parse_budget
+from remat.budget import BudgetLike, format_bytes, format_needed, parse_budget
 from remat.errors import BudgetError, CaptureError, RematError
 from remat.pins import Pins
 from remat.plan import Plan
@@ -204,7 +204,7 @@ def _nothing_fits(question: _Question, smallest: _Trial) -> BudgetError:
     rule = "" if policy == "auto" else f" with policy={policy!r}"
     return BudgetError(
         f"no plan fits in {format_bytes(smallest.budget_bytes)}: {size}{rule} needs "
-        f"{format_bytes(smallest.least_bytes)} ({smallest.least_bytes} bytes) or more, at {where}. Raise budget=.",
+        f"{format_needed(smallest.least_bytes)} or more, at {where}. Raise budget=.",
         budget_bytes=smallest.budget_bytes,
         minimum_bytes=smallest.least_bytes,
         where=where,

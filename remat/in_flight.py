@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from remat.budget import format_bytes
+from remat.budget import format_bytes, format_needed
 from remat.errors import BudgetError
 from remat.menus import Menus
 from remat.planner import Solution, smallest_solution, solve
@@ -61,7 +61,7 @@ def solve_in_flight(program: Program, menus: Menus, budget_bytes: int | None, ot
     if replay.peak_bytes > budget_bytes:
         raise BudgetError(
             f"no plan fits in {format_bytes(budget_bytes)} with {others + 1} forwards in flight; the smallest found needs "
-            f"{format_bytes(replay.peak_bytes)} ({replay.peak_bytes} bytes). Raise budget=, use smaller microbatches or fewer.",
+            f"{format_needed(replay.peak_bytes)}. Raise budget=, use smaller microbatches or fewer.",
             budget_bytes=budget_bytes,
             minimum_bytes=replay.peak_bytes,
             where=str(replay.peak_at),

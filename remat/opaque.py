@@ -9,6 +9,7 @@ import contextlib
 import inspect
 import logging
 import sys
+import traceback
 import types
 from collections.abc import Iterator
 from functools import cache
@@ -18,7 +19,7 @@ from unittest import mock
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import checkpoint
+from torch.utils import checkpoint, module_tracker
 
 from remat._torch import FunctionBase, has_storage, pytree, storage_key
 from remat.function_capture import OpaqueFunction, call_as_op
@@ -29,6 +30,7 @@ from remat.state import PLAIN
 log = logging.getLogger("remat")
 
 CHECKPOINTS = "checkpoints itself with torch.utils.checkpoint"
+GRADIENTS = "takes a gradient in forward (torch.autograd.grad)"
 _EMBEDDINGS = (torch.nn.functional.embedding, torch.nn.functional.embedding_bag)
 _SEEDS = (
     *((place, name) for place in (torch, torch.random) for name in ("manual_seed", "set_rng_state")),
@@ -56,7 +58,7 @@ def watch_for_opaque_autograd(model: nn.Module) -> Iterator[set[str]]:
     """
     functions = _Functions()
     state = _State(functions)
-    with _no_checkpoints(), _functions_as_ops(), _no_hooks(), _no_seeds(), _watching(state, model), functions:
+    with _no_checkpoints(), _functions_as_ops(), _no_hooks(), _no_gradients(), _no_seeds(), _watching(state, model), functions:
         yield state.assigned
 
 
@@ -146,9 +148,23 @@ def _functions_as_ops() -> contextlib.AbstractContextManager[Any]:
 
 def _no_hooks() -> contextlib.AbstractContextManager[Any]:
     def no_hook(*_: Any) -> Any:
+        frames = (frame.f_globals.get("__name__") for frame, _ in traceback.walk_stack(sys._getframe()))
+        if module_tracker.__name__ in frames:  # which `FlopCounterMode` has in every module
+            return types.SimpleNamespace(remove=lambda: None)
         raise OpaqueAutograd("hooks the gradient of a tensor in forward")
 
     return mock.patch.object(torch.Tensor, "register_hook", here(no_hook, torch.Tensor.register_hook))
+
+
+def _no_gradients() -> contextlib.AbstractContextManager[Any]:
+    theirs = torch.autograd.grad
+
+    def ours(*args: Any, **kwargs: Any) -> Any:
+        if _is_torch(sys._getframe(2)):  # torch.func's, which says so itself
+            return theirs(*args, **kwargs)
+        raise OpaqueAutograd(GRADIENTS)
+
+    return mock.patch.object(torch.autograd, "grad", here(ours, theirs))
 
 
 @contextlib.contextmanager

@@ -34,20 +34,24 @@ def plans_of(model: Any) -> list[Planned]:
 
     Raises RematError for a model that has no plan yet, and for one that remat does not train.
     """
+    found = plans_so_far(model)
+    if not found:
+        raise RematError("there is no plan yet; call the model once, or give optimize() example inputs")
+    return found
+
+
+def plans_so_far(model: Any) -> list[Planned]:
+    """`plans_of`, none where there is no plan yet."""
     if not is_planned(model):
         raise RematError(
             f"there is no plan for this {type(model).__name__}: it is not from remat.optimize, nor under remat.enable, nor "
             'compiled with torch.compile(..., backend="remat")'
         )
     if isinstance(model, RematModule):
-        found = [] if model.plan is None else [Planned(model.plan, {"outer": model})]
-    elif isinstance(model, nn.Module) and (forward := enabled(model)) is not None:
-        found = [] if forward.plan is None else [Planned(forward.plan, forward.graphs)]
-    else:
-        found = [Planned(each.plan, {"forward": each.forward, "backward": each.backward}) for each in plans(model)]
-    if not found:
-        raise RematError("there is no plan yet; call the model once, or give optimize() example inputs")
-    return found
+        return [] if model.plan is None else [Planned(model.plan, {"outer": model})]
+    if isinstance(model, nn.Module) and (forward := enabled(model)) is not None:
+        return [] if forward.plan is None else [Planned(forward.plan, forward.graphs)]
+    return [Planned(each.plan, {"forward": each.forward, "backward": each.backward}) for each in plans(model)]
 
 
 def only_plan(model: Any) -> Plan:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from remat.budget import format_bytes
+from remat.budget import format_bytes, format_needed
 from remat.errors import BudgetError, HostBudgetError
 from remat.menus import HOST_PRICE, Menus, without_gc
 from remat.program import Decision, Move, Program
@@ -53,8 +53,8 @@ def solve(program: Program, menus: Menus, budget_bytes: int | None) -> Solution:
         where = smallest.replay.peak_at
         more = ", or allow offload with host_budget=" if menus.link is not None and not menus.host_bytes else ""
         raise BudgetError(
-            f"no plan fits in {format_bytes(budget_bytes)}; the smallest needs {format_bytes(smallest.replay.peak_bytes)} "
-            f"({smallest.replay.peak_bytes} bytes), at {where}. Raise budget=, use a smaller batch{more}.",
+            f"no plan fits in {format_bytes(budget_bytes)}; the smallest needs {format_needed(smallest.replay.peak_bytes)}, "
+            f"at {where}. Raise budget=, use a smaller batch{more}.",
             budget_bytes=budget_bytes,
             minimum_bytes=smallest.replay.peak_bytes,
             where=str(where),
@@ -73,7 +73,7 @@ def _check_host(program: Program, menus: Menus, budget_bytes: int) -> None:
     needed = solution.replay.host_bytes
     raise HostBudgetError(
         f"no plan fits in {format_bytes(budget_bytes)} with {format_bytes(menus.host_bytes)} of host memory; with "
-        f"{format_bytes(needed)} ({needed} bytes) one does. Raise host_budget=, or budget=.",
+        f"{format_needed(needed)} one does. Raise host_budget=, or budget=.",
         budget_bytes=menus.host_bytes,
         minimum_bytes=needed,
         where="host memory",

@@ -23,7 +23,7 @@ from typing import TypeAlias
 import torch
 from torch import fx
 
-from remat.budget import format_bytes
+from remat.budget import format_bytes, format_needed
 from remat.describe import activation_of
 from remat.errors import BudgetError, HostBudgetError, RematError
 from remat.menus import Menus
@@ -99,7 +99,7 @@ def check_fits(solution: Solution, peak_bytes: int, limit: int | None, policy: P
         return
     where = solution.replay.peak_at
     raise BudgetError(
-        f"policy={policy!r} needs {format_bytes(peak_bytes)} ({peak_bytes} bytes), at {where}, more than "
+        f"policy={policy!r} needs {format_needed(peak_bytes)}, at {where}, more than "
         f"the budget of {format_bytes(limit)}. Raise budget=, or let policy='auto' plan for it.",
         budget_bytes=limit,
         minimum_bytes=peak_bytes,
@@ -112,7 +112,7 @@ def check_host(solution: Solution, limit: int, whose: str) -> None:
     needed = solution.replay.host_bytes
     if needed > limit:
         raise HostBudgetError(
-            f"{whose} needs {format_bytes(needed)} ({needed} bytes) of host memory, more than host_budget "
+            f"{whose} needs {format_needed(needed)} of host memory, more than host_budget "
             f"({format_bytes(limit)}). Raise host_budget=.",
             budget_bytes=limit,
             minimum_bytes=needed,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def backward_from(output: Any, recorder: Recorder, loss_of: Callable[[Any], torc
     loss = _found_loss(output) if loss_of is None else _computed_loss(output, recorder, loss_of)
     recorder.watch_sums(loss)
     try:
-        with _torch.without_autocast():
+        with _torch.without_autocast(), _without_gradients(loss):
             loss.backward()
     except RematError:
         raise
@@ -76,12 +77,30 @@ def backward_from(output: Any, recorder: Recorder, loss_of: Callable[[Any], torc
         raise CaptureError(f"there is no backward to plan for: {error}; {DOOR_2}") from error
 
 
+@contextlib.contextmanager
+def _without_gradients(loss: torch.Tensor) -> Iterator[None]:
+    """Parameters with values that a loss outside of the model trains keep no fake gradient."""
+    nodes = (node for node in _torch.autograd_nodes(loss) if hasattr(node, "variable"))
+    real = [node.variable for node in nodes if not _torch.is_fake(node.variable)]
+    before = [leaf.grad for leaf in real]
+    try:
+        for leaf in real:
+            leaf.grad = None
+        yield
+    finally:
+        for leaf, gradient in zip(real, before, strict=True):
+            leaf.grad = gradient
+
+
 def _computed_loss(output: Any, recorder: Recorder, loss_of: Callable[[Any], torch.Tensor]) -> torch.Tensor:
     """`loss_of` runs between forward and backward, as part of which it counts: no plan decides about it."""
     try:
         loss = recorder.run_loss(lambda: loss_of(output))
     except Exception as error:
-        raise RematError(f"loss= fails on the model's output, which has no values while planning: {error}") from error
+        raise RematError(
+            f"loss= fails on the model's output, which has no values while planning: {error} (what a mask picks has no size "
+            "there: weigh by it, or use ignore_index)"
+        ) from error
     if not isinstance(loss, torch.Tensor) or loss.dim() or not loss.requires_grad:
         raise RematError("loss= has to return a tensor of one number that requires grad")
     return loss

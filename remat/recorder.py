@@ -27,6 +27,7 @@ from remat.errors import CaptureError
 from remat.export import DOOR_2
 from remat.fake_kernels import IN_PLACE_IN_FORMULAS, as_run
 from remat.functions import FunctionCall
+from remat.opaque import GRADIENTS
 from remat.passes.aliasing import results
 from remat.recorded import Kernel, Ran, Storage
 from remat.steps import bind, recompute_inputs
@@ -223,6 +224,8 @@ class Recorder(_torch.TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.in_forward and _torch.running_sequence_number() is not None and not self._pauses:
+            raise CaptureError(f"the model {GRADIENTS}, for which there is no plan; without create_graph, {DOOR_2}")
         if self.in_forward and not self.in_graph:
             self.position = len(self.ran)
         if self.meets_real and func is not aten.lift_fresh.default:

@@ -14,7 +14,16 @@ import torch
 from torch import fx
 
 from remat._torch import pytree
-from remat.budget import BudgetLike, Memory, format_bytes, memory_of, parse_budget, resolve_budget, resolve_host_budget
+from remat.budget import (
+    BudgetLike,
+    Memory,
+    format_bytes,
+    format_needed,
+    memory_of,
+    parse_budget,
+    resolve_budget,
+    resolve_host_budget,
+)
 from remat.describe import describe
 from remat.devices import DeviceProfile
 from remat.errors import BudgetError, RematError
@@ -117,7 +126,7 @@ class Traced:
         if plan.peak_formula is not None or self._gradient_bytes > _gradient_bytes(plan):
             return None
         raise BudgetError(
-            f"the plan given needs {format_bytes(peak)} ({peak} bytes), at {where}, more than the budget of "
+            f"the plan given needs {format_needed(peak)}, at {where}, more than the budget of "
             f"{format_bytes(limit)}. Raise budget=, or leave plan= out to plan for it.",
             budget_bytes=limit,
             minimum_bytes=peak,

@@ -15,7 +15,7 @@ from remat.budget import format_bytes
 from remat.errors import RematError
 from remat.measure import live_bytes, profiled, reachable, resident_storages
 from remat.plan import Plan
-from remat.planned import is_planned, only_plan
+from remat.planned import is_planned, only_plan, plans_so_far
 from remat.program import KINDS
 from remat.table import aligned
 
@@ -85,30 +85,30 @@ def verify(
     Args:
         model_or_step: a function that takes the step (forward and backward, nothing more), or a model, whose step is a call
             with `args` and `kwargs` and the backward of its loss: `output.loss`, else the sum of what it returns.
-        plan: by default that of the model, from `remat.optimize`, under `remat.enable` or compiled with backend "remat".
+        plan: by default that of the model for such a step, from `remat.optimize`, under `remat.enable` or compiled with backend
+            "remat".
 
     The step starts with gradients only if the plan counts them as resident; those that are there are put back afterwards.
     Buffers change as they do in any step.
 
     Raises RematError when there is no plan, or something else in its place, or no backward.
     """
-    if plan is None:
-        if not is_planned(model_or_step):
-            raise RematError("there is no plan to hold the step against: pass plan=, or a model that remat trains")
-        plan = only_plan(model_or_step)
-    if not isinstance(plan, Plan):
+    if plan is None and not is_planned(model_or_step):
+        raise RematError("there is no plan to hold the step against: pass plan=, or a model that remat trains")
+    if plan is not None and not isinstance(plan, Plan):
         raise RematError(f"plan= has to be a remat.Plan, not a {type(plan).__name__}; inputs go into args= and kwargs=")
     step = _Step(model_or_step, args, dict(kwargs or {})) if isinstance(model_or_step, nn.Module) else model_or_step
     leaves = {id(t): t for t in reachable(step) if t.is_leaf and t.requires_grad}.values()
     before = [leaf.grad for leaf in leaves]
-    has_gradients = plan.timeline[0].by_kind[KINDS.index("gradients")] > 0
+    known = [plan] if plan is not None else [each.plan for each in plans_so_far(model_or_step)]
+    has_gradients = any(each.timeline[0].by_kind[KINDS.index("gradients")] for each in known)
     try:
         for leaf, gradient in zip(leaves, before, strict=True):
             leaf.grad = torch.zeros_like(leaf) if has_gradients and gradient is not None else None
         step()  # gives a gradient to the others that get one
         for leaf in leaves:
             leaf.grad = leaf.grad if has_gradients else None
-        return _held_against(plan, step)
+        return _held_against(plan or only_plan(model_or_step), step)
     finally:
         for leaf, gradient in zip(leaves, before, strict=True):
             leaf.grad = gradient

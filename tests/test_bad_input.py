@@ -383,6 +383,13 @@ def test_func_grad_works_without_a_region() -> None:
     assert_close_gradients(functional_gradients(module, x), functional_gradients(model, x), 1e-6)
 
 
+def test_func_grad_by_an_input_says_that_it_would_have_to_plan() -> None:
+    model, x = mlp()
+    module = remat.optimize(model, (x,), budget=None)
+    with pytest.raises(remat.RematError, match=r"cannot be planned in a torch\.func transform"):
+        torch.func.vjp(module, x)
+
+
 def test_func_grad_says_no_to_a_region() -> None:
     _, x, module = smallest(dropout=0.0)
     with pytest.raises(remat.RematError, match=r"torch\.func"):

@@ -615,3 +615,20 @@ def test_statistics_that_are_written_before_backward() -> None:
     assert_same(outcome, expected)
     assert outcome.peak_bytes <= least.minimum_bytes < expected.peak_bytes
     assert_same_gradients(dict(model.named_buffers()), dict(plain.named_buffers()))
+
+
+@pytest.mark.usefixtures("_dynamo")
+def test_a_sparse_gradient_of_sums_of_rows_counts() -> None:
+    class Bags(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows, self.head = nn.EmbeddingBag(500, 32, mode="sum", sparse=True), nn.Linear(32, 32)
+
+        def forward(self, picked: torch.Tensor) -> torch.Tensor:
+            return self.head(self.rows(picked)).square().mean()
+
+    model, picked = Bags(), torch.arange(256 * 64).view(256, 64) % 500
+    module: Any = torch.compile(model, backend="remat", options={"compiler": "eager"})
+    peak = run_step(module, {"picked": picked}).peak_bytes
+    assert peak > picked.numel() * 32 * 4
+    assert 0.97 < peak / remat.plans(module)[0].plan.peak_bytes <= 1

@@ -105,6 +105,23 @@ def test_planning_ahead_and_the_largest_batch() -> None:
     assert 0.98 < peak / module.plan.peak_bytes <= 1
 
 
+@pytest.mark.parametrize("whole_model", [True, False])
+def test_what_trains_outside_is_left_alone(whole_model: bool) -> None:
+    torch.manual_seed(0)
+    model, head, ids = Words().train(), nn.Linear(WORDS, 512), _ids()
+    head.weight.grad = held = torch.ones_like(head.weight)
+
+    def loss(logits: torch.Tensor) -> torch.Tensor:
+        return head(logits).square().mean()
+
+    remat.enable(model, None, whole_model=whole_model, loss=loss)
+    _, peak = _trained(model, loss, ids)
+    assert peak / remat.plan_of(model).peak_bytes > 0.98
+    assert head.weight.grad is held
+    assert not torch.equal(held, torch.ones_like(held))  # by the steps, not by planning
+    assert head.bias.grad.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("loss", "message"),
     [

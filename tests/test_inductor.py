@@ -112,6 +112,7 @@ def test_generated_code_holds_what_is_planned(build: Callable[[], tuple[nn.Modul
     assert 0.99 * planned <= outcome.peak_bytes <= generated == graph.plan.peak_bytes <= graph.plan.budget_bytes
 
 
+@pytest.mark.slow
 def test_gradients_of_logits_are_gone_when_that_of_the_embedding_is_summed_up() -> None:
     run_step(module := compiled(Tied(), None), {"x": torch.arange(512)})
     (graph,) = remat.plans(module)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import remat
 from remat import opaque
@@ -163,6 +164,33 @@ class Differentiating(Mlp):
 
 def test_gradients_by_torch_func_are_refused_with_their_line() -> None:
     refused(Differentiating(), r"(?s)torch\.func.*side_effects\.py:\d+.*backend=\"remat\"")
+
+
+class Forces(Mlp):
+    """An energy, and the loss of what its gradient is."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.detach().requires_grad_()
+        energy = super().forward(x).sum()
+        return torch.autograd.grad(energy, x, create_graph=True)[0].square().mean()
+
+
+@pytest.mark.parametrize("whole_model", [True, False])
+def test_a_gradient_taken_in_forward_is_refused(whole_model: bool) -> None:
+    for budget in (None, 0.9):
+        model = remat.enable(Forces().train(), budget, whole_model=whole_model)
+        with pytest.raises(remat.CaptureError, match="the model takes a gradient in forward"):
+            model(torch.randn(8, 32))
+
+
+def test_modes_that_track_modules_are_none_of_the_models() -> None:
+    model, x = Mlp().train(), torch.randn(8, 32)
+    with FlopCounterMode(display=False) as plain:
+        model(x).sum().backward()
+    remat.enable(model, None)
+    with FlopCounterMode(display=False) as ours:
+        model(x).sum().backward()
+    assert ours.get_total_flops() == plain.get_total_flops() > 0
 
 
 def test_a_hook_on_a_tensor_is_refused() -> None:

@@ -37,6 +37,17 @@ def test_a_module_is_held_against_its_own_plan() -> None:
     assert str(found).count("iB") == 2 * len(found.checks)
 
 
+def test_the_plan_is_that_of_the_step() -> None:
+    """Not that of the step before, of another size; nor need there be one before."""
+    model = remat.optimize(
+        nn.Sequential(*(nn.Sequential(nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32)) for _ in range(3))), budget=None
+    )
+    for rows in (256, 64, 256):
+        found = remat.verify(model, args=(torch.randn(rows, 32),))
+        assert found.holds
+        assert abs(found.checks[-1].error) < 0.02
+
+
 def test_a_step_of_ones_own() -> None:
     optimized, kwargs = module()
     assert remat.verify(lambda: optimized(**kwargs).loss.backward(), optimized.plan).holds
@@ -104,7 +115,7 @@ def test_what_has_no_plan_is_refused() -> None:
     with pytest.raises(remat.RematError, match="there is no plan"):
         remat.verify(model, kwargs=kwargs)
     with pytest.raises(remat.RematError, match="there is no plan"):
-        remat.verify(remat.optimize(model, budget=None), kwargs=kwargs)
+        remat.verify(lambda: model(**kwargs).loss.backward())
 
 
 def test_what_has_no_backward_is_refused() -> None:
