@@ -1,16 +1,18 @@
-"""Rewrite a forward graph: what a CPU's kernels lay out otherwise than torch's fake ones is copied into the layout traced.
+"""Rewrite a forward graph: views of what kernels lay out otherwise than torch's fake ones are views of a copy.
 
-A kernel may write its result row by row whatever the layout of what it reads, where its fake one keeps that (torch's
-`aot_eager` fails there). A model run as it is copies such a result where it reshapes it; a captured graph has a view there.
+A kernel may write its result row by row whatever the layout of what it reads, where its fake one keeps that. A model run as it
+is reshapes such a result by a copy; the graph that was traced has a view there, which fails (in torch's `aot_eager` too).
 """
 
 from __future__ import annotations
 
 import operator
-from functools import partial
+from typing import Any
 
 import torch
 from torch import fx
+
+from remat._torch import OpOverload, pytree
 
 aten = torch.ops.aten
 
@@ -23,35 +25,54 @@ _BATCH_NORMS = {  # which keep the layout of images with their channels last
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
-def lay_out_as_traced(graph: fx.Graph) -> None:
-    """Have what reads such a result read a copy with the strides that it was traced with."""
-    for node in graph.find_nodes(op="call_function", target=operator.getitem):
-        source, value = node.args[0], node.meta["val"]
-        if node.args[1] == 0 and value.device.type == "cpu" and _is_written_by_rows(source.target, value):
-            _copy_after(node)
+def copy_for_views(graph: fx.Graph) -> None:
+    """Follow the layouts that results really have through the graph, and copy before each view that they do not admit."""
+    real: dict[fx.Node, Any] = {}  # results that lie otherwise than they were traced
+    for node in graph.nodes:
+        value = _followed(node, real)
+        if node.target is operator.getitem and node.args[1] == 0 and _comes_by_rows(node.args[0].target, value):
+            value = value.contiguous()
+        if value is not node.meta.get("val") and _strides(value) != _strides(node.meta["val"]):
+            real[node] = value
+            node.meta = {**node.meta, "val": value}
 
 
-def _is_written_by_rows(target: object, traced: torch.Tensor) -> bool:
-    """Whether a result, traced like this, comes row by row, and was not traced so."""
-    if traced.is_contiguous():
-        return False
+def _followed(node: fx.Node, real: dict[fx.Node, Any]) -> Any:
+    """A node's result on the tensors that it really reads."""
+    traced = node.meta.get("val")
+    changed = [source for source in node.all_input_nodes if source in real]
+    if not changed or any("val" not in source.meta for source in node.all_input_nodes):
+        return traced
+    if node.target is operator.getitem:
+        return real[changed[0]][node.args[1]]
+    if not isinstance(node.target, OpOverload):
+        return traced
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda source: source.meta["val"])
+    try:
+        return node.target(*args, **kwargs)
+    except (RuntimeError, ValueError):
+        if node.target is not aten.view.default:
+            raise
+        _copy_before(node, changed[0])
+        return traced
+
+
+def _comes_by_rows(target: object, value: torch.Tensor) -> bool:
+    """Whether an op's result comes row by row, and its fake one does not."""
     if target in _BATCH_NORMS:
-        return not traced.is_contiguous(memory_format=_FORMATS.get(traced.dim(), torch.contiguous_format))
-    return target is aten.log_sigmoid_forward.default
+        formats = (torch.contiguous_format, _FORMATS.get(value.dim(), torch.contiguous_format))
+        return not any(value.is_contiguous(memory_format=each) for each in formats)
+    return target is aten.log_sigmoid_forward.default and not value.is_contiguous()
 
 
-def _copy_after(node: fx.Node) -> None:
-    value = node.meta["val"]
-    order = sorted(range(value.dim()), key=value.stride, reverse=True)
-    back = [order.index(dim) for dim in range(value.dim())]
-    readers = list(node.users)
-    node.meta = {**node.meta, "val": value.contiguous()}
-    after = node
-    there, again = (partial(aten.permute.default, dims=dims) for dims in (order, back))
-    for call in (there, partial(aten.clone.default, memory_format=torch.contiguous_format), again):
-        with node.graph.inserting_after(after):
-            made = node.graph.call_function(call.func, (after,), call.keywords)
-        made.meta = {**node.meta, "val": call(after.meta["val"])}
-        after = made
-    for reader in readers:
-        reader.replace_input_with(node, after)
+def _strides(value: Any) -> list[tuple[int, ...]]:
+    """Of all tensors in a result, along dimensions in which there is more than one element."""
+    tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    return [tuple(step for step, size in zip(t.stride(), t.shape, strict=True) if size > 1) for t in tensors]
+
+
+def _copy_before(view: fx.Node, source: fx.Node) -> None:
+    with view.graph.inserting_before(view):
+        copy = view.graph.call_function(aten.clone.default, (source,), {"memory_format": torch.contiguous_format})
+    copy.meta = {**source.meta, "val": source.meta["val"].contiguous()}
+    view.replace_input_with(source, copy)

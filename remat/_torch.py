@@ -134,6 +134,7 @@ __all__ = [
     "inductor_ir",
     "invoke_subgraph",
     "is_fake",
+    "is_leaf_node",
     "is_opaque_node",
     "is_traceable_wrapper_subclass",
     "joint_graph",
@@ -195,6 +196,11 @@ def autograd_nodes(tensor: torch.Tensor) -> set[Any]:
             found.add(node)
             ahead += [before for before, _ in node.next_functions]
     return found
+
+
+def is_leaf_node(node: Any) -> bool:
+    """Whether an autograd node is the end of a leaf's gradient; `variable` is the leaf. (Functions may have that name too.)"""
+    return type(node).__name__ == "AccumulateGrad"
 
 
 def storage_key(tensor: torch.Tensor) -> int:

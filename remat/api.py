@@ -72,8 +72,9 @@ def optimize(
             last stage, plus one); the budget is for all of them, and gradients count as there from the start.
         loss: what comes after the model, where that is not in it: a function from its output to the scalar that backward starts
             from, such as `lambda logits: F.cross_entropy(logits.flatten(0, 1), labels)`. Planning runs it on tensors without
-            values, to count what it takes; training does not call it. Without one the model's own `loss` is taken, or a loss
-            that takes nothing but a gradient of each output.
+            values, to count what it takes; training does not call it. It may read parameters and other tensors, but no results
+            that have a graph already. Pickles leave it out. Without one the model's own `loss` is taken, or a loss that takes
+            nothing but a gradient of each output.
 
     Raises:
         BudgetError: nothing fits, or not the plan given, or the budget cannot be read.

@@ -16,7 +16,7 @@ from remat.export import DOOR_2
 from remat.functions import FunctionCall
 from remat.passes.aliasing import results
 from remat.passes.detaching import detach_without_gradient
-from remat.passes.native_layouts import lay_out_as_traced
+from remat.passes.native_layouts import copy_for_views
 from remat.state import PLAIN, tensor_key
 
 _BATCH_NORM = torch.ops.aten._native_batch_norm_legit_functional.default
@@ -46,7 +46,7 @@ def forward_half(
     graph.output(tuple(kept))
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     _refuse_other_results(graph)
-    lay_out_as_traced(graph)
+    copy_for_views(graph)
     for node in graph.find_nodes(op="call_function", target=_BATCH_NORM):
         _free_running_statistics(node)
     trains = [tensor_of(source, model, flat, constants).requires_grad for source in sources.values()]

@@ -31,7 +31,7 @@ class RematCallback(TrainerCallback):
     plan of the latest kind of batch. The model stays enabled after training; `remat.disable(model)` undoes that.
 
     A trainer that calls the model's backbone and computes the loss itself (trl's do) gets a budget for the backbone; the loss
-    is outside of the plan then, so leave room for it.
+    is outside of the plan then, so leave room for it, or say with `loss=` what it is.
 
     Raises RematError when the Trainer is made, where its arguments ask for another mechanism.
     """

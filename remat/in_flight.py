@@ -20,8 +20,8 @@ _HALVINGS = 8
 
 
 def kept_bytes(replay: Replay) -> int:
-    """What one forward keeps until its backward begins, its outputs and inputs included."""
-    n = len(replay.program.forward)
+    """What one forward, with a loss outside of it, keeps until its backward begins, its outputs and inputs included."""
+    n = len(replay.program.forward) + replay.program.loss_ops
     inputs = dict(replay.program.resident).get("inputs", 0)
     return inputs + sum(span.bytes for span in replay.spans if span.born < n <= span.dies)
 

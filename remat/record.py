@@ -69,7 +69,7 @@ def backward_from(output: Any, recorder: Recorder, loss_of: Callable[[Any], torc
     loss = _found_loss(output) if loss_of is None else _computed_loss(output, recorder, loss_of)
     recorder.watch_sums(loss)
     try:
-        with _torch.without_autocast(), _without_gradients(loss):
+        with _torch.without_autocast(), _fake_gradients(loss, recorder):
             loss.backward()
     except RematError:
         raise
@@ -78,14 +78,18 @@ def backward_from(output: Any, recorder: Recorder, loss_of: Callable[[Any], torc
 
 
 @contextlib.contextmanager
-def _without_gradients(loss: torch.Tensor) -> Iterator[None]:
-    """Parameters with values that a loss outside of the model trains keep no fake gradient."""
-    nodes = (node for node in _torch.autograd_nodes(loss) if hasattr(node, "variable"))
-    real = [node.variable for node in nodes if not _torch.is_fake(node.variable)]
+def _fake_gradients(loss: Any, recorder: Recorder) -> Iterator[None]:
+    """Parameters with values, which a loss outside of the model trains, have fake gradients meanwhile."""
+    leaves = (node.variable for node in _torch.autograd_nodes(loss) if _torch.is_leaf_node(node))
+    real = [leaf for leaf in leaves if not _torch.is_fake(leaf)]
     before = [leaf.grad for leaf in real]
     try:
         for leaf in real:
-            leaf.grad = None
+            if leaf.grad is not None:
+                recorder.found.append(leaf.grad)
+                with _torch.no_dispatch_modes(), loss.fake_mode:  # no memory of the step
+                    leaf.grad = _torch.fake_like(leaf.grad)
+                recorder.know(leaf.grad)
         yield
     finally:
         for leaf, gradient in zip(real, before, strict=True):
@@ -101,8 +105,9 @@ def _computed_loss(output: Any, recorder: Recorder, loss_of: Callable[[Any], tor
             f"loss= fails on the model's output, which has no values while planning: {error} (what a mask picks has no size "
             "there: weigh by it, or use ignore_index)"
         ) from error
-    if not isinstance(loss, torch.Tensor) or loss.dim() or not loss.requires_grad:
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
         raise RematError("loss= has to return a tensor of one number that requires grad")
+    recorder.found[:] = [tensor for tensor in recorder.found if tensor.device == loss.device]
     return loss
 
 

@@ -132,7 +132,7 @@ class Recorder(_torch.TorchDispatchMode):
     def watch_sums(self, loss: torch.Tensor) -> None:
         """Learn which additions in backward from `loss` are autograd's, of the gradients of what has several readers."""
         for node in _torch.autograd_nodes(loss):
-            if node.name() != "torch::autograd::AccumulateGrad":
+            if not _torch.is_leaf_node(node):
                 node.register_hook(self._finish)
 
     def _finish(self, *_: Any) -> None:
@@ -241,8 +241,8 @@ class Recorder(_torch.TorchDispatchMode):
             self.kernels.append(Kernel(str(func), cost, Call.of(func, args, kwargs), self._origin()))
             self.position += 1
         self.note(out)
-        if not self.in_forward and func is aten.add.Tensor and self._finished == _torch.running_sequence_number() is not None:
-            self._note_sum(args[0], out)
+        if not self.in_forward:
+            self._note_sum(func, args, out)
         if self._inside is not None and counts:
             self._inside.cost_us += op_cost_us(func, args, kwargs, out, self.device)
             self._inside.calls.append((Call.of(func, args, kwargs), self._inside.live_bytes))
@@ -299,10 +299,15 @@ class Recorder(_torch.TorchDispatchMode):
                 self._inside.make(storage)
             weakref.finalize(raw, self._died, key, storage)
 
-    def _note_sum(self, gradient: torch.Tensor, out: torch.Tensor) -> None:
-        old, new = (self._storages.get(_torch.storage_key(t)) for t in (gradient, out))
-        if old is not None and new is not None and not gradient._is_view():  # a view's base holds its memory too
-            self._sums.append((old, new, self.position - 1))
+    def _note_sum(self, func: Any, args: Any, out: Any) -> None:
+        """Note that autograd adds up gradients, if it does."""
+        number = _torch.running_sequence_number()
+        if func is not aten.add.Tensor or number is None or number != self._finished:
+            return
+        old, more, new = (self._storages.get(_torch.storage_key(t)) for t in (*args, out))
+        if old is None or new is None or old is more or args[0]._is_view():  # a view's base holds its memory too
+            return
+        self._sums.append((old, new, self.position - 1))
 
     def _died(self, key: int, storage: Storage) -> None:
         storage.dies = self.position - (0 if self.in_forward else 1)

@@ -41,7 +41,7 @@ class Common:
 
 @dataclass(frozen=True)
 class Settings(Common):
-    """What door 1 takes. It travels without its optimizer and its loss."""
+    """What door 1 takes. It is pickled without its optimizer and its loss."""
 
     plan: Plan | None = None
     optimizer: torch.optim.Optimizer | None = None

@@ -15,7 +15,7 @@ from remat.budget import format_bytes
 from remat.errors import RematError
 from remat.measure import live_bytes, profiled, reachable, resident_storages
 from remat.plan import Plan
-from remat.planned import is_planned, only_plan, plans_so_far
+from remat.planned import is_planned, only_plan, plans_of, plans_so_far
 from remat.program import KINDS
 from remat.table import aligned
 
@@ -84,7 +84,8 @@ def verify(
 
     Args:
         model_or_step: a function that takes the step (forward and backward, nothing more), or a model, whose step is a call
-            with `args` and `kwargs` and the backward of its loss: `output.loss`, else the sum of what it returns.
+            with `args` and `kwargs` and the backward of its loss: `output.loss`, else the sum of what it returns. With
+            a loss outside of the model, give a function, in which a variable holds the output.
         plan: by default that of the model for such a step, from `remat.optimize`, under `remat.enable` or compiled with backend
             "remat".
 
@@ -95,6 +96,8 @@ def verify(
     """
     if plan is None and not is_planned(model_or_step):
         raise RematError("there is no plan to hold the step against: pass plan=, or a model that remat trains")
+    if plan is None and not args and not kwargs:
+        plans_of(model_or_step)  # without inputs no step can lead to one
     if plan is not None and not isinstance(plan, Plan):
         raise RematError(f"plan= has to be a remat.Plan, not a {type(plan).__name__}; inputs go into args= and kwargs=")
     step = _Step(model_or_step, args, dict(kwargs or {})) if isinstance(model_or_step, nn.Module) else model_or_step
@@ -108,6 +111,8 @@ def verify(
         step()  # gives a gradient to the others that get one
         for leaf in leaves:
             leaf.grad = leaf.grad if has_gradients else None
+        if has_gradients and any(gradient is None for gradient in before):
+            step()  # now that there are gradients to add to, which is planned otherwise
         return _held_against(plan or only_plan(model_or_step), step)
     finally:
         for leaf, gradient in zip(leaves, before, strict=True):

@@ -58,6 +58,15 @@ def test_other_forms(budget: budgets.BudgetLike, meaning: Budget) -> None:
 
 
 @given(st.integers(1, 10**15))
+def test_a_size_in_an_error_is_enough_as_a_budget(needed: int) -> None:
+    shown = budgets.format_needed(needed)
+    assert shown.endswith(f" ({needed} bytes)")
+    found = parse_budget(shown.partition(" (")[0]).bytes
+    assert found is not None
+    assert needed <= found <= max(needed + 11, 1.011 * needed)
+
+
+@given(st.integers(1, 10**15))
 def test_bytes_are_taken_as_they_are(amount: int) -> None:
     assert resolve_budget(parse_budget(amount), memory_of(CPU), 0, 1) == amount
 

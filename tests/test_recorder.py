@@ -67,9 +67,19 @@ def _attended(memory: torch.Tensor) -> torch.Tensor:
         lambda a, b: a[0].sum() + torch.cat([a, a.detach()[:, :1]], 1)[0].sum(),
         lambda a, b: _attended(a.view(16, 16, 256)),
         lambda a, b: a[1].sum() + (a + b)[0].sum(),
+        lambda a, b: (a + a)[0].sum(),
         lambda a, b: _PlusOne.apply(a)[0].sum(),
     ],
-    ids=["slices", "residual", "of one number", "with gaps", "views", "held by another", "in a formula"],
+    ids=[
+        "slices",
+        "residual",
+        "of one number",
+        "with gaps",
+        "views",
+        "held by another",
+        "to itself",
+        "in a formula",
+    ],
 )
 def test_gradients_are_added_in_place_where_autograd_does(function: Callable[..., torch.Tensor]) -> None:
     model, kwargs = _Sums(function), {"x": torch.tensor(2.0)}
