@@ -61,7 +61,7 @@ def reference(name: str) -> Reference:
     return Reference(outcome, graph.plan.peak_bytes, error.minimum_bytes)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5], ids=["smallest", "middle"])
+@pytest.mark.parametrize("share", [0.0, pytest.param(0.5, marks=pytest.mark.slow)], ids=["smallest", "middle"])
 @pytest.mark.parametrize("name", EACH_MODEL)
 def test_a_budget_holds_and_changes_nothing(name: str, share: float) -> None:
     found = reference(name)

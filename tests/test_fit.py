@@ -15,6 +15,7 @@ from tests.models import Mlp, build, llama, mlp
 from tests.steps import run_step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet"])
 def test_the_batch_runs_in_the_budget_and_the_next_one_up_does_not(name: str) -> None:
     model, kwargs = build(name)
@@ -33,6 +34,7 @@ def test_the_batch_runs_in_the_budget_and_the_next_one_up_does_not(name: str) ->
     assert str(found.size) in str(found)
 
 
+@pytest.mark.slow
 def test_the_longest_sequence_in_steps_and_for_a_device_that_is_not_there() -> None:
     model, kwargs = llama(layers=1)
     found = remat.fit(model.train(), (), kwargs, budget="80MiB", dim="seq", multiple_of=64, device="h100")
