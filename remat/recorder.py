@@ -86,6 +86,7 @@ class Recorder(_torch.TorchDispatchMode):
         self._others = fx.Graph()
         self._pauses = False
         self._in_loss = False
+        self._around: int | None = None  # the number of the autograd node that runs all this, as a checkpoint's does
         self._inside: _Inside | None = None
         self._finished: int | None = None  # the number of the autograd node whose gradients go on to others now
         self._sums: list[tuple[Storage, Storage, int]] = []
@@ -97,6 +98,7 @@ class Recorder(_torch.TorchDispatchMode):
     @contextlib.contextmanager
     def forward(self) -> Iterator[None]:
         """Forward runs within."""
+        self._around = _torch.running_sequence_number()
         with self, torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
             yield
 
@@ -224,7 +226,7 @@ class Recorder(_torch.TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.in_forward and _torch.running_sequence_number() is not None and not self._pauses:
+        if self.in_forward and _torch.running_sequence_number() not in (None, self._around) and not self._pauses:
             raise CaptureError(f"the model {GRADIENTS}, for which there is no plan; without create_graph, {DOOR_2}")
         if self.in_forward and not self.in_graph:
             self.position = len(self.ran)
@@ -302,7 +304,8 @@ class Recorder(_torch.TorchDispatchMode):
     def _note_sum(self, func: Any, args: Any, out: Any) -> None:
         """Note that autograd adds up gradients, if it does."""
         number = _torch.running_sequence_number()
-        if func is not aten.add.Tensor or number is None or number != self._finished:
+        adds = func is aten.add.Tensor and isinstance(args[1], torch.Tensor)
+        if not adds or number is None or number != self._finished:
             return
         old, more, new = (self._storages.get(_torch.storage_key(t)) for t in (*args, out))
         if old is None or new is None or old is more or args[0]._is_view():  # a view's base holds its memory too

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import remat
@@ -181,6 +182,20 @@ def test_a_gradient_taken_in_forward_is_refused(whole_model: bool) -> None:
         model = remat.enable(Forces().train(), budget, whole_model=whole_model)
         with pytest.raises(remat.CaptureError, match="the model takes a gradient in forward"):
             model(torch.randn(8, 32))
+
+
+@pytest.mark.parametrize("whole_model", [True, False])
+def test_a_first_call_that_a_checkpoint_runs_in_its_backward_takes_none(whole_model: bool) -> None:
+    model, x = Mlp().train(), torch.randn(8, 32, requires_grad=True)
+    gradients = []
+    for step in range(2):
+        torch.manual_seed(1)
+        checkpoint(model, x, use_reentrant=True).sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+        model.zero_grad()
+        if not step:
+            remat.enable(model, None, whole_model=whole_model)
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_modes_that_track_modules_are_none_of_the_models() -> None:
