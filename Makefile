@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help:
 	@echo "make demo    fine-tune a small Llama with and without a byte budget, through both doors (about 3 minutes)"
-	@echo "make test    the tests that take seconds each (about 13 minutes on two cores)"
+	@echo "make test    the tests that take seconds each (about 14 minutes on two cores)"
 	@echo "make test-slow  the others: several ranks, examples as programs, further models, most of what Inductor compiles"
 	@echo "make check   ruff and mypy"
 	@echo "make docs    the documentation, into build/docs/"
