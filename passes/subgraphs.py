@@ -42,10 +42,13 @@ def _inline(gm: fx.GraphModule, call: fx.Node) -> None:
 
 def subgraph_bytes(node: fx.Node, allocated: Callable[[int], int]) -> int:
     """The most that a graph of the node's allocates beyond its results. `allocated`: a block's size by what is asked for."""
+    return max((_scratch_bytes(graph, allocated) for graph in _graphs(node)), default=0)
+
+
+def _graphs(node: fx.Node) -> list[fx.Graph]:
     module = node.graph.owning_module
     names = [str(source.target) for source in node.all_input_nodes if source.op == "get_attr"]
-    graphs = [graph for name in names if isinstance(graph := getattr(module, name, None), fx.GraphModule)]
-    return max((_scratch_bytes(graph.graph, allocated) for graph in graphs), default=0)
+    return [found.graph for name in names if isinstance(found := getattr(module, name, None), fx.GraphModule)]
 
 
 def held_by_loop(node: fx.Node) -> int:
@@ -58,11 +61,12 @@ def held_by_loop(node: fx.Node) -> int:
         return _bytes(node)
     if node.target is not torch.ops.higher_order.scan:
         return 0
-    graph = getattr(node.graph.owning_module, str(node.args[0].target)).graph  # type: ignore[union-attr]
-    n_carried = len(node.args[1])  # type: ignore[arg-type]
-    carried, slices = results(graph)[:n_carried], results(graph)[n_carried:]
-    indices = [8 * source.meta["val"].numel() for source in slices]
-    return sum(map(_bytes, carried)) + 3 * sum(map(_bytes, slices)) + sum(indices) + max(indices, default=0)
+    (graph,) = _graphs(node)
+    carried: Any = node.args[1]
+    following, slices = results(graph)[: len(carried)], results(graph)[len(carried) :]
+    slices = tuple(found for found in slices if isinstance(found, fx.Node))  # None where there is no gradient
+    indices = [8 * found.meta["val"].numel() for found in slices]
+    return sum(map(_bytes, following)) + 3 * sum(map(_bytes, slices)) + sum(indices) + max(indices, default=0)
 
 
 def _bytes(node: fx.Node) -> int:

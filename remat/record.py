@@ -100,15 +100,19 @@ def _computed_loss(output: Any, recorder: Recorder, loss_of: Callable[[Any], tor
     """`loss_of` runs between forward and backward, as part of which it counts: no plan decides about it."""
     try:
         loss = recorder.run_loss(lambda: loss_of(output))
-    except Exception as error:
+    except (_torch.DataDependentOutputException, _torch.DynamicOutputShapeException) as error:
         raise RematError(
-            f"loss= fails on the model's output, which has no values while planning: {error} (what a mask picks has no size "
-            "there: weigh by it, or use ignore_index)"
+            f"{_LOSS_FAILS}: {error.func} reads them (what a mask picks has no size there: weigh by it, or use ignore_index)"
         ) from error
-    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
-        raise RematError("loss= has to return a tensor of one number that requires grad")
+    except Exception as error:  # of any kind: it is the user's
+        raise RematError(f"{_LOSS_FAILS}: {error}") from error
+    if not _torch.is_fake(loss) or loss.numel() != 1 or not loss.requires_grad:
+        raise RematError("loss= has to make of the output a tensor of one number that requires grad")
     recorder.found[:] = [tensor for tensor in recorder.found if tensor.device == loss.device]
     return loss
+
+
+_LOSS_FAILS = "loss= fails on the model's output, which has no values while planning"
 
 
 def _found_loss(output: Any) -> torch.Tensor:

@@ -51,6 +51,7 @@ def _distilled(logits: torch.Tensor) -> torch.Tensor:
     return F.kl_div(logits.log_softmax(-1), TEACHER, log_target=True, reduction="batchmean")
 
 
+BESIDE = nn.Parameter(torch.ones(()))
 TARGETS = _ids().flatten()
 TEACHER = torch.linspace(-1, 1, WORDS).log_softmax(-1).expand(4, LENGTH, WORDS)
 
@@ -131,10 +132,15 @@ def test_what_trains_outside_is_left_alone(whole_model: bool) -> None:
     ("loss", "message"),
     [
         ("cross_entropy", "loss='cross_entropy' cannot be called; give a function of the model's output"),
-        (lambda logits: logits, "loss= has to return a tensor of one number that requires grad"),
-        (lambda logits: logits.sum().item(), "loss= fails on the model's output, which has no values while planning"),
+        (lambda logits: logits, "loss= has to make of the output a tensor of one number that requires grad"),
+        (
+            lambda logits: logits.sum().item(),
+            "loss= fails on the model's output, which has no values while planning: aten._local",
+        ),
+        (lambda logits: logits[logits > 0].sum(), "aten.nonzero.default reads them (what a mask picks has no size there"),
+        (lambda _: BESIDE, "loss= has to make of the output a tensor of one number"),
         (lambda logits: F.cross_entropy(logits.flatten(0, 1), _ids(3).flatten()), "loss= fails on the model's output"),
-        (lambda logits: logits.detach().sum(), "loss= has to return a tensor of one number that requires grad"),
+        (lambda logits: logits.detach().sum(), "loss= has to make of the output a tensor of one number that requires grad"),
     ],
 )
 def test_what_is_no_loss(loss: Any, message: str) -> None:
