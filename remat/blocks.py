@@ -18,28 +18,26 @@ from torch import fx, nn
 
 from remat import _torch
 from remat._torch import pytree
-from remat.absent import LIBRARY_BYTES
 from remat.capture import capture
 from remat.captured import Captured
 from remat.devices import profile_of
 from remat.errors import CaptureError, RematError
 from remat.export import DOOR_2, as_in_training, say_without_cache, without_cache
 from remat.kept import kept_as_before
-from remat.op_times import op_times
 from remat.passes.pinning import why_pinned
 from remat.passes.regions import RegionGraph, form_regions
 from remat.plan import Plan
 from remat.program import HELD, Program
 from remat.record import backward_from, mutated_inputs, write_program
 from remat.recorder import Recorder
-from remat.resident import attributes_of, resident_memory, there_bytes
+from remat.resident import attributes_of
 from remat.settings import Settings
 from remat.sharding import ShardedStep, local_parameters
+from remat.site import Site, site_of
 from remat.state import flatten_call, leaves_key
-from remat.traced import Traced, fingerprint_of
+from remat.traced import ModelCall, Traced, fingerprint_of
 from remat.twin import Twin, without_hooks
 from remat.whole import inputs_of, placeholder_tensors, training
-from remat.workspace import library_bytes
 
 _CROSSES = "goes in or out of a block"
 
@@ -129,14 +127,16 @@ def trace_blocks(
             )
     recording = _Recording(model, blocks, groups, settings.in_flight > 1)
     with kept_as_before(model, (args, kwargs), DOOR_2):
-        program = recording.program(args, kwargs, settings)
+        program, site = recording.step(args, kwargs, settings)
     graphs = [call.captured.graph for call in recording.calls if call.captured is not None]
     if not graphs:
         raise RematError("nothing in the blocks requires grad, so there is nothing to plan there; unfreeze something first")
     fingerprint = fingerprint_of(graphs)
     nodes = tuple(ran.node for ran in recording.recorder.ran)
-    about = type(model).__name__, inputs_of(args, kwargs), recording.there_bytes, settings.in_flight, tuple(recording.calls)
-    return TracedBlocks(program, nodes, recording.place, recording.profile, fingerprint, frozenset(recording.trains), *about)
+    step = program, nodes, site, fingerprint, frozenset(recording.trains)
+    return TracedBlocks(
+        *step, ModelCall(type(model).__name__, inputs_of(args, kwargs)), settings.in_flight, tuple(recording.calls)
+    )
 
 
 def _named(captured: Captured, path: str, index: int) -> Captured:
@@ -169,14 +169,12 @@ class _Recording:
         self.calls: list[BlockCall] = []
         self.parameters = local_parameters(model, groups)
         self.place = next((p.device for p in self.parameters if p.requires_grad), torch.device("cpu"))
-        self.profile = profile_of(self.place)
-        self.recorder = Recorder(self.profile)
+        self.recorder = Recorder(profile_of(self.place))
         self.twin = Twin(model, groups, adds)
         self.attributes: list[torch.Tensor] = []
         self.pins: dict[int, str] = {}
         self.parts: list[tuple[int, int]] = []
         self.trains: set[int] = set()
-        self.there_bytes = 0
         for tensor in self.twin.tensors():
             self.recorder.know(tensor)
         inside = {id(module) for block in blocks.values() for module in block.modules()}
@@ -186,8 +184,8 @@ class _Recording:
         for path, block in blocks.items():
             self.twin.of(block).__dict__["forward"] = partial(self._run_block, path, self.twin.of(block))
 
-    def program(self, args: tuple[Any, ...], kwargs: dict[str, Any], settings: Settings) -> Program:
-        """The step as numbers, under the hooks of `fully_shard` where there are any."""
+    def step(self, args: tuple[Any, ...], kwargs: dict[str, Any], settings: Settings) -> tuple[Program, Site]:
+        """The step as numbers, under the hooks of `fully_shard` where there are any, and where it runs."""
         recorder, twin = self.recorder, self.twin
         sharded = ShardedStep(twin, self.groups, recorder)
         args_, kwargs_ = twin.inputs(args, kwargs)
@@ -203,16 +201,10 @@ class _Recording:
             sharded.end_backward()
         graphs = [call.captured for call in self.calls if call.captured is not None]
         own = [t for graph in graphs for t in (*graph.constants.values(), *graph.read_by_functions())]
-        given, buffers = [*_tensors(args, kwargs), *own, *self.attributes], list(self.model.buffers())
-        libraries = library_bytes(self.place) if self.profile.is_here else LIBRARY_BYTES if self.profile.is_gpu else 0
+        given = [*_tensors(args, kwargs), *own, *self.attributes]
         others = [*(t for t in attributes_of(self.model) if t.device == self.place), *recorder.found]
-        resident = resident_memory(given, self.parameters, buffers, settings.optimizer, settings.in_flight > 1, others)
-        self.there_bytes = libraries + there_bytes(given, self.parameters, buffers, settings.optimizer, self.place)
-        times = op_times(self.place) if settings.costs == "measured" else None
-        found = write_program(recorder, self.pins, {**resident, "libraries": libraries}, times, tuple(self.parts))
-        if times is not None:
-            times.save()
-        return found
+        site = site_of(self.place, settings, given, self.parameters, list(self.model.buffers()), others)
+        return write_program(recorder, self.pins, site, tuple(self.parts)), site
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         say_without_cache(self.model)

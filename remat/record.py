@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,24 +24,23 @@ from remat.program import HELD, Fixed, Op, Program, Value
 from remat.recorded import Storage
 from remat.recorder import Recorder
 from remat.resident import bytes_beside
+from remat.site import Site
 from remat.workspace import Call, workspace_bytes
 
 
 def record(
     captured: Captured,
     tensors: Sequence[torch.Tensor],
-    device: DeviceProfile,
-    resident: Mapping[str, int],
-    times: OpTimes | None = None,
+    site: Site,
     adds: bool = False,
     loss: Callable[[Any], torch.Tensor] | None = None,
 ) -> Program:
     """Record one training step of the captured graph; one that adds to gradients where there are any, or for all if `adds`.
 
-    tensors: one per placeholder; only their metadata is used. times: measured costs; None: those of the device's profile.
-    Outputs of the model are counted as held until the step ends. Backward begins as `backward_from` says.
+    tensors: one per placeholder; only their metadata is used. Outputs of the model are counted as held until the step ends.
+    Backward begins as `backward_from` says.
     """
-    recorder = Recorder(device)
+    recorder = Recorder(site.profile)
     fake = _torch.FakeTensorMode()
     with fake:
         inputs = [_torch.fake_like(tensor) for tensor in tensors]
@@ -58,8 +58,9 @@ def record(
     produced = {ran.node: ran.storages for ran in recorder.ran}
     escaping = {id(s) for node in captured.graph.output_node().all_input_nodes for s in produced.get(node, ())}
     pins = {id(s): why_pinned(s.node, mutated_inputs(captured)) for s in recorder.all if s.node is not None}
-    resident = {**resident, "others": resident["others"] + bytes_beside(recorder.found, tensors)}
-    return write_program(recorder, pins | dict.fromkeys(escaping, HELD), resident, times)
+    others = site.resident["others"] + bytes_beside(recorder.found, tensors)
+    site = dataclasses.replace(site, resident={**site.resident, "others": others})
+    return write_program(recorder, pins | dict.fromkeys(escaping, HELD), site)
 
 
 def backward_from(output: Any, recorder: Recorder, loss_of: Callable[[Any], torch.Tensor] | None = None) -> None:
@@ -150,13 +151,12 @@ class _Loss(torch.autograd.Function):
 def write_program(
     recorder: Recorder,
     pins: Mapping[int, str],
-    resident: Mapping[str, int],
-    times: OpTimes | None,
+    site: Site,
     parts: tuple[tuple[int, int], ...] = (),
 ) -> Program:
     """The recorded step as numbers. `pins` are the storages that a plan decides about, by id, and why each can only be saved,
     "" where it need not; `parts` as in `Program`."""
-    device, end = recorder.device, recorder.position - 1
+    device, times, resident, end = site.profile, site.times, site.resident, recorder.position - 1
     values, index, fixed = _lifetimes(recorder, pins)
     largest = max((storage.bytes for storage in recorder.all), default=0)
     fixed.append(Fixed(0, end, device.slack_bytes(largest)))
@@ -173,6 +173,8 @@ def write_program(
         forward.append(op)
     kernels = recorder.kernels
     backward = tuple(Op(k.name, _time_us(times, k.call, k.cost_us), scratch(k.call), origin=k.origin) for k in kernels)
+    if times is not None:
+        times.save()
     ready = recorder.gradient_ready.items()
     return Program(
         tuple(forward),

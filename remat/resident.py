@@ -76,17 +76,11 @@ def _state_bytes(kind: Any, group: dict[str, Any]) -> int:
         return _bytes(t for t in pytree.tree_leaves(dict(twin.state)) if isinstance(t, torch.Tensor))
 
 
-def there_bytes(
-    inputs: Sequence[torch.Tensor],
-    parameters: Sequence[torch.Tensor],
-    buffers: Sequence[torch.Tensor],
-    optimizer: torch.optim.Optimizer | None,
-    device: torch.device,
-) -> int:
-    """Bytes of resident memory that are allocated on `device` already: nothing that an optimizer or a backward has yet to make,
-    and nothing of tensors without memory."""
+def there_bytes(tensors: Iterable[torch.Tensor], optimizer: torch.optim.Optimizer | None, device: torch.device) -> int:
+    """Bytes of these tensors, their gradients and the optimizer's state that are allocated on `device` already: nothing that an
+    optimizer or a backward has yet to make, and nothing of tensors without memory."""
     state = [] if optimizer is None else pytree.tree_leaves(dict(optimizer.state))
-    tensors = [t for t in (*parameters, *inputs, *buffers, *state) if isinstance(t, torch.Tensor)]
+    tensors = [t for t in (*tensors, *state) if isinstance(t, torch.Tensor)]
     tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]
     return _bytes(t for t in tensors if t.device == device and not _torch.is_fake(t))
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -16,16 +16,13 @@ from torch import fx
 from remat._torch import pytree
 from remat.budget import (
     BudgetLike,
-    Memory,
     format_bytes,
     format_needed,
-    memory_of,
     parse_budget,
     resolve_budget,
     resolve_host_budget,
 )
 from remat.describe import describe
-from remat.devices import DeviceProfile
 from remat.errors import BudgetError, RematError
 from remat.in_flight import solve_in_flight, with_others
 from remat.menus import Menus, make_menus
@@ -39,30 +36,34 @@ from remat.program import KINDS, Move, Program
 from remat.replay import Replay
 from remat.settings import Settings
 from remat.simulate import simulate
+from remat.site import Site
+
+
+class ModelCall(NamedTuple):
+    """What a step is a step of: the class of the model, and the tensors that it is called with."""
+
+    model: str
+    inputs: tuple[Input, ...]
 
 
 @dataclass(frozen=True)
 class Traced:
-    """A step as numbers. `nodes[p]` is forward op p of `program`; `trains` are those that read a trainable parameter. Of what
-    is resident, `there_bytes` are allocated already. `in_flight` is how many forwards run before the first backward, which is
-    no part of `program`."""
+    """A step as numbers. `nodes[p]` is forward op p of `program`; `trains` are those that read a trainable parameter.
+    `in_flight` is how many forwards run before the first backward, which is no part of `program`."""
 
     program: Program
     nodes: tuple[fx.Node, ...]
-    device: torch.device
-    profile: DeviceProfile
+    site: Site
     fingerprint: str
     trains: frozenset[int]
-    model: str
-    inputs: tuple[Input, ...]
-    there_bytes: int
+    call: ModelCall
     in_flight: int
 
     def plan(self, settings: Settings) -> Plan:
         """Plan for a budget, or take the plan given where it serves. Raises BudgetError when nothing fits."""
         start = time.perf_counter()
         program = pinned(self.program, self.nodes, settings.pin)
-        limit, host = self.limit_bytes(settings.budget), resolve_host_budget(settings.host_budget, self.memory)
+        limit, host = self.limit_bytes(settings.budget), resolve_host_budget(settings.host_budget, self.site.memory)
         menus, given = make_menus(program, host), settings.plan
         taken = self.given(given, limit) if given is not None else None
         solution = taken or self._chosen(settings, program, menus, limit)
@@ -88,7 +89,7 @@ class Traced:
     def smallest(self, settings: Settings) -> Solution:
         """The plan with the smallest peak that the planner knows, or that of the fixed rule that the settings name."""
         program = pinned(self.program, self.nodes, settings.pin)
-        menus = make_menus(program, resolve_host_budget(settings.host_budget, self.memory))
+        menus = make_menus(program, resolve_host_budget(settings.host_budget, self.site.memory))
         if settings.policy == "auto":
             return self._in_flight(smallest_solution(program, menus))
         return self._by_rule(settings, program, menus)
@@ -99,7 +100,7 @@ class Traced:
 
     def limit_bytes(self, budget: BudgetLike) -> int | None:
         """What a budget means for this step, in bytes; None for no limit."""
-        return resolve_budget(parse_budget(budget), self.memory, self.program.resident_bytes, self.everything.peak_bytes)
+        return resolve_budget(parse_budget(budget), self.site.memory, self.program.resident_bytes, self.everything.peak_bytes)
 
     @cached_property
     def everything(self) -> Replay:
@@ -141,9 +142,9 @@ class Traced:
     def difference(self, plan: Plan) -> str:
         """In what a plan that was made for another step differs from this one."""
         parameters = dict(self.program.resident).get("parameters", 0), plan.at_peak().get("parameters", 0)
-        pairs = [("the model", self.model, plan.model), ("bytes of parameters", *parameters)]
-        pairs += [("an input", _shown(i), _shown(j)) for i, j in zip(self.inputs, plan.inputs, strict=False)]
-        pairs += [("inputs", len(self.inputs), len(plan.inputs)), ("torch", torch.__version__, plan.torch_version)]
+        pairs = [("the model", self.call.model, plan.model), ("bytes of parameters", *parameters)]
+        pairs += [("an input", _shown(i), _shown(j)) for i, j in zip(self.call.inputs, plan.inputs, strict=False)]
+        pairs += [("inputs", len(self.call.inputs), len(plan.inputs)), ("torch", torch.__version__, plan.torch_version)]
         pairs += [("ops in forward", len(self.program.forward), sum(m.phase == "forward" for m in plan.timeline))]
         found = (f"{name}: {theirs} there, {ours} here" for name, ours, theirs in pairs if ours != theirs)
         return next(found, "the ops themselves")
@@ -160,14 +161,6 @@ class Traced:
         return self._in_flight(Solution(dropped, regions, replay, moves, repeats))
 
     @cached_property
-    def memory(self) -> Memory:
-        """What the device has; one that is not there is taken to be empty, on a host with as much again."""
-        total = self.profile.memory_bytes
-        if self.profile.is_here or not total:
-            return memory_of(self.device, self.there_bytes)
-        return Memory(self.profile.name, total, total, total)
-
-    @cached_property
     def structure(self) -> str:
         """Equal for steps with the same ops in forward, whatever their sizes: those that a plan decides about. Backward has
         more of them where it adds to gradients."""
@@ -178,17 +171,17 @@ class Traced:
         """Plans from the fastest to the smallest."""
         start = time.perf_counter()
         program = pinned(self.program, self.nodes, settings.pin)
-        menus = make_menus(program, resolve_host_budget(settings.host_budget, self.memory))
+        menus = make_menus(program, resolve_host_budget(settings.host_budget, self.site.memory))
         for solution in map(self._in_flight, frontier_solutions(program, menus, points)):
             found = self.describe(menus, solution, solution.replay.peak_bytes, time.perf_counter() - start)
             yield with_baseline(found, self.everything) if self.in_flight > 1 else found
             start = time.perf_counter()
 
     def describe(self, menus: Menus, solution: Solution, limit: int | None, seconds: float) -> Plan:
-        program, name = solution.replay.program, self.memory.name
+        program, name = solution.replay.program, self.site.memory.name
         about = name, "eager", self.fingerprint, self.structure
         plan = describe(self.nodes, program, menus, solution, limit, seconds, *about)
-        return dataclasses.replace(plan, model=self.model, inputs=self.inputs)
+        return dataclasses.replace(plan, **self.call._asdict())
 
     def stretches(self, plan: Plan) -> list[Stretch]:
         """The regions of a plan, as names of nodes."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -15,24 +15,23 @@ from torch import fx, nn
 
 from remat import _torch
 from remat._torch import pytree
-from remat.absent import LIBRARY_BYTES, stand_in
+from remat.absent import stand_in
 from remat.capture import capture, check_model
 from remat.captured import Captured, tensor_of
-from remat.devices import DeviceProfile, device_profile, profile_of
+from remat.devices import device_profile
 from remat.errors import BudgetError, HostBudgetError, RematError
 from remat.export import as_in_training
-from remat.op_times import OpTimes, op_times
 from remat.passes.aliasing import storage_bytes, storage_roots
 from remat.passes.losses import find_losses, share_losses
 from remat.passes.regions import RegionGraph, form_regions
 from remat.passes.transfers import Transfers
 from remat.plan import Input, Plan
 from remat.record import record
-from remat.resident import attributes_of, resident_memory, there_bytes
+from remat.resident import attributes_of
 from remat.settings import Settings
+from remat.site import Site, site_of
 from remat.state import flatten_call
-from remat.traced import Traced, fingerprint_of, with_baseline
-from remat.workspace import library_bytes
+from remat.traced import ModelCall, Traced, fingerprint_of, with_baseline
 
 _FASTEST = Settings(budget=None)
 _MUCH = 0.1  # less of the room above what is resident is not worth a second plan
@@ -156,13 +155,13 @@ def trace(
     """
     check_model(model, args)
     inspect.signature(model.forward).bind(*args, **kwargs)  # a wrong call is a TypeError, as it always was
-    profile = None
+    absent = None
     given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    real = given, list(model.parameters()), [*model.buffers(), *attributes_of(model)]
+    real = [*given, *model.parameters(), *model.buffers(), *attributes_of(model)]
     if device is not None:
         if settings.costs == "measured":
             raise RematError(f"costs='measured' needs the device itself; without device={device!r} this machine's is measured")
-        profile = device_profile(device)
+        absent = device_profile(device)
         model, args, kwargs = stand_in(model, args, kwargs)
     check_training(model)
     captured = captured or capture(model, args, kwargs)
@@ -170,16 +169,9 @@ def trace(
     if not any(t.requires_grad for t in tensors):
         raise RematError("no parameter or input requires grad, so there is no backward to plan for; unfreeze something first")
     place = next((t.device for t in tensors if t.requires_grad), torch.device("cpu"))
-    profile = profile or profile_of(place)
-    libraries = library_bytes(place) if profile.is_here else LIBRARY_BYTES if profile.is_gpu else 0
     others = [*(t for t in attributes_of(model) if t.device == place), *captured.read_by_functions()]
-    owned = list(model.parameters()), list(model.buffers())
-    resident = resident_memory(tensors, *owned, settings.optimizer, settings.in_flight > 1, others)
-    times = op_times(place) if settings.costs == "measured" else None
-    resident = {**resident, "libraries": libraries}
-    there = libraries + there_bytes(*real, settings.optimizer, place)
-    about = type(model).__name__, inputs_of(args, kwargs), there, tensors, place, profile, resident, times, settings
-    return _traced(*about, captured)
+    site = site_of(place, settings, tensors, list(model.parameters()), list(model.buffers()), others, absent, real)
+    return _recorded(ModelCall(type(model).__name__, inputs_of(args, kwargs)), tensors, site, settings, captured)
 
 
 def check_training(model: nn.Module) -> None:
@@ -195,28 +187,13 @@ def inputs_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Input, ...
     return tuple(Input(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors)
 
 
-def _traced(
-    model: str,
-    inputs: tuple[Input, ...],
-    there: int,
-    tensors: Sequence[torch.Tensor],
-    place: torch.device,
-    profile: DeviceProfile,
-    resident: Mapping[str, int],
-    times: OpTimes | None,
-    settings: Settings,
-    captured: Captured,
+def _recorded(
+    call: ModelCall, tensors: Sequence[torch.Tensor], site: Site, settings: Settings, captured: Captured
 ) -> TracedModel:
-    program = record(captured, tensors, profile, resident, times, settings.in_flight > 1, settings.loss)
-    if times is not None:
-        times.save()
-    fingerprint = fingerprint_of([captured.graph])
-    about = model, inputs, there, tensors, place, profile, resident, times, settings
+    program = record(captured, tensors, site, settings.in_flight > 1, settings.loss)
     nodes = tuple(node for node in captured.graph.nodes if node.op == "call_function")
-    trains = training(captured, tensors)
-    again = partial(_traced, *about)
-    found = program, nodes, place, profile, fingerprint, trains, model, inputs, there, settings.in_flight
-    return TracedModel(*found, captured, again)
+    found = program, nodes, site, fingerprint_of([captured.graph]), training(captured, tensors), call, settings.in_flight
+    return TracedModel(*found, captured, partial(_recorded, call, tensors, site, settings))
 
 
 def training(captured: Captured, tensors: Sequence[torch.Tensor]) -> frozenset[int]:
