@@ -41,11 +41,11 @@ def forward_half(
     positions = [i for i, leaf in enumerate(flat) if isinstance(leaf, torch.Tensor)]
     sources, constants, attributes = _inputs(joint.graph, exported, model, positions)
     graph, copied = _copied(joint.graph, sources)
-    constants |= _constants_read(graph, joint)
     kept, by_index, mutations = _returned(joint.graph, copied, sources, positions)
     graph.output(tuple(kept))
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     _refuse_other_results(graph)
+    _lift_constants(graph, joint, sources, constants)
     copy_for_views(graph)
     for node in graph.find_nodes(op="call_function", target=_BATCH_NORM):
         _free_running_statistics(node)
@@ -95,11 +95,22 @@ def _copied(joint: fx.Graph, sources: dict[fx.Node, Source]) -> tuple[fx.Graph, 
     return graph, copied
 
 
-def _constants_read(graph: fx.Graph, joint: fx.GraphModule) -> dict[str, torch.Tensor]:
-    found = {str(node.target): attribute(joint, str(node.target)) for node in graph.find_nodes(op="get_attr")}
-    if any(isinstance(value, torch.Generator) for value in found.values()):
-        raise CaptureError(f"the model draws from a generator of its own, of which no state is kept; {DOOR_2}")
-    return found
+def _lift_constants(
+    graph: fx.Graph, joint: fx.GraphModule, sources: dict[fx.Node, Source], constants: dict[str, torch.Tensor]
+) -> None:
+    """Let the graph be given the constants that ops bring along, like all others."""
+    last = graph.find_nodes(op="placeholder")[-1]
+    for node in graph.find_nodes(op="get_attr"):
+        name = str(node.target)
+        constants[name] = attribute(joint, name)
+        if isinstance(constants[name], torch.Generator):
+            raise CaptureError(f"the model draws from a generator of its own, of which no state is kept; {DOOR_2}")
+        with graph.inserting_after(last):
+            last = graph.placeholder(name)
+        last.meta.update(node.meta)
+        node.replace_all_uses_with(last)
+        graph.erase_node(node)
+        sources[last] = Source("constant", name)
 
 
 def _returned(

@@ -156,10 +156,6 @@ class Recorder(_torch.TorchDispatchMode):
         nodes = list(captured.graph.nodes)
         self.meets_real |= any(isinstance(node.target, FunctionCall) for node in nodes)
         env: dict[fx.Node, Any] = dict(zip((n for n in nodes if n.op == "placeholder"), inputs, strict=True))
-        for node in nodes:
-            if node.op == "get_attr":
-                env[node] = _torch.fake_like(captured.constants[str(node.target)])
-                self.know(env[node])
         last = {source: node for node in nodes for source in node.all_input_nodes}
         self.in_graph = True
         for node in nodes:
@@ -278,7 +274,7 @@ class Recorder(_torch.TorchDispatchMode):
         return node
 
     def _origin(self) -> int:
-        """The forward op whose gradient is being computed, -1 where autograd only adds gradients up."""
+        """The forward op whose gradient is being computed, or was, where autograd adds it to others; -1 for none."""
         number = _torch.running_sequence_number()
         found = -1 if number is None else bisect_right(self._sequence, number)
         return found if found < len(self._sequence) else -1

@@ -13,6 +13,8 @@ from remat import _torch
 from remat._torch import fake_like
 from remat.devices import profile_of
 from remat.recorder import Recorder
+from remat.settings import Settings
+from remat.whole import trace
 from tests.steps import assert_same, run_step
 
 
@@ -87,3 +89,31 @@ def test_gradients_are_added_in_place_where_autograd_does(function: Callable[...
     outcome = run_step(module, kwargs)
     assert_same(run_step(model, kwargs), outcome)
     assert 0.99 < outcome.peak_bytes / module.plan.peak_bytes <= 1
+
+
+class _Weighted(nn.Module):
+    """Calls an op that is made of others and has a constant of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(128, 128) for _ in range(3)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.tanh(torch.ops.remat_tests.weighted(layer(x)))
+        return x.square().mean()
+
+
+def test_constants_that_ops_bring_along_are_resident_and_no_op_of_the_step() -> None:
+    library = torch.library.Library("remat_tests", "FRAGMENT")
+    library.define("weighted(Tensor x) -> Tensor")
+    library.impl("weighted", lambda x: x * torch.tensor([[0.5, 2.0] * 64] * 512), "CompositeImplicitAutograd")
+    model, x = _Weighted(), torch.randn(512, 128)
+    plain = run_step(model, {"x": x})
+    traced = trace(model, (), {"x": x})
+    assert [op.name for op in traced.program.forward] == [node.name for node in traced.nodes]
+    least = traced.smallest(Settings(None)).replay.peak_bytes
+    assert least < 0.9 * traced.everything.peak_bytes
+    rewritten = remat.optimize(model, (), {"x": x}, budget=least)
+    assert_same(plain, run_step(rewritten, {"x": x}))
+    assert remat.verify(rewritten, kwargs={"x": x}).holds
