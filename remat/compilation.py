@@ -17,6 +17,7 @@ from torch import fx
 from remat import _torch
 from remat._torch import pytree
 from remat.budget import format_needed, memory_of, parse_budget, resolve_budget, resolve_host_budget
+from remat.captured import attribute
 from remat.describe import describe
 from remat.devices import profile_of
 from remat.errors import BudgetError, CaptureError, HostBudgetError, RematError, find_cause
@@ -270,7 +271,8 @@ class Compilation:
         trained = min(own, sum(t.untyped_storage().nbytes() for t in parameters))
         found = {"parameters": trained, "inputs": own - trained, "gradients": _gradient_bytes(self.inputs)}
         if device.type == "cpu":
-            return {**found, "others": self.session.held_bytes(self.frame) + self._rest_of_model(tensors)}
+            rest = self._rest_of_model(tensors) + _constant_bytes(joint)
+            return {**found, "others": self.session.held_bytes(self.frame) + rest}
         found["libraries"] = library_bytes(device)  # which from now on are there
         allocated = torch.accelerator.memory_allocated(device)  # with all that earlier graphs hold, and the optimizer's state
         return {**found, "others": allocated - sum(found.values())}
@@ -311,6 +313,13 @@ def _run_as_is(module: fx.GraphModule, _: Sequence[Any]) -> Callable[[list[Any]]
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run
+
+
+def _constant_bytes(joint: fx.GraphModule) -> int:
+    """Of what ops bring along, which the compiled graphs hold."""
+    found = (attribute(joint, str(node.target)) for node in joint.graph.find_nodes(op="get_attr"))
+    tensors = {id(value): value for value in found if isinstance(value, torch.Tensor)}
+    return sum(t.untyped_storage().nbytes() for t in tensors.values())
 
 
 def _gradient_bytes(inputs: Sequence[Any]) -> int:

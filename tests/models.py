@@ -185,3 +185,21 @@ def smallest_budget(**shape: Any) -> int:
 def mlp(rows: int = 64, **shape: Any) -> tuple[nn.Module, torch.Tensor]:
     torch.manual_seed(0)
     return Mlp(**shape).train(), torch.randn(rows, shape.get("width", 32))
+
+
+_LIBRARY = torch.library.Library("remat_tests", "FRAGMENT")
+_LIBRARY.define("weighted(Tensor x) -> Tensor")
+_LIBRARY.impl("weighted", lambda x: x * torch.tensor([[0.5, 2.0] * 64] * 512), "CompositeImplicitAutograd")
+
+
+class Weighted(nn.Module):
+    """Calls an op that is made of others, and that brings a constant along at each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(128, 128) for _ in range(3)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.tanh(torch.ops.remat_tests.weighted(layer(x)))
+        return x.square().mean()

@@ -17,7 +17,7 @@ from torch import nn
 
 import remat
 from remat import compilation
-from tests.models import EACH_MODEL, Mlp, build, mlp
+from tests.models import EACH_MODEL, Mlp, Weighted, build, mlp
 from tests.steps import (
     Outcome,
     assert_close_gradients,
@@ -83,6 +83,13 @@ def test_without_dropout_gradients_are_those_of_the_original(name: str) -> None:
     expected = run_step(model, kwargs)
     assert_close_gradients(reference(name).outcome.gradients, expected.gradients, 1e-5)
     assert reference(name).outcome.output_type is expected.output_type
+
+
+def test_constants_that_ops_bring_along_are_in_the_plan() -> None:
+    module = compiled(Weighted())
+    found = run_step(module, {"x": torch.randn(512, 128)})
+    (graph,) = remat.plans(module)
+    assert found.peak_bytes <= graph.plan.peak_bytes < 1.01 * found.peak_bytes
 
 
 # ---- options ----

@@ -15,6 +15,7 @@ from remat.devices import profile_of
 from remat.recorder import Recorder
 from remat.settings import Settings
 from remat.whole import trace
+from tests.models import Weighted
 from tests.steps import assert_same, run_step
 
 
@@ -91,24 +92,8 @@ def test_gradients_are_added_in_place_where_autograd_does(function: Callable[...
     assert 0.99 < outcome.peak_bytes / module.plan.peak_bytes <= 1
 
 
-class _Weighted(nn.Module):
-    """Calls an op that is made of others and has a constant of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(128, 128) for _ in range(3)])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = torch.tanh(torch.ops.remat_tests.weighted(layer(x)))
-        return x.square().mean()
-
-
 def test_constants_that_ops_bring_along_are_resident_and_no_op_of_the_step() -> None:
-    library = torch.library.Library("remat_tests", "FRAGMENT")
-    library.define("weighted(Tensor x) -> Tensor")
-    library.impl("weighted", lambda x: x * torch.tensor([[0.5, 2.0] * 64] * 512), "CompositeImplicitAutograd")
-    model, x = _Weighted(), torch.randn(512, 128)
+    model, x = Weighted(), torch.randn(512, 128)
     plain = run_step(model, {"x": x})
     traced = trace(model, (), {"x": x})
     assert [op.name for op in traced.program.forward] == [node.name for node in traced.nodes]
