@@ -135,6 +135,7 @@ __all__ = [
     "invoke_subgraph",
     "is_fake",
     "is_leaf_node",
+    "is_numbered_before",
     "is_opaque_node",
     "is_traceable_wrapper_subclass",
     "joint_graph",
@@ -196,6 +197,11 @@ def autograd_nodes(tensor: torch.Tensor) -> set[Any]:
             found.add(node)
             ahead += [before for before, _ in node.next_functions]
     return found
+
+
+def is_numbered_before(node: Any, number: int) -> bool:
+    """Whether an autograd node was made before `sequence_number` was that, on the same thread; leaves' nodes never are."""
+    return node._sequence_nr() < number
 
 
 def is_leaf_node(node: Any) -> bool:

@@ -109,6 +109,8 @@ def _computed_loss(output: Any, recorder: Recorder, loss_of: Callable[[Any], tor
         raise RematError(f"{_LOSS_FAILS}: {error}") from error
     if not _torch.is_fake(loss) or loss.numel() != 1 or not loss.requires_grad:
         raise RematError("loss= has to make of the output a tensor of one number that requires grad")
+    if any(_torch.is_numbered_before(node, recorder.first) for node in _torch.autograd_nodes(loss)):
+        raise RematError("loss= reads a result whose graph was made before, which planning would run backward; detach it there")
     recorder.found[:] = [tensor for tensor in recorder.found if tensor.device == loss.device]
     return loss
 

@@ -76,6 +76,7 @@ class Recorder(_torch.TorchDispatchMode):
         self.meets_real = False  # whether what runs may find tensors with values elsewhere
         self.found: list[torch.Tensor] = []  # those that a loss found
         self.loss_ops = 0
+        self.first = 0  # what autograd's nodes of this step are numbered from
         self.ran: list[Ran] = []
         self.kernels: list[Kernel] = []
         self.all: list[Storage] = []
@@ -99,6 +100,7 @@ class Recorder(_torch.TorchDispatchMode):
     def forward(self) -> Iterator[None]:
         """Forward runs within."""
         self._around = _torch.running_sequence_number()
+        self.first = _torch.sequence_number()
         with self, torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
             yield
 

@@ -52,6 +52,7 @@ def _distilled(logits: torch.Tensor) -> torch.Tensor:
 
 
 BESIDE = nn.Parameter(torch.ones(()))
+MADE_BEFORE = torch.ones((), requires_grad=True).exp()
 TARGETS = _ids().flatten()
 TEACHER = torch.linspace(-1, 1, WORDS).log_softmax(-1).expand(4, LENGTH, WORDS)
 
@@ -140,6 +141,7 @@ def test_what_trains_outside_is_left_alone(whole_model: bool) -> None:
         (lambda logits: logits[logits > 0].sum(), "aten.nonzero.default reads them (what a mask picks has no size there"),
         (lambda _: BESIDE, "loss= has to make of the output a tensor of one number"),
         (lambda logits: F.cross_entropy(logits.flatten(0, 1), _ids(3).flatten()), "loss= fails on the model's output"),
+        (lambda logits: logits.sum() * MADE_BEFORE, "loss= reads a result whose graph was made before"),
         (lambda logits: logits.detach().sum(), "loss= has to make of the output a tensor of one number that requires grad"),
     ],
 )
