@@ -233,23 +233,21 @@ class Recorder(_torch.TorchDispatchMode):
         out = as_run(func, args, kwargs, func(*args, **kwargs))
         if func in IN_PLACE_IN_FORMULAS and self._made_for_this(args[0]):
             out = args[0]
-        counts = not _is_free(func) and isinstance(func, _torch.OpOverload) and func.namespace != "prim"
+        if self.in_forward:
+            self.note(out)
+        if not _counts(func) or (self.in_graph and self._inside is None):  # `run_graph` counts its ops itself
+            return out
+        cost_us, call = _cost(func, args, kwargs, out, self.device)
         if not self.in_forward:
-            if not counts:
-                return out
-            cost = op_cost_us(func, args, kwargs, out, self.device)
-            self.kernels.append(Kernel(str(func), cost, Call.of(func, args, kwargs), self._origin()))
+            self.kernels.append(Kernel(str(func), cost_us, call, self._origin()))
             self.position += 1
-        self.note(out)
-        if not self.in_forward:
+            self.note(out)
             self._note_sum(func, args, out)
-        if self._inside is not None and counts:
-            self._inside.cost_us += op_cost_us(func, args, kwargs, out, self.device)
-            self._inside.calls.append((Call.of(func, args, kwargs), self._inside.live_bytes))
-        if self.in_forward and not self.in_graph and counts:
-            cost = op_cost_us(func, args, kwargs, out, self.device)
-            read = self.behind((args, kwargs))
-            self._ran(self._other(func), (cost, Call.of(func, args, kwargs)), read, self.behind(out))
+        elif self._inside is not None:
+            self._inside.cost_us += cost_us
+            self._inside.calls.append((call, self._inside.live_bytes))
+        else:
+            self._ran(self._other(func), (cost_us, call), self.behind((args, kwargs)), self.behind(out))
         return out
 
     def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -347,18 +345,21 @@ class Recorder(_torch.TorchDispatchMode):
             storage.release = max(storage.release, self.position - 1)
 
 
-def _is_free(func: Any) -> bool:
-    schema = func._schema
-    return any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns) or func in (
-        aten._unsafe_view.default,
-        aten.detach.default,
-    )
+def _counts(func: Any) -> bool:
+    """Whether a kernel runs: not for views, nor for what is no op."""
+    if not isinstance(func, _torch.OpOverload) or func.namespace == "prim":
+        return False
+    views = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+    return not views and func not in (aten._unsafe_view.default, aten.detach.default)
 
 
 def _node_cost(node: fx.Node, values: list[Any], out: Any, device: DeviceProfile) -> tuple[float, Call | None]:
-    if not isinstance(node.target, _torch.OpOverload) or _is_free(node.target):
+    if not _counts(node.target):
         return 0.0, None
     filled = iter(values)
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda _: next(filled))
-    cost = op_cost_us(node.target, tuple(args), dict(kwargs), out, device)
-    return cost, Call.of(node.target, tuple(args), dict(kwargs))
+    return _cost(node.target, tuple(args), dict(kwargs), out, device)
+
+
+def _cost(func: Any, args: Any, kwargs: Any, out: Any, device: DeviceProfile) -> tuple[float, Call | None]:
+    return op_cost_us(func, args, kwargs, out, device), Call.of(func, args, kwargs)
