@@ -2,7 +2,8 @@
 
 A CPU's recurrent layers (oneDNN's, behind `nn.LSTM`): the fake kernels say that forward keeps nothing for backward, where it
 keeps more than it returns, and return one tensor as the gradient of both biases, where there are two. Some
-kernels make their result as large as an input and then shrink it: a mean of losses lies in the storage of all of them.
+kernels make their result as large as an input and then shrink it: a mean of losses lies in the storage of all of them. And
+the fake gradient of dropout has the layout of CUDA's; a CPU's is that of a product.
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ def as_run(op: OpOverload, args: Any, kwargs: Any, result: Any) -> Any:
         return _replaced(result, _KEPT, result[_KEPT].new_empty(_kept_bytes(Call.of(op, args, kwargs))))
     if op is _BACKWARD:
         return _replaced(result, _SECOND_BIAS, torch.empty_like(result[_SECOND_BIAS]))
+    if op is aten.native_dropout_backward.default and result.device.type == "cpu":
+        gradient, mask = args[:2]
+        return gradient * mask
     if (numel := made_numel(op, args)) and numel > result.numel():
         return result.new_empty(numel).as_strided(result.shape, result.stride())
     return result

@@ -107,3 +107,12 @@ def test_a_sum_in_the_storage_of_what_it_is_the_sum_of() -> None:
 def test_what_a_kernel_makes_too_large_is_no_part_of_what_it_returns() -> None:
     call = Call.of(torch.ops.aten.col2im.default, (torch.randn(8, 144, 100), [100, 1], [9, 1], [1, 1], [4, 0], [1, 1]), {})
     assert workspace_bytes(call) == 0
+
+
+def test_the_layout_of_gradients_of_dropout() -> None:
+    op, gradient, mask = torch.ops.aten.native_dropout_backward.default, torch.randn(4, 32, 64).mT, torch.rand(4, 64, 32) > 0.5
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        args = mode.from_tensor(gradient), mode.from_tensor(mask), 2.0
+        fake = op(*args)
+        found = as_run(op, args, {}, fake)
+    assert fake.stride() != op(gradient, mask, 2.0).stride() == found.stride()
