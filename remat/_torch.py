@@ -58,6 +58,7 @@ from torch.autograd.function import _SingleLevelFunction as FunctionBase
 from torch.export import _trace as exporting
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 from torch.jit._fuser import optimized_execution
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import _global_buffer_registration_hooks as buffer_registration_hooks
 from torch.nn.utils._named_member_accessor import NamedMemberAccessor
 from torch.utils import _pytree as pytree
@@ -100,6 +101,7 @@ __all__ = [
     "Scheduler",
     "ShardedGroup",
     "ShardedParameter",
+    "StorageWeakRef",
     "SubgraphLowering",
     "TangentAOTInput",
     "TorchDispatchMode",
@@ -212,6 +214,13 @@ def is_leaf_node(node: Any) -> bool:
 def storage_key(tensor: torch.Tensor) -> int:
     """What tells two live storages apart, on every device, fake tensors included."""
     return tensor.untyped_storage()._cdata
+
+
+def is_saved_by_its_graph(tensor: torch.Tensor) -> bool:
+    """Whether the compiled graph that returned a tensor keeps it for backward."""
+    with _disable_current_modes():
+        saved = getattr(tensor.grad_fn, "saved_tensors", ())
+    return any(isinstance(t, torch.Tensor) and storage_key(t) == storage_key(tensor) for t in saved)
 
 
 def has_storage(tensor: torch.Tensor) -> bool:

@@ -35,7 +35,7 @@ from remat.pins import pinned, with_must
 from remat.planner import Solution, fastest_solution, smallest_solution, solve
 from remat.policies import check_fits, check_host, policy_solution
 from remat.program import Program
-from remat.session import CompiledPlan, Options, Session
+from remat.session import CompiledPlan, Options, Session, read_by
 from remat.table import announce
 from remat.workspace import library_bytes
 
@@ -236,7 +236,13 @@ class Compilation:
         _torch.publish("remat_plan_table", "string", plan.summary)
         announce(plan)
         unsaved = task.everything.replay.saved_bytes - solution.replay.saved_bytes
-        self.session.graphs.append(CompiledPlan(plan, *self._halves, self.frame, tuple(self._peaks), unsaved))
+        read = read_by(self._input_tensors)
+        self.session.graphs.append(CompiledPlan(plan, *self._halves, self.frame, tuple(self._peaks), unsaved, read))
+
+    @property
+    def _input_tensors(self) -> list[torch.Tensor]:
+        """Those with memory of their own."""
+        return [t for t in self.inputs if isinstance(t, torch.Tensor) and _torch.has_storage(t)]
 
     def _policy_solution(self, joint: fx.GraphModule, task: _Task, num_fwd_outputs: int) -> Solution:
         gradients = results(joint.graph)[num_fwd_outputs:]
@@ -272,7 +278,7 @@ class Compilation:
         found = {"parameters": trained, "inputs": own - trained, "gradients": _gradient_bytes(self.inputs)}
         if device.type == "cpu":
             rest = self._rest_of_model(tensors) + _constant_bytes(joint)
-            return {**found, "others": self.session.held_bytes(self.frame) + rest}
+            return {**found, "others": self.session.held_bytes(self.frame, self._input_tensors) + rest}
         found["libraries"] = library_bytes(device)  # which from now on are there
         allocated = torch.accelerator.memory_allocated(device)  # with all that earlier graphs hold, and the optimizer's state
         return {**found, "others": allocated - sum(found.values())}

@@ -108,14 +108,21 @@ def fit(
     trials = _Trials(question)
     try:
         low, high, limit = _largest(trials.room, question.start, dim, question.least)
-        if limit and question.guessed and {*trials.at} == {question.start}:
+        if limit and low and question.guessed and {*trials.at} == {question.start}:
             trials.room(max(question.start // 2, 1))  # is it the largest, or the only one?
     except CaptureError as error:  # at a size smaller than the example's, or at that
         if question.guessed and trials.at:
             raise _only_as_given(question, str(error)) from error
         raise
+    if not low and limit and question.guessed and len(trials.at) == 1:
+        raise _only_as_given(question, limit)
     if not low:
-        raise _nothing_fits(question, trials.at[question.least])
+        raise _nothing_fits(question, high, trials.at[high])
+    if limit and trials.takes(2 * low):
+        raise RematError(
+            f"the model runs at {dim} {2 * low * multiple_of}, and not at {high * multiple_of}: {limit} "
+            "Say which sizes are to be tried, as with multiple_of=8."
+        )
     best, following = trials.at[low], trials.at.get(high)
     tried = {units * multiple_of: found.least_bytes for units, found in sorted(trials.at.items())}
     return Fit(
@@ -163,8 +170,9 @@ class _Question:
 
     @property
     def start(self) -> int:
-        """The example's size, in units."""
-        return max(round(self.call.size_of(self.dim) / self.multiple_of), self.least)
+        """The example's size, or the nearest one allowed, in units."""
+        most = (self.sizes.stop - 1) // self.multiple_of
+        return max(min(self.call.size_of(self.dim) // self.multiple_of, most), self.least)
 
     @property
     def least(self) -> int:
@@ -197,10 +205,10 @@ def _only_as_given(question: _Question, reason: str) -> RematError:
     )
 
 
-def _nothing_fits(question: _Question, smallest: _Trial) -> BudgetError:
+def _nothing_fits(question: _Question, units: int, smallest: _Trial) -> BudgetError:
     """The error where the smallest size needs more than the budget."""
     policy, where = question.call.settings.policy, str(smallest.least.replay.peak_at)
-    size = f"{question.dim} {question.least * question.multiple_of}"
+    size = f"{question.dim} {units * question.multiple_of}"
     rule = "" if policy == "auto" else f" with policy={policy!r}"
     return BudgetError(
         f"no plan fits in {format_bytes(smallest.budget_bytes)}: {size}{rule} needs "
@@ -224,11 +232,22 @@ class _Trials:
             self.at[units] = self.question.trial(units)
         return self.at[units].budget_bytes - self.at[units].least_bytes
 
+    def takes(self, units: int) -> bool:
+        """Whether the model runs at this size."""
+        try:
+            self.room(units)
+        except CaptureError:
+            return False
+        return True
+
 
 def _largest(room_at: Callable[[int], int], start: int, dim: str, least: int = 1) -> tuple[int, int, str]:
-    """The largest size from `least` on that fits (0: none) and the next, and why where the model does not take that."""
+    """The largest size from `least` on that fits and the next, and why where the model does not take that. Where none fits 0,
+    the smallest that it takes, and why it takes no smaller one."""
     low, high, limit = _bracket(room_at, start, dim, least)
-    spare = float(room_at(low)) if low else 0.0
+    if not low:
+        return low, high, limit
+    spare = float(room_at(low))
     lacking = None if limit else float(room_at(high))  # None: the model does not take it
     fitted = None
     while high - low > 1:
@@ -253,14 +272,11 @@ def _largest(room_at: Callable[[int], int], start: int, dim: str, least: int = 1
 
 
 def _bracket(room: Callable[[int], int], start: int, dim: str, least: int) -> tuple[int, int, str]:
-    """A size that fits (0: none) and a larger one that does not, and why where it is the model that does not take it."""
+    """A size that fits and a larger one that does not, and why where it is the model that does not take it. Where none fits as
+    `_largest`."""
     low, high = start, start
     if room(start) < 0:
-        while room(low) < 0:
-            if low == least:
-                return 0, least, ""
-            low, high = max(low // 2, least), low
-        return low, high, ""
+        return _below(room, start, least)
     following = 2 * start
     while high < start << _DOUBLINGS:
         low, high = high, following
@@ -273,3 +289,17 @@ def _bracket(room: Callable[[int], int], start: int, dim: str, least: int) -> tu
         reach = high + (high - low) * left // max(room(low) - left, 1) + 1  # the first that does not fit, were all this linear
         following = min(max(reach, 2 * high), _FARTHEST * high, start << _DOUBLINGS)
     raise RematError(f"the step fits at {dim} {high} and hardly grows with it; there is no largest size")
+
+
+def _below(room: Callable[[int], int], high: int, least: int) -> tuple[int, int, str]:
+    """`_bracket` below a size that does not fit."""
+    refused, limit = least - 1, ""
+    while high - refused > 1:
+        middle = max(high // 2, least) if not limit else (refused + high) // 2
+        try:
+            if room(middle) >= 0:
+                return middle, high, ""
+            high = middle
+        except CaptureError as error:
+            refused, limit = middle, str(error).splitlines()[0]
+    return 0, high, limit

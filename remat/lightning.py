@@ -37,7 +37,7 @@ class RematCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Before the strategy wraps the module."""
-        if stage != "fit" or self._model is not None:
+        if stage != "fit" or self._chosen(pl_module) is self._model:
             return
         self._model = self._chosen(pl_module)
         enable_by(self._model, self._settings, self._whole)

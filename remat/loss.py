@@ -3,7 +3,8 @@
 Autograd keeps the logarithm of the softmax for backward, which makes two gradients of its size from it: with 128,256 words and
 float32 that is most of a step's peak. `cross_entropy` keeps the logits alone, which the model returns anyway, and computes what
 is needed of each share of rows in forward and again in backward. Every row goes through the kernels of PyTorch, and the rows'
-losses through its sum, so that loss and gradients are the same numbers.
+losses through its sum, so that loss and gradients are the same numbers. A gradient of the gradient is not computed in shares,
+and rounded otherwise.
 """
 
 from __future__ import annotations
@@ -65,17 +66,32 @@ def cross_entropy_backward(
     ignore_index: int,
 ) -> torch.Tensor:
     """The gradient of `logits`. gradient: of the loss. weight: the total weight that forward returned."""
-    result = torch.empty_like(logits)
+    result = torch.empty_like(logits, memory_format=torch.contiguous_format)
     for share, part, rows in _shares(logits, target):
-        log_softmax = aten._log_softmax(part.to(dtype), 1, widen)
-        loss = aten.nll_loss_backward(gradient, log_softmax, rows, None, reduction, ignore_index, weight)
-        result[share] = aten._log_softmax_backward_data(loss, log_softmax, 1, dtype)
+        result[share] = _gradient_of(gradient, part, rows, weight, dtype, widen, reduction, ignore_index)
     return result
+
+
+def _gradient_of(
+    gradient: torch.Tensor,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor,
+    dtype: torch.dtype,
+    widen: bool,
+    reduction: int,
+    ignore_index: int,
+) -> torch.Tensor:
+    """The gradient of some rows, in `dtype`, by kernels that have derivatives themselves."""
+    log_softmax = aten._log_softmax(logits.to(dtype), 1, widen)
+    loss = aten.nll_loss_backward(gradient, log_softmax, target, None, reduction, ignore_index, weight)
+    found: torch.Tensor = aten._log_softmax_backward_data(loss, log_softmax, 1, dtype)
+    return found
 
 
 @cross_entropy_backward.register_fake
 def _(gradient: torch.Tensor, logits: torch.Tensor, *_: Any) -> torch.Tensor:
-    return torch.empty_like(logits)
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -86,6 +102,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.
 
 def _backward(ctx: Any, gradient: torch.Tensor, _: Any) -> tuple[Any, ...]:
     logits, target, weight = ctx.saved_tensors
+    if torch.is_grad_enabled():  # for a gradient of the gradient, which needs all of it
+        return _gradient_of(gradient, logits, target, weight, *ctx.rest).to(logits.dtype), *[None] * 5
     return cross_entropy_backward(gradient, logits, target, weight, *ctx.rest), *[None] * 5
 
 

@@ -61,8 +61,11 @@ def pinned(program: Program, nodes: Sequence[fx.Node], pins: Pins) -> Program:
                 f"pin={pattern!r} matches no activation that backward reads; write 'modules::op' as in "
                 f"'layers.*.mlp::aten.mm.default', or a name that explain shows"
             )
+        if pattern.endswith("::") and len(matches) > 1:  # whole modules: what has a choice in them
+            matches = [p for p in matches if not _obstacle(program, p, decision)] or matches
         for p in matches:
-            _check(program, p, decision)
+            if obstacle := _obstacle(program, p, decision):
+                raise RematError(f"pin: {obstacle}")
             forward[p] = forward[p]._replace(pin=decision)
     return dataclasses.replace(program, forward=tuple(forward))
 
@@ -96,11 +99,13 @@ def _is_on(modules: str, path: str) -> bool:
     return any(all(map(fnmatchcase, parts[i:], wanted)) for i in starts)
 
 
-def _check(program: Program, position: int, decision: Decision) -> None:
+def _obstacle(program: Program, position: int, decision: Decision) -> str:
+    """Why the decision cannot be carried out for an op's results; "" where it can."""
     for value in (program.values[v] for v in program.forward[position].outputs):
         if decision is Decision.RECOMPUTE and value.pinned:
-            raise RematError(f"pin: {value.name} cannot be recomputed: {value.pinned}")
+            return f"{value.name} cannot be recomputed: {value.pinned}"
         if decision is Decision.OFFLOAD and program.parts:
-            raise RematError(f"pin: {value.name} cannot move to the host in a model rewritten block by block")
+            return f"{value.name} cannot move to the host in a model rewritten block by block"
         if decision is Decision.OFFLOAD and value.pinned == HELD:
-            raise RematError(f"pin: moving {value.name} to the host would free nothing: it is {HELD}")
+            return f"moving {value.name} to the host would free nothing: it is {HELD}"
+    return ""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 
+from remat import _torch
 from remat.budget import BudgetLike
 from remat.errors import RematError
 from remat.plan import Plan
@@ -49,7 +51,8 @@ class Options(Common):
 class CompiledPlan:
     """One graph of a compiled model: its plan, and the forward and backward graphs that run it. `peaks` are of every plan that
     was compiled for it, the last one's last: bytes as planned, and as the code allocates them. `unsaved_bytes`: what more it
-    would save under a larger budget."""
+    would save under a larger budget. `read`: of what it was given when it was compiled, but for parameters, all that no other
+    graph keeps, and its bytes."""
 
     plan: Plan
     forward: fx.GraphModule
@@ -57,6 +60,7 @@ class CompiledPlan:
     frame: int
     peaks: tuple[tuple[int, int], ...]
     unsaved_bytes: int
+    read: tuple[tuple[_torch.StorageWeakRef, int], ...] = field(default=(), repr=False)
 
 
 @dataclass
@@ -91,6 +95,19 @@ class Session:
         graphs = [graph for session in (*self.beside, self) for graph in session.graphs]
         return list({graph.frame: graph for graph in graphs if graph.frame != frame}.values())
 
-    def held_bytes(self, frame: int) -> int:
-        """What the graphs that run before `frame` keep for backward."""
-        return sum(graph.plan.saved_bytes for graph in self.others(frame) if graph.frame < frame)
+    def held_bytes(self, frame: int, inputs: Sequence[torch.Tensor]) -> int:
+        """What the graphs that run before `frame` keep for backward, or have read and is still there, but for its inputs."""
+        earlier = [graph for graph in self.others(frame) if graph.frame < frame]
+        saved = sum(graph.plan.saved_bytes for graph in earlier)
+        twice = sum(t.untyped_storage().nbytes() for t in inputs if _torch.is_saved_by_its_graph(t))
+        read = {ref.cdata: size for graph in earlier for ref, size in graph.read if not ref.expired()}
+        for tensor in inputs:
+            read.pop(_torch.storage_key(tensor), None)
+        return max(saved - twice, 0) + sum(read.values())
+
+
+def read_by(inputs: Sequence[torch.Tensor]) -> tuple[tuple[_torch.StorageWeakRef, int], ...]:
+    """`CompiledPlan.read` of a graph with these inputs."""
+    tensors = (t for t in inputs if not isinstance(t, torch.nn.Parameter) and not _torch.is_saved_by_its_graph(t))
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return tuple((_torch.StorageWeakRef(storage), storage.nbytes()) for storage in storages)

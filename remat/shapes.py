@@ -88,9 +88,12 @@ def _said(places: Any, spec: Any, name: str) -> Iterator[tuple[int, Any, Any]]:
         pairs = spec.items() if isinstance(spec, Mapping) else enumerate(spec)
         yield from ((places, axis, dim) for axis, dim in pairs)
         return
-    parts = [(places[key], part) for key, part in spec.items()] if isinstance(spec, Mapping) else zip(places, spec, strict=True)
-    for part, its in parts:
-        yield from _said(part, its, name)
+    inside: Any = dict(spec.items() if isinstance(spec, Mapping) else enumerate(spec))
+    there: Any = places if isinstance(places, Mapping) else dict(enumerate(places))
+    for key, part in inside.items():
+        if key not in there:
+            raise RematError(f"dynamic_shapes names {key!r} within {name}, where there are {', '.join(map(repr, there))}")
+        yield from _said(there[key], part, name)
 
 
 def size_of(args: tuple[Any, ...], kwargs: dict[str, Any], axes: Axes, name: str) -> int:

@@ -385,6 +385,25 @@ def test_graphs_of_one_model_share_the_budget(caplog: pytest.LogCaptureFixture) 
     assert sum("what runs outside of its graphs" in message for message in caplog.messages) == 1
 
 
+class BrokenAfterTheImage(nn.Module):
+    """The batch is an input of the first graph, and what the first graph returns one of the second, which it saves too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.head = nn.Conv2d(3, 8, 7, stride=4), nn.Conv2d(8, 8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.patches(x))
+        torch._dynamo.graph_break()
+        return self.head(x).relu().square().mean()
+
+
+def test_what_earlier_graphs_have_read_counts_once() -> None:
+    module, x = compiled(BrokenAfterTheImage()), torch.randn(8, 3, 128, 128)
+    found = run_step(module, {"x": x})
+    assert found.peak_bytes <= remat.plans(module)[-1].plan.peak_bytes < 1.01 * found.peak_bytes
+
+
 class BrokenAtTheEnd(nn.Module):
     """There is more than one graph to come, and then none."""
 

@@ -100,8 +100,53 @@ def test_sizes_that_a_dim_allows() -> None:
     assert "rows is at most 50" in str(found)
     with pytest.raises(remat.BudgetError, match="no plan fits in 1000 B: rows 6 needs"):
         remat.fit(model, (x,), budget=1000, dim="rows", dynamic_shapes=shapes, multiple_of=3)
-    with pytest.raises(remat.CaptureError, match="rows is at most 5"):
-        remat.fit(model, (x,), budget="1GiB", dim="rows", dynamic_shapes={"x": {0: torch.export.Dim("rows", max=5)}})
+    for more in ({"max": 5}, {"min": 2, "max": 5}):
+        shapes = {"x": {0: torch.export.Dim("rows", **more)}}
+        assert remat.fit(model, (x,), budget="1GiB", dim="rows", dynamic_shapes=shapes).size == 5
+    needs = remat.plan(model, (x[:4],), budget=None, policy="none").peak_bytes
+    shapes = {"x": {0: torch.export.Dim("rows", min=6)}}
+    with pytest.raises(remat.BudgetError, match="rows 6 with"):
+        remat.fit(model, (x,), budget=needs, policy="none", dim="rows", dynamic_shapes=shapes)
+
+
+class Normed(Mlp):
+    """Runs with two rows or more, and an even number of them."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[0] < 3:
+            raise ValueError("too few rows")
+        if x.shape[0] % 2:
+            raise ValueError("rows are pairs")
+        return super().forward(x)
+
+
+def test_a_model_that_takes_no_small_sizes_or_only_some() -> None:
+    model, x = Normed().train(), torch.randn(16, 32)
+    with pytest.raises(remat.BudgetError, match="no plan fits in 1000 B: batch 4 needs") as caught:
+        remat.fit(model, (x,), budget=1000, multiple_of=2)
+    assert caught.value.minimum_bytes is not None
+    assert remat.fit(model, (x,), budget=caught.value.minimum_bytes, multiple_of=2).size == 4
+    budget = remat.plan(model, (x,), budget=None).peak_bytes
+    with pytest.raises(remat.RematError, match="and not at 17: rows are pairs Say which sizes are to be tried"):
+        remat.fit(model, (x,), budget=budget)
+    assert remat.fit(model, (x,), budget=budget, multiple_of=2).size >= 16
+
+
+class Counted(nn.Module):
+    """With a row of a table for each of up to 12 positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions, self.layers = nn.Embedding(12, 32), Mlp(layers=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x + self.positions(torch.arange(x.shape[1], device=x.device) + 2))
+
+
+def test_a_model_whose_positions_end() -> None:
+    found = remat.fit(Counted().train(), (torch.randn(2, 4, 32),), budget="1GiB", dim="seq")
+    assert (found.size, found.next_bytes) == (10, None)
+    assert "an embedding of 12 rows is asked for row 12" in found.limit
 
 
 class Constant(torch.nn.Module):
@@ -173,5 +218,8 @@ def test_bad_input() -> None:
         remat.fit(model, (x,), budget=2**20, multiple_of=0)
     with pytest.raises(remat.RematError, match="dynamic_shapes names 'y'; this call has the arguments x"):
         remat.fit(model, (x,), budget=2**20, dynamic_shapes={"y": {0: "batch"}})
+    for inputs, inside in (({"x": x}, {"y": {0: "batch"}}), ([x], [{0: "batch"}, {0: "batch"}])):
+        with pytest.raises(remat.RematError, match=r"dynamic_shapes names ('y'|1) within x, where there are ('x'|0)"):
+            remat.fit(model, (inputs,), budget=2**20, dynamic_shapes={"x": inside})
     with pytest.raises(remat.RematError, match="hardly grows"):
         remat.fit(Constant().train(), (torch.randn(2),), budget="1TiB")

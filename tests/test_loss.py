@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import nn
 
@@ -118,3 +119,35 @@ def test_an_ignored_class_may_have_any_number(ignored: int, reduction: int, rows
     assert torch.equal(found, expected) or (found.isnan() and expected.isnan())
     (ours,), (theirs,) = torch.autograd.grad(found, logits), torch.autograd.grad(expected, logits)
     assert torch.equal(ours.nan_to_num(), theirs.nan_to_num())
+
+
+class Pairs(nn.Module):
+    """Two losses over the same logits, one of them turned round, and a penalty on the gradient for the step to add."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.scale = nn.Linear(16, 16), nn.Linear(16, 16), nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits = self.first(x) @ self.second(x).T * self.scale.exp()
+        which = torch.arange(len(x))
+        return F.cross_entropy(logits, which) + F.cross_entropy(logits.T, which)
+
+
+def test_logits_that_are_turned_round_and_gradients_of_the_gradient() -> None:
+    model, x = Pairs(), torch.randn(256, 16)
+    with pytest.raises(remat.BudgetError) as caught:
+        remat.plan(model, (x,), budget=1)
+    ours = remat.optimize(model, (x,), budget=caught.value.minimum_bytes)
+    assert shares(ours.plan)
+
+    def gradients(step: nn.Module, create_graph: bool) -> list[torch.Tensor]:
+        loss, parameters = step(x), list(model.parameters())
+        found = torch.autograd.grad(loss, parameters, create_graph=create_graph)
+        return list(torch.autograd.grad(loss + sum(g.square().sum() for g in found), parameters) if create_graph else found)
+
+    for gradient, expected in zip(gradients(ours, False), gradients(model, False), strict=True):
+        assert torch.equal(gradient, expected)
+    for gradient, expected in zip(gradients(ours, True), gradients(model, True), strict=True):
+        torch.testing.assert_close(gradient, expected)
