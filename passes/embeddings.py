@@ -9,7 +9,7 @@ from torch import fx
 
 from remat import _torch
 from remat.errors import CaptureError
-from remat.passes.provenance import source_line
+from remat.passes.provenance import module_path
 
 aten = torch.ops.aten
 
@@ -25,9 +25,8 @@ def check_embeddings(graph: fx.Graph) -> None:
         rows = _value(node.args[1], found)
         size = node.args[0].meta["val"].shape[0]
         if rows is not None and rows.numel() and int(rows.max()) >= size:
-            raise CaptureError(
-                f"an embedding of {size} rows is asked for row {int(rows.max())} ({source_line(node)}): the input is too long"
-            )
+            where, row = module_path(node) or "an embedding", int(rows.max())
+            raise CaptureError(f"the input is too long: {where} has {size} rows, and is asked for row {row}")
 
 
 def _value(node: fx.Node, found: dict[fx.Node, torch.Tensor | None]) -> torch.Tensor | None:

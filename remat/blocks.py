@@ -216,6 +216,11 @@ class _Recording:
                 f"{type(self.model).__name__} reads the value of a tensor between its blocks ({error.func}); planning runs it "
                 f"without values; {DOOR_2}"
             ) from error
+        except RuntimeError as error:  # what fake tensors cannot do, or the recorder's hooks prevent
+            raise CaptureError(
+                f"{type(self.model).__name__} fails between its blocks, where planning runs it without values: "
+                f"{str(error).strip().splitlines()[0]}\n  If the model alone runs on this input, {DOOR_2}"
+            ) from error
 
     def _name(self, module: nn.Module, path: str) -> None:
         """Let the recorder know in which module it is."""

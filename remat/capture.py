@@ -35,7 +35,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], blo
     try:
         return _captured(model, args, kwargs)
     except CaptureError as error:
-        error.args = (f"block {block}: {error}" if block else f"{error}{_BLOCKWISE}",)
+        error.args = (f"block {block}: {error}" if block else f"{error}{_BLOCKWISE if DOOR_2 in str(error) else ''}",)
         raise
 
 
@@ -84,7 +84,8 @@ def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             with patches.without_backward():
                 joint = _torch.joint_graph(module, inputs, DECOMPOSITIONS)
         except RuntimeError as error:
-            raise CaptureError(f"AOTAutograd could not trace the exported model: {error}; {DOOR_2}") from error
+            reason = str(error).strip().splitlines()[0]
+            raise CaptureError(f"AOTAutograd could not trace the exported model: {reason}; {DOOR_2}") from error
         put_functions(joint.graph)
     spec = exported.module_call_graph[0].signature.out_spec
     captured = forward_half(joint, module, model, flat, (in_spec, spec), constant_outputs)

@@ -47,7 +47,7 @@ class Fit:
     tried: dict[int, int]
 
     def __str__(self) -> str:
-        needs = f"{self.next_size} needs {format_bytes(self.next_bytes)}" if self.next_bytes is not None else self.limit
+        needs = f"{self.next_size} needs {format_needed(self.next_bytes)}" if self.next_bytes is not None else self.limit
         peak, again = format_bytes(self.plan.peak_bytes), self.plan.recompute_us / self.plan.baseline_step_us
         step = f"{self.plan.step_us / 1e3:.1f} ms a step, {again:.1%} more for recompute"
         return f"{self.dim} {self.size} fits in {format_bytes(self.budget_bytes)}: {peak} at its peak, {step}; {needs}"

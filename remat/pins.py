@@ -3,7 +3,7 @@
 `{"layers.*.mlp::aten.mm.default": "SAVE"}`: left of `::` names of nested modules, which stand somewhere on the path of the
 module that made the activation; right of it the op, as `explain` shows it; either may be empty. A key without `::` is the name
 of an activation. `*` and `?` stand for any characters, but not for a dot between modules. Where several keys match, the last
-one counts.
+one counts. A key without an op leaves alone what cannot be treated so, if anything can.
 """
 
 from __future__ import annotations

@@ -102,3 +102,10 @@ def test_a_budget_too_small_stops_before_the_first_step(tmp_path: Path) -> None:
 def test_a_second_callback_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(remat.RematError, match="already"):
         fit(Module(), tmp_path, RematCallback(), RematCallback())
+
+
+def test_a_callback_may_serve_one_module_after_the_other(tmp_path: Path) -> None:
+    callback = RematCallback(budget=0.7)
+    for module in (Module(), Module()):
+        fit(module, tmp_path, callback, limit_train_batches=2)
+        assert remat.plan_of(module.net) is callback.plan

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import remat
@@ -182,3 +183,31 @@ def test_door_2_does_what_selective_checkpointing_says_must_be(must: CheckpointP
     plain = x.detach().requires_grad_()
     model(plain).sum().backward()
     assert torch.equal(x.grad, plain.grad)
+
+
+class Drawn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(32, 32) for _ in range(3)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.nn.functional.dropout(layer(x).exp().sigmoid(), 0.1)
+        return x.square().mean()
+
+
+def test_a_pin_of_whole_modules_leaves_alone_what_has_no_choice() -> None:
+    torch._dynamo.reset()
+    module: Any = torch.compile(
+        Drawn(), backend="remat", options={"budget": None, "compiler": "eager", "pin": {"::": "RECOMPUTE"}}
+    )
+    module(torch.randn(64, 32))
+    (graph,) = remat.plans(module)
+    assert 2 <= len(graph.plan.dropped) < len(graph.plan.decisions)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="cannot be recomputed: random"):
+        torch.compile(
+            Drawn(),
+            backend="remat",
+            options={"budget": None, "compiler": "eager", "pin": {"::aten.native_dropout.default": "RECOMPUTE"}},
+        )(torch.randn(64, 32))

@@ -183,7 +183,7 @@ def fit(
 def devices(as_json: AsJson = False) -> None:
     """The devices that plans can be made for."""
     if as_json:
-        print(json.dumps([dataclasses.asdict(profile) for profile in DEVICES.values()]))
+        print(json.dumps([{**dataclasses.asdict(p), "link": p.link._asdict()} for p in DEVICES.values()]))
     else:
         show.devices(_out, DEVICES.values())
 

@@ -177,8 +177,8 @@ def _inputs(model: nn.Module, config: Any, request: Request) -> dict[str, Any]:
         return {"pixel_values": torch.zeros(batch, getattr(config, "num_channels", 3), height, width), **labels}
     if main != "input_ids":
         raise RematError(f"remat cannot make inputs called {main!r}; use package.module:function, which brings its own")
-    length = request.seq or min(_SEQ, getattr(config, "max_position_embeddings", None) or _SEQ)
     learned = [m.num_embeddings for path, m in model.named_modules() if isinstance(m, nn.Embedding) and _POSITIONS.search(path)]
+    length = request.seq or min(_SEQ, getattr(config, "max_position_embeddings", None) or _SEQ, *learned)
     if learned and length > min(learned):
         raise RematError(f"--seq {length}: this model has {min(learned)} positions")
     ids = torch.zeros(batch, length, dtype=torch.long)
@@ -268,5 +268,6 @@ def _told(what: str) -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    text = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

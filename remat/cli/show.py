@@ -39,8 +39,12 @@ def plan(console: Console, found: Plan) -> None:
     within = "" if found.budget_bytes is None else f" in {format_bytes(found.budget_bytes)}"
     inputs = ", ".join(f"{i.name} {'×'.join(map(str, i.shape))}" for i in found.inputs)
     before = format_bytes(found.baseline_peak_bytes)
-    console.print(f"{found.model} ({inputs}) on {found.device}", markup=False)
-    console.print(f"fits{within}: {format_bytes(found.peak_bytes)} at its peak ({before} with everything saved)", markup=False)
+    _say(console, f"{found.model} ({inputs}) on {found.device}")
+    console.print(
+        f"fits{within}: {format_bytes(found.peak_bytes)} at its peak ({before} with everything saved)",
+        markup=False,
+        soft_wrap=True,
+    )
     table = Table("at the peak", "size")
     table.columns[1].justify = "right"
     for kind, size in found.at_peak().items():
@@ -49,9 +53,11 @@ def plan(console: Console, found: Plan) -> None:
     step = found.baseline_step_us or 1.0
     host = f", {found.stall_us / step:.1%} for copies; {format_bytes(found.host_bytes)} on the host" if found.host_bytes else ""
     again = f"{found.recompute_us / step:.1%} more for recompute"
-    console.print(f"step {found.step_us / 1e3:.1f} ms, predicted: {again}{host}", markup=False)
+    _say(console, f"step {found.step_us / 1e3:.1f} ms, predicted: {again}{host}")
     top = max(found.timeline, key=lambda moment: moment.live_bytes)
-    console.print(f"the peak is at {top}; planned in {found.planning_seconds:.1f} s after tracing", markup=False)
+    console.print(
+        f"the peak is at {top}; planned in {found.planning_seconds:.1f} s after tracing", markup=False, soft_wrap=True
+    )
 
 
 def frontier(console: Console, plans: Sequence[Plan]) -> None:
@@ -83,7 +89,7 @@ def devices(console: Console, profiles: Iterable[DeviceProfile]) -> None:
             f"{profile.link.out_bytes_per_us / 1e3:.0f}",
         )
     console.print(table)
-    console.print("Rates are those that plans count with: what kernels reach, below the data sheets.")
+    _say(console, "Rates are those that plans count with: what kernels reach, below the data sheets.")
 
 
 def difference(console: Console, found: Difference) -> None:
@@ -96,9 +102,14 @@ def difference(console: Console, found: Difference) -> None:
         f"{len(found.decisions)} values are treated differently" if found.decisions else "all values are treated alike"
     )
     for name, (ours, theirs) in list(found.decisions.items())[:_SHOWN]:
-        console.print(f"  {name}: {ours} → {theirs}", markup=False)
+        _say(console, f"  {name}: {ours} → {theirs}")
     if len(found.decisions) > _SHOWN:
         console.print(f"  and {len(found.decisions) - _SHOWN} more; --json has all")
+
+
+def _say(console: Console, text: str) -> None:
+    """A line of its own, however long."""
+    console.print(text, markup=False, soft_wrap=True)
 
 
 def _figure(name: str, value: float | None) -> str:
@@ -113,6 +124,8 @@ def check_suffix(path: Path) -> None:
         raise RematError(
             f"-o {path}: the suffix says what to write: {', '.join(f'{s} {what}' for s, what in _WRITERS.items())}"
         )
+    if not path.parent.is_dir():
+        raise RematError(f"-o {path}: there is no folder {path.parent}")
 
 
 def write(found: Plan, path: Path, around: Sequence[Plan]) -> None:
