@@ -80,7 +80,7 @@ def optimize(
         BudgetError: nothing fits, or not the plan given, or the budget cannot be read.
         CaptureError: the model cannot be captured as one graph.
     """
-    check_model(model, args)
+    check_model(model, args, kwargs)
     settings = Settings(
         budget=budget,
         policy=policy,

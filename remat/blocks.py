@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from remat import _torch
 from remat._torch import pytree
-from remat.capture import capture
+from remat.capture import capture, check_parameters
 from remat.captured import Captured
 from remat.devices import profile_of
 from remat.errors import CaptureError, RematError
@@ -111,6 +111,7 @@ def trace_blocks(
     """Capture each block of one call of `model`, and record the step. Allocates nothing on the device but masks, positions
     and constants, at whose values the code between blocks may look, and what kernels take that run for their scratch memory."""
     groups = _torch.sharded_groups(model)
+    check_parameters(model)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         whole = any(tensor is p.shard and not p.is_split for g in groups for p in g.parameters)
         if tensor.layout is not torch.strided or (_torch.is_traceable_wrapper_subclass(tensor) and not whole):

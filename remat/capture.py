@@ -39,12 +39,14 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], blo
         raise
 
 
-def check_model(model: Any, args: Any) -> None:
+def check_model(model: Any, args: Any, kwargs: Any = None) -> None:
     """Raises RematError for what cannot be a model, or its inputs, or has been rewritten in place already."""
     if not isinstance(model, nn.Module):
         raise RematError(f"a {type(model).__name__} is no nn.Module; write one whose forward calls it")
     if not isinstance(args, tuple):
         raise RematError(f"args is a {type(args).__name__}; give a tuple of positional inputs, args=(x,)")
+    if kwargs is not None and not isinstance(kwargs, dict):
+        raise RematError(f"kwargs is a {type(kwargs).__name__}; give a dictionary of inputs by name")
     lazy = next((name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)), None)
     if lazy is not None:
         raise RematError(f"{lazy} has no shape yet, which lazy modules find in their first call; call the model once before")
@@ -56,11 +58,22 @@ def check_model(model: Any, args: Any) -> None:
         raise RematError(f"{rewritten} comes from remat.optimize and has a plan already; put the original there")
 
 
+def check_parameters(model: nn.Module) -> None:
+    """Raises CaptureError where plain tensors stand for parameters."""
+    replaced = next((name for name, p in model.named_parameters() if not isinstance(p, nn.Parameter)), None)
+    if replaced is not None:
+        raise CaptureError(
+            f"{replaced} is no nn.Parameter in this call, as within torch.func.functional_call; call the model itself once "
+            f"before, or {DOOR_2}"
+        )
+
+
 @_torch.tracing_alone()
 @patches.native_kernels()
 def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
     kwargs = dict(sorted(kwargs.items()))
     flat, in_spec = pytree.tree_flatten((args, kwargs))
+    check_parameters(model)
     devices = {t.device for t in itertools.chain(model.parameters(), model.buffers()) if t.numel()}
     if len(devices) > 1:
         raise CaptureError(f"the model is on several devices ({', '.join(sorted(map(str, devices)))}); remat plans for one")

@@ -107,6 +107,8 @@ def _enable_blocks(model: nn.Module, settings: Settings, blocks: Sequence[nn.Mod
 
 
 def _named(model: nn.Module, blocks: Sequence[nn.Module | str]) -> dict[str, nn.Module]:
+    if isinstance(blocks, str) or not blocks:
+        raise RematError(f"blocks={blocks!r} is no list of blocks; left out, those of the model's outermost lists are meant")
     modules = dict(model.named_modules())
     paths = {id(module): path for path, module in modules.items()}
     found: dict[str, nn.Module] = {}
@@ -125,6 +127,8 @@ def _named(model: nn.Module, blocks: Sequence[nn.Module | str]) -> dict[str, nn.
 
 def _checked(model: nn.Module) -> nn.Module:
     """The part of a model to enable. Raises RematError where it cannot be."""
+    if not isinstance(model, nn.Module):
+        raise RematError(f"a {type(model).__name__} is no nn.Module; give the model itself")
     model = trained_part(model)
     name = type(model).__name__
     if enabled(model) is not None:

@@ -51,7 +51,7 @@ class Settings(Common):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.plan is not None and not isinstance(self.plan, Plan):
-            raise RematError(f"plan={self.plan!r} is no plan; remat.Plan.from_json reads the text of a file that has one")
+            raise RematError(f"plan={self.plan!r:.40} is no plan; remat.Plan.from_json reads the text of a file that has one")
         if self.optimizer is not None and not hasattr(self.optimizer, "param_groups"):
             raise RematError(f"optimizer={self.optimizer!r} is no optimizer; give the one that trains the model's parameters")
         if not isinstance(self.in_flight, int) or self.in_flight < 1:

@@ -153,7 +153,7 @@ def trace(
     Of `settings` only what the step is counts: optimizer, costs, loss and in_flight (where there are several, the step adds to
     gradients, whether there are any yet or not).
     """
-    check_model(model, args)
+    check_model(model, args, kwargs)
     inspect.signature(model.forward).bind(*args, **kwargs)  # a wrong call is a TypeError, as it always was
     absent = None
     given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]

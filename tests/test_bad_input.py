@@ -622,3 +622,14 @@ def test_ops_that_do_not_run_on_what_they_are_measured_with(costs: str, tmp_path
     model, x = _Runs(lambda self, x: over(x, torch.ones_like(x))), torch.randn(8, 8, requires_grad=True)
     module = remat.optimize(model, (x,), budget=None, costs=costs)
     assert torch.equal(module(x), model(x))
+
+
+def test_what_is_no_model_and_no_inputs() -> None:
+    model, x = mlp()
+    with pytest.raises(remat.RematError, match="a type is no nn.Module"):
+        remat.enable(Mlp, budget=None)  # type: ignore[arg-type]
+    with pytest.raises(remat.RematError, match=r"args is a Tensor; give a tuple"):
+        remat.optimize(model, x, budget=None)  # type: ignore[arg-type]
+    for call in (remat.optimize, remat.plan):
+        with pytest.raises(remat.RematError, match="kwargs is a list; give a dictionary"):
+            call(model, (), [x], budget=None)

@@ -221,6 +221,8 @@ def test_pins_and_policies() -> None:
         ({"pin": {"aten.mm.default": "OFFLOAD"}}, "matches no activation"),
         ({"pin": {"::aten.mm.default": "OFFLOAD"}}, "cannot move to the host"),
         ({"polcy": "blocks"}, "unknown setting 'polcy'"),
+        ({"blocks": []}, r"blocks=\[\] is no list of blocks"),
+        ({"blocks": "model.layers"}, "blocks='model.layers' is no list of blocks"),
     ],
 )
 def test_settings_without_a_meaning_here(settings: dict[str, Any], text: str) -> None:
@@ -318,6 +320,29 @@ class _Picks(_Looks):
 def test_a_look_at_activations_is_an_error(kind: type[_Looks]) -> None:
     with pytest.raises(remat.CaptureError, match="reads the value of a tensor between its blocks"):
         remat.optimize_blocks(kind(), (torch.randn(4, 8),), budget=None)
+
+
+class _Leaves(_Looks):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.layers[1](self.layers[0](x))
+        return x * float(x.detach().numpy().max() > -9)
+
+
+def test_what_planning_cannot_do_between_blocks_says_so() -> None:
+    with pytest.raises(remat.CaptureError, match=r"_Leaves fails between its blocks, .*without values: \.numpy"):
+        remat.optimize_blocks(_Leaves(), (torch.randn(4, 8),), budget=None)
+
+
+@pytest.mark.parametrize("whole_model", [True, False])
+def test_a_first_call_with_other_parameters(whole_model: bool) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(4, 8)
+    parameters = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    remat.enable(model, None, whole_model=whole_model)
+    with pytest.raises(remat.CaptureError, match=r"0.weight is no nn.Parameter in this call, as within"):
+        torch.func.functional_call(model, parameters, (x,))
+    model(x).sum().backward()
+    torch.func.functional_call(model, parameters, (x,)).sum().backward()
+    assert torch.equal(parameters["0.weight"].grad, model[0].weight.grad)
 
 
 def test_nothing_moves_where_the_host_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
