@@ -3,7 +3,8 @@
 A CPU's recurrent layers (oneDNN's, behind `nn.LSTM`): the fake kernels say that forward keeps nothing for backward, where it
 keeps more than it returns, and return one tensor as the gradient of both biases, where there are two. Some
 kernels make their result as large as an input and then shrink it: a mean of losses lies in the storage of all of them. And
-the fake gradient of dropout has the layout of CUDA's; a CPU's is that of a product.
+the fake gradient of dropout has the layout of CUDA's, where a CPU's is that of a product, and that of layer norm the layout of
+its gradient, where the real one is contiguous.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ def as_run(op: OpOverload, args: Any, kwargs: Any, result: Any) -> Any:
     if op is aten.native_dropout_backward.default and result.device.type == "cpu":
         gradient, mask = args[:2]
         return gradient * mask
+    if op is aten.native_layer_norm_backward.default and result[0] is not None:
+        return _replaced(result, 0, result[0].contiguous())
     if (numel := made_numel(op, args)) and numel > result.numel():
         return result.new_empty(numel).as_strided(result.shape, result.stride())
     return result

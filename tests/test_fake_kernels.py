@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import remat
-from remat._torch import FakeTensorMode
+from remat._torch import FakeTensorMode, pytree
 from remat.fake_kernels import as_run
 from remat.workspace import Call, workspace_bytes
 from tests.steps import run_step
@@ -109,10 +109,20 @@ def test_what_a_kernel_makes_too_large_is_no_part_of_what_it_returns() -> None:
     assert workspace_bytes(call) == 0
 
 
-def test_the_layout_of_gradients_of_dropout() -> None:
-    op, gradient, mask = torch.ops.aten.native_dropout_backward.default, torch.randn(4, 32, 64).mT, torch.rand(4, 64, 32) > 0.5
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        args = mode.from_tensor(gradient), mode.from_tensor(mask), 2.0
-        fake = op(*args)
-        found = as_run(op, args, {}, fake)
-    assert fake.stride() != op(gradient, mask, 2.0).stride() == found.stride()
+def test_the_layouts_of_gradients() -> None:
+    aten, turned, mask = torch.ops.aten, torch.randn(4, 32, 64).mT, torch.rand(4, 64, 32) > 0.5
+    statistics, weight = torch.randn(4, 64, 1), torch.randn(32)
+    calls: list[tuple[Any, tuple[Any, ...]]] = [
+        (aten.native_dropout_backward.default, (turned, mask, 2.0)),
+        (
+            aten.native_layer_norm_backward.default,
+            (turned, turned, [32], statistics, statistics, weight, weight, [True, False, False]),
+        ),
+    ]
+    for op, args in calls:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fake_args = pytree.tree_map_only(torch.Tensor, mode.from_tensor, args)
+            fake = op(*fake_args)
+            (found, *_) = pytree.tree_leaves(as_run(op, fake_args, {}, fake))
+        real, guessed = pytree.tree_leaves(op(*args))[0], pytree.tree_leaves(fake)[0]
+        assert guessed.stride() != real.stride() == found.stride()
