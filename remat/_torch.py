@@ -139,6 +139,7 @@ __all__ = [
     "is_leaf_node",
     "is_numbered_before",
     "is_opaque_node",
+    "is_saved_by_its_graph",
     "is_traceable_wrapper_subclass",
     "joint_graph",
     "local",
@@ -218,9 +219,12 @@ def storage_key(tensor: torch.Tensor) -> int:
 
 def is_saved_by_its_graph(tensor: torch.Tensor) -> bool:
     """Whether the compiled graph that returned a tensor keeps it for backward."""
-    with _disable_current_modes():
-        saved = getattr(tensor.grad_fn, "saved_tensors", ())
-    return any(isinstance(t, torch.Tensor) and storage_key(t) == storage_key(tensor) for t in saved)
+    node: Any = tensor.grad_fn
+    if type(node).__name__ != "CompiledFunctionBackward":  # AOTAutograd's
+        return False
+    with _disable_current_modes(), contextlib.suppress(RuntimeError):  # that backward has freed it
+        return any(isinstance(t, torch.Tensor) and storage_key(t) == storage_key(tensor) for t in node.saved_tensors)
+    return False
 
 
 def has_storage(tensor: torch.Tensor) -> bool:

@@ -22,6 +22,7 @@ from remat.errors import CaptureError, RematError
 from remat.export import DOOR_2, export
 from remat.forward_half import forward_half
 from remat.function_capture import capturing_functions
+from remat.passes.embeddings import check_embeddings
 from remat.passes.randomness import argument
 
 _BLOCKWISE = "; or block by block: remat.enable(model, budget, whole_model=False)"
@@ -33,10 +34,12 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], blo
     """Capture one training forward of `model`, or of the block of one that is at the path `block`. Raises CaptureError with the
     place and the way out."""
     try:
-        return _captured(model, args, kwargs)
+        captured = _captured(model, args, kwargs)
     except CaptureError as error:
-        error.args = (f"block {block}: {error}" if block else f"{error}{_BLOCKWISE if DOOR_2 in str(error) else ''}",)
+        error.args = (f"block {block}: {error}" if block else f"{error}{_BLOCKWISE}",)
         raise
+    check_embeddings(captured.graph)
+    return captured
 
 
 def check_model(model: Any, args: Any, kwargs: Any = None) -> None:

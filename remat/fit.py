@@ -114,7 +114,7 @@ def fit(
         if question.guessed and trials.at:
             raise _only_as_given(question, str(error)) from error
         raise
-    if not low and limit and question.guessed and len(trials.at) == 1:
+    if not low and limit and question.guessed and len(trials.at) == 1 and not trials.takes(2 * question.start):
         raise _only_as_given(question, limit)
     if not low:
         raise _nothing_fits(question, high, trials.at[high])

@@ -16,7 +16,6 @@ from remat.export import DOOR_2
 from remat.functions import FunctionCall
 from remat.passes.aliasing import results
 from remat.passes.detaching import detach_without_gradient
-from remat.passes.embeddings import check_embeddings
 from remat.passes.native_layouts import copy_for_views
 from remat.state import PLAIN, tensor_key
 
@@ -46,7 +45,6 @@ def forward_half(
     graph.output(tuple(kept))
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     _refuse_other_results(graph)
-    check_embeddings(graph)
     _lift_constants(graph, joint, sources, constants)
     copy_for_views(graph)
     for node in graph.find_nodes(op="call_function", target=_BATCH_NORM):

@@ -40,11 +40,7 @@ def plan(console: Console, found: Plan) -> None:
     inputs = ", ".join(f"{i.name} {'×'.join(map(str, i.shape))}" for i in found.inputs)
     before = format_bytes(found.baseline_peak_bytes)
     _say(console, f"{found.model} ({inputs}) on {found.device}")
-    console.print(
-        f"fits{within}: {format_bytes(found.peak_bytes)} at its peak ({before} with everything saved)",
-        markup=False,
-        soft_wrap=True,
-    )
+    _say(console, f"fits{within}: {format_bytes(found.peak_bytes)} at its peak ({before} with everything saved)")
     table = Table("at the peak", "size")
     table.columns[1].justify = "right"
     for kind, size in found.at_peak().items():
@@ -55,9 +51,7 @@ def plan(console: Console, found: Plan) -> None:
     again = f"{found.recompute_us / step:.1%} more for recompute"
     _say(console, f"step {found.step_us / 1e3:.1f} ms, predicted: {again}{host}")
     top = max(found.timeline, key=lambda moment: moment.live_bytes)
-    console.print(
-        f"the peak is at {top}; planned in {found.planning_seconds:.1f} s after tracing", markup=False, soft_wrap=True
-    )
+    _say(console, f"the peak is at {top}; planned in {found.planning_seconds:.1f} s after tracing")
 
 
 def frontier(console: Console, plans: Sequence[Plan]) -> None:
