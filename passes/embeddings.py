@@ -12,34 +12,44 @@ from remat.errors import CaptureError
 from remat.passes.provenance import module_path
 
 aten = torch.ops.aten
-
-
 _MOST = 2**20  # numbers in a tensor that are worth a look
 
 
+@torch.no_grad()
 def check_embeddings(graph: fx.Graph) -> None:
     """Raises CaptureError where a row is looked up that an embedding does not have. Known is what follows from the sizes of
     inputs, as positions do, not what depends on their values."""
-    found: dict[fx.Node, torch.Tensor | None] = {}
     for node in graph.find_nodes(op="call_function", target=aten.embedding.default):
-        rows = _value(node.args[1], found)
+        with _torch.no_dispatch_modes():
+            rows = _value(node.args[1])
+            ends = [] if rows is None or not rows.numel() else [int(rows.min()), int(rows.max())]
         size = node.args[0].meta["val"].shape[0]
-        if rows is not None and rows.numel() and int(rows.max()) >= size:
-            where, row = module_path(node) or "an embedding", int(rows.max())
-            raise CaptureError(f"the input is too long: {where} has {size} rows, and is asked for row {row}")
+        for row in ends:
+            if not 0 <= row < size:
+                where = module_path(node) or "an embedding"
+                raise CaptureError(f"the input is too long: {where} has {size} rows, and is asked for row {row}")
 
 
-def _value(node: fx.Node, found: dict[fx.Node, torch.Tensor | None]) -> torch.Tensor | None:
-    """The whole numbers that a node always gives; None where they depend on inputs."""
-    if node not in found:
-        found[node] = None
-        sources = {source: _value(source, found) for source in node.all_input_nodes} if _counts(node) else {node: None}
-        if all(value is not None for value in sources.values()):
-            with _torch.no_dispatch_modes():
-                args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), sources.__getitem__)
-                target: Any = node.target
-                found[node] = target(*args, **kwargs)
-    return found[node]
+def _value(node: fx.Node) -> torch.Tensor | None:
+    """The whole numbers that a node always gives; None where they depend on inputs, or there are none."""
+    needed, ahead = set[fx.Node](), [node]
+    while ahead:
+        source = ahead.pop()
+        if source in needed:
+            continue
+        if not _counts(source):
+            return None
+        needed.add(source)
+        ahead += source.all_input_nodes
+    values: dict[fx.Node, torch.Tensor] = {}
+    for source in sorted(needed):
+        args, kwargs = fx.node.map_arg((source.args, dict(source.kwargs)), values.__getitem__)
+        target: Any = source.target
+        try:
+            values[source] = target(*args, **kwargs)
+        except Exception:  # as the model will, at that size
+            return None
+    return values[node]
 
 
 def _counts(node: fx.Node) -> bool:

@@ -136,10 +136,10 @@ __all__ = [
     "inductor_ir",
     "invoke_subgraph",
     "is_fake",
+    "is_kept_by_no_graph",
     "is_leaf_node",
     "is_numbered_before",
     "is_opaque_node",
-    "is_saved_by_its_graph",
     "is_traceable_wrapper_subclass",
     "joint_graph",
     "local",
@@ -217,14 +217,18 @@ def storage_key(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def is_saved_by_its_graph(tensor: torch.Tensor) -> bool:
-    """Whether the compiled graph that returned a tensor keeps it for backward."""
+def is_kept_by_no_graph(tensor: torch.Tensor) -> bool:
+    """Whether it can be told that no compiled graph keeps a tensor for the backward of what it was computed in."""
     node: Any = tensor.grad_fn
-    if type(node).__name__ != "CompiledFunctionBackward":  # AOTAutograd's
+    if node is None:
+        return True
+    saved = (
+        getattr(node, "_raw_saved_tensors", ()) if type(node).__name__ == "CompiledFunctionBackward" else ()
+    )  # AOTAutograd's
+    if not saved or any(one.unpack_hook is not None for one in saved):  # a hook may do anything, such as a forward
         return False
-    with _disable_current_modes(), contextlib.suppress(RuntimeError):  # that backward has freed it
-        return any(isinstance(t, torch.Tensor) and storage_key(t) == storage_key(tensor) for t in node.saved_tensors)
-    return False
+    kept = [one.data for one in saved if isinstance(one.data, torch.Tensor)]
+    return all(storage_key(t) != storage_key(tensor) for t in kept if has_storage(t))
 
 
 def has_storage(tensor: torch.Tensor) -> bool:

@@ -21,7 +21,7 @@ from remat._torch import pytree
 from remat.capture import capture, check_parameters
 from remat.captured import Captured
 from remat.devices import profile_of
-from remat.errors import CaptureError, RematError
+from remat.errors import CaptureError, RematError, reason_of
 from remat.export import DOOR_2, as_in_training, say_without_cache, without_cache
 from remat.kept import kept_as_before
 from remat.passes.pinning import why_pinned
@@ -217,10 +217,12 @@ class _Recording:
                 f"{type(self.model).__name__} reads the value of a tensor between its blocks ({error.func}); planning runs it "
                 f"without values; {DOOR_2}"
             ) from error
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:  # what fake tensors cannot do, or the recorder's hooks prevent
             raise CaptureError(
                 f"{type(self.model).__name__} fails between its blocks, where planning runs it without values: "
-                f"{str(error).strip().splitlines()[0]}\n  If the model alone runs on this input, {DOOR_2}"
+                f"{reason_of(error)}\n  If the model alone runs on this input, {DOOR_2}"
             ) from error
 
     def _name(self, module: nn.Module, path: str) -> None:

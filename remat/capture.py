@@ -18,7 +18,7 @@ from remat import _torch, patches
 from remat._torch import pytree
 from remat.captured import Captured
 from remat.differentiable import DECOMPOSITIONS
-from remat.errors import CaptureError, RematError
+from remat.errors import CaptureError, RematError, reason_of
 from remat.export import DOOR_2, export
 from remat.forward_half import forward_half
 from remat.function_capture import capturing_functions
@@ -100,8 +100,7 @@ def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             with patches.without_backward():
                 joint = _torch.joint_graph(module, inputs, DECOMPOSITIONS)
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise CaptureError(f"AOTAutograd could not trace the exported model: {reason}; {DOOR_2}") from error
+            raise CaptureError(f"AOTAutograd could not trace the exported model: {reason_of(error)}; {DOOR_2}") from error
         put_functions(joint.graph)
     spec = exported.module_call_graph[0].signature.out_spec
     captured = forward_half(joint, module, model, flat, (in_spec, spec), constant_outputs)

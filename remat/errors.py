@@ -13,6 +13,12 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+
+def reason_of(error: BaseException) -> str:
+    """The first line of what an error says, or else its type."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 Kind = TypeVar("Kind", bound=BaseException)
 
 

@@ -99,18 +99,17 @@ def _lift_constants(
     graph: fx.Graph, joint: fx.GraphModule, sources: dict[fx.Node, Source], constants: dict[str, torch.Tensor]
 ) -> None:
     """Let the graph be given the constants that ops bring along, like all others."""
-    last = graph.find_nodes(op="placeholder")[-1]
     for node in graph.find_nodes(op="get_attr"):
         name = str(node.target)
         constants[name] = attribute(joint, name)
         if isinstance(constants[name], torch.Generator):
             raise CaptureError(f"the model draws from a generator of its own, of which no state is kept; {DOOR_2}")
-        with graph.inserting_after(last):
-            last = graph.placeholder(name)
-        last.meta.update(node.meta)
-        node.replace_all_uses_with(last)
+        with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
+            given = graph.placeholder(name)
+        given.meta.update(node.meta)
+        node.replace_all_uses_with(given)
         graph.erase_node(node)
-        sources[last] = Source("constant", name)
+        sources[given] = Source("constant", name)
 
 
 def _returned(

@@ -98,16 +98,14 @@ class Session:
     def held_bytes(self, frame: int, inputs: Sequence[torch.Tensor]) -> int:
         """What the graphs that run before `frame` keep for backward, or have read and is still there, but for its inputs."""
         earlier = [graph for graph in self.others(frame) if graph.frame < frame]
-        saved = sum(graph.plan.saved_bytes for graph in earlier)
-        twice = sum(t.untyped_storage().nbytes() for t in inputs if _torch.is_saved_by_its_graph(t))
         read = {ref.cdata: size for graph in earlier for ref, size in graph.read if not ref.expired()}
         for tensor in inputs:
             read.pop(_torch.storage_key(tensor), None)
-        return max(saved - twice, 0) + sum(read.values())
+        return sum(graph.plan.saved_bytes for graph in earlier) + sum(read.values())
 
 
 def read_by(inputs: Sequence[torch.Tensor]) -> tuple[tuple[_torch.StorageWeakRef, int], ...]:
     """`CompiledPlan.read` of a graph with these inputs."""
-    tensors = (t for t in inputs if not isinstance(t, torch.nn.Parameter) and not _torch.is_saved_by_its_graph(t))
+    tensors = (t for t in inputs if not isinstance(t, torch.nn.Parameter) and _torch.is_kept_by_no_graph(t))
     storages = (tensor.untyped_storage() for tensor in tensors)
     return tuple((_torch.StorageWeakRef(storage), storage.nbytes()) for storage in storages)

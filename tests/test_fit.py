@@ -147,6 +147,8 @@ def test_a_model_whose_positions_end() -> None:
     found = remat.fit(Counted().train(), (torch.randn(2, 4, 32),), budget="1GiB", dim="seq")
     assert (found.size, found.next_bytes) == (10, None)
     assert found.limit == "the input is too long: positions has 12 rows, and is asked for row 12"
+    with pytest.raises(remat.CaptureError, match="too long"):
+        remat.plan(Counted().train(), (torch.randn(2, 11, 32),), budget=None, device="h100")
 
 
 class Constant(torch.nn.Module):
