@@ -222,9 +222,8 @@ def is_kept_by_no_graph(tensor: torch.Tensor) -> bool:
     node: Any = tensor.grad_fn
     if node is None:
         return True
-    saved = (
-        getattr(node, "_raw_saved_tensors", ()) if type(node).__name__ == "CompiledFunctionBackward" else ()
-    )  # AOTAutograd's
+    is_compiled = type(node).__name__ == "CompiledFunctionBackward"  # AOTAutograd's
+    saved = node._raw_saved_tensors if is_compiled else ()
     if not saved or any(one.unpack_hook is not None for one in saved):  # a hook may do anything, such as a forward
         return False
     kept = [one.data for one in saved if isinstance(one.data, torch.Tensor)]
