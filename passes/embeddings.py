@@ -47,7 +47,7 @@ def _value(node: fx.Node) -> torch.Tensor | None:
         target: Any = source.target
         try:
             values[source] = target(*args, **kwargs)
-        except Exception:  # as the model will, at that size
+        except (IndexError, RuntimeError):  # as in the model, at that size
             return None
     return values[node]
 

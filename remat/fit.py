@@ -1,7 +1,7 @@
 """The inverse question: the largest batch or the longest sequence that a budget has room for, found by planning.
 
-No step runs and nothing runs out of memory: each size that is tried is captured and planned, as `remat.plan` does. The smallest
-peak grows almost linearly with a size, so that few steps of regula falsi (Dowell and Jarratt 1971) find the last one that fits.
+No step runs and nothing runs out of memory: each size that is tried (remat/solvers/largest.py) is captured and planned, as
+`remat.plan` does.
 """
 
 from __future__ import annotations
@@ -23,10 +23,8 @@ from remat.policies import Policy
 from remat.settings import Settings
 from remat.shapes import named_axes, range_of
 from remat.sizes import SizedCall
+from remat.solvers.largest import largest
 from remat.whole import TracedModel
-
-_DOUBLINGS = 24  # of the example's size, after which there is no largest
-_FARTHEST = 16  # times a size that fits to the next that is tried
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ def fit(
     question = _Question(SizedCall(model, args, kwargs or {}, axes, settings, device), dim, multiple_of, dynamic_shapes)
     trials = _Trials(question)
     try:
-        low, high, limit = _largest(trials.room, question.start, dim, question.least)
+        low, high, limit = largest(trials.room, question.start, dim, question.least)
         if limit and low and question.guessed and {*trials.at} == {question.start}:
             trials.room(max(question.start // 2, 1))  # is it the largest, or the only one?
     except CaptureError as error:  # at a size smaller than the example's, or at that
@@ -239,67 +237,3 @@ class _Trials:
         except CaptureError:
             return False
         return True
-
-
-def _largest(room_at: Callable[[int], int], start: int, dim: str, least: int = 1) -> tuple[int, int, str]:
-    """The largest size from `least` on that fits and the next, and why where the model does not take that. Where none fits 0,
-    the smallest that it takes, and why it takes no smaller one."""
-    low, high, limit = _bracket(room_at, start, dim, least)
-    if not low:
-        return low, high, limit
-    spare = float(room_at(low))
-    lacking = None if limit else float(room_at(high))  # None: the model does not take it
-    fitted = None
-    while high - low > 1:
-        middle = (low + high) // 2
-        if lacking is not None:
-            middle = min(max(low + int(spare / (spare - lacking) * (high - low)), low + 1), high - 1)
-        try:
-            room = room_at(middle)
-        except CaptureError as error:
-            high, lacking, limit = middle, None, str(error).splitlines()[0]
-            continue
-        if room >= 0:
-            low, spare = middle, room
-            if fitted and lacking is not None:  # the other end stays a second time: it counts half (Illinois)
-                lacking /= 2
-        else:
-            high, lacking = middle, room
-            if fitted is False:
-                spare /= 2
-        fitted = room >= 0
-    return low, high, limit
-
-
-def _bracket(room: Callable[[int], int], start: int, dim: str, least: int) -> tuple[int, int, str]:
-    """A size that fits and a larger one that does not, and why where it is the model that does not take it. Where none fits as
-    `_largest`."""
-    low, high = start, start
-    if room(start) < 0:
-        return _below(room, start, least)
-    following = 2 * start
-    while high < start << _DOUBLINGS:
-        low, high = high, following
-        try:
-            left = room(high)
-        except CaptureError as error:
-            return low, high, str(error).splitlines()[0]
-        if left < 0:
-            return low, high, ""
-        reach = high + (high - low) * left // max(room(low) - left, 1) + 1  # the first that does not fit, were all this linear
-        following = min(max(reach, 2 * high), _FARTHEST * high, start << _DOUBLINGS)
-    raise RematError(f"the step fits at {dim} {high} and hardly grows with it; there is no largest size")
-
-
-def _below(room: Callable[[int], int], high: int, least: int) -> tuple[int, int, str]:
-    """`_bracket` below a size that does not fit."""
-    refused, limit = least - 1, ""
-    while high - refused > 1:
-        middle = max(high // 2, least) if not limit else (refused + high) // 2
-        try:
-            if room(middle) >= 0:
-                return middle, high, ""
-            high = middle
-        except CaptureError as error:
-            refused, limit = middle, str(error).splitlines()[0]
-    return 0, high, limit

@@ -37,10 +37,10 @@ class RematCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Before the strategy wraps the module."""
-        if stage != "fit" or self._chosen(pl_module) is self._model:
-            return
-        self._model = self._chosen(pl_module)
-        enable_by(self._model, self._settings, self._whole)
+        model = self._chosen(pl_module) if stage == "fit" else self._model
+        if model is not None and model is not self._model:
+            self._model = model
+            enable_by(model, self._settings, self._whole)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Counts the optimizer's state, now that there is an optimizer."""

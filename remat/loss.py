@@ -54,6 +54,16 @@ def _(
     return logits.new_empty((), dtype=kind), logits.new_empty((), dtype=kind)
 
 
+def _gradient_of(
+    gradient: torch.Tensor, logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, dtype: Any, widen: bool, *how: int
+) -> torch.Tensor:
+    """The gradient of some rows, in `dtype`, by kernels that have derivatives. how: reduction and ignored class."""
+    log_softmax = aten._log_softmax(logits.to(dtype), 1, widen)
+    loss = aten.nll_loss_backward(gradient, log_softmax, target, None, *how, weight)
+    found: torch.Tensor = aten._log_softmax_backward_data(loss, log_softmax, 1, dtype)
+    return found
+
+
 @torch.library.custom_op("remat::cross_entropy_backward", mutates_args=())
 def cross_entropy_backward(
     gradient: torch.Tensor,
@@ -70,23 +80,6 @@ def cross_entropy_backward(
     for share, part, rows in _shares(logits, target):
         result[share] = _gradient_of(gradient, part, rows, weight, dtype, widen, reduction, ignore_index)
     return result
-
-
-def _gradient_of(
-    gradient: torch.Tensor,
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    weight: torch.Tensor,
-    dtype: torch.dtype,
-    widen: bool,
-    reduction: int,
-    ignore_index: int,
-) -> torch.Tensor:
-    """The gradient of some rows, in `dtype`, by kernels that have derivatives themselves."""
-    log_softmax = aten._log_softmax(logits.to(dtype), 1, widen)
-    loss = aten.nll_loss_backward(gradient, log_softmax, target, None, reduction, ignore_index, weight)
-    found: torch.Tensor = aten._log_softmax_backward_data(loss, log_softmax, 1, dtype)
-    return found
 
 
 @cross_entropy_backward.register_fake

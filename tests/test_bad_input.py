@@ -627,9 +627,9 @@ def test_ops_that_do_not_run_on_what_they_are_measured_with(costs: str, tmp_path
 def test_what_is_no_model_and_no_inputs() -> None:
     model, x = mlp()
     with pytest.raises(remat.RematError, match=r"a type is no nn\.Module"):
-        remat.enable(Mlp, budget=None)  # type: ignore[arg-type]
+        remat.enable(Mlp, budget=None)
     with pytest.raises(remat.RematError, match=r"args is a Tensor; give a tuple"):
-        remat.optimize(model, x, budget=None)  # type: ignore[arg-type]
+        remat.optimize(model, x, budget=None)
     for call in (remat.optimize, remat.plan):
         with pytest.raises(remat.RematError, match="kwargs is a list; give a dictionary"):
             call(model, (), [x], budget=None)

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import remat
-from remat.fit import _largest
 from remat.shapes import named_axes, resized
+from remat.solvers.largest import largest
 from tests.models import Mlp, build, llama, mlp
 from tests.steps import run_step
 
@@ -22,9 +22,9 @@ def test_the_batch_runs_in_the_budget_and_the_next_one_up_does_not(name: str) ->
     budget = 2 * remat.plan(model, (), kwargs, budget=None).peak_bytes
     found = remat.fit(model, (), kwargs, budget=budget)
     axes = named_axes(model, (), kwargs)
-    _, largest = resized((), kwargs, axes, {"batch": found.size})
-    module = remat.optimize(model, (), largest, budget=budget)
-    assert run_step(module, largest).peak_bytes <= found.plan.peak_bytes <= budget
+    _, grown = resized((), kwargs, axes, {"batch": found.size})
+    module = remat.optimize(model, (), grown, budget=budget)
+    assert run_step(module, grown).peak_bytes <= found.plan.peak_bytes <= budget
     assert module.plan is not None
     assert module.plan.decisions == found.plan.decisions
     assert (found.next_size, found.budget_bytes) == (found.size + 1, budget)
@@ -72,7 +72,7 @@ def test_far_sizes_are_found_in_few_trials(needs: Callable[[int], int]) -> None:
         tried[units] = 10**6 - needs(units)
         return tried[units]
 
-    low, high, limit = _largest(room, 4, "batch")
+    low, high, limit = largest(room, 4, "batch")
     assert (high, limit) == (low + 1, "")
     assert tried[low] >= 0 > tried[high]
     assert len(tried) <= 11
