@@ -14,8 +14,7 @@ from torch import fx, nn
 
 from remat import _torch
 from remat.budget import parse_budget
-from remat.errors import BudgetError
-from remat.module import ADDS
+from remat.errors import telling_of_gradients
 from remat.session import Options, Session
 
 Compile = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
@@ -53,10 +52,6 @@ class _Accumulating:
         if all(args[i].grad is None for i in self.parameters):
             return self.first(*args)
         if self.again is None:
-            try:
-                with _torch.outside_dynamo():
-                    self.again = self.compile(self.gm, args)
-            except BudgetError as error:
-                error.args = (f"{error} {ADDS}",)
-                raise
+            with telling_of_gradients(True), _torch.outside_dynamo():
+                self.again = self.compile(self.gm, args)
         return self.again(*args)

@@ -41,6 +41,7 @@ def optimize(
     costs: str = "analytic",
     in_flight: int = 1,
     loss: Callable[[Any], torch.Tensor] | None = None,
+    holds_outputs: bool = True,
 ) -> RematModule:
     """Rewrite `model` so that a training step fits in `budget`; returns a `torch.fx.GraphModule` to train as before.
 
@@ -55,7 +56,7 @@ def optimize(
         policy: "auto" plans for the budget; "none" saves everything; "blocks", "every-k", "sqrt", "selective", "offload" and
             "offload-all" are the fixed rules of remat/policies.py, for which the budget is checked but changes nothing; a
             function from `Activation` to a `Decision` (None: save) decides for each activation.
-        optimizer: its state counts as resident, whether it exists yet or not.
+        optimizer: its state counts as resident, whether it exists yet or not. Pickles leave it out.
         dynamic_shapes: as in `torch.export.export`; here it says which inputs may change shape without a notice. Each new
             shape is captured and planned when it comes.
         plan: a plan made earlier for the same model and shapes, whose decisions are taken instead of planning. One made with
@@ -75,6 +76,9 @@ def optimize(
             values, to count what it takes; training does not call it. It may read parameters and other tensors, but no results
             that have a graph already. Pickles leave it out. Without one the model's own `loss` is taken, or a loss that takes
             nothing but a gradient of each output.
+        holds_outputs: whether the loop holds what the model returns until the step ends, as after `output = model(...)`;
+            False where it keeps the loss alone, as with `model(...).loss.backward()`: then backward needs no room for logits or
+            hidden states that it does not read. Where neither the model nor `loss=` tells the loss, outputs count as held.
 
     Raises:
         BudgetError: nothing fits, or not the plan given, or the budget cannot be read.
@@ -92,6 +96,7 @@ def optimize(
         optimizer=optimizer,
         in_flight=in_flight,
         loss=loss,
+        holds_outputs=holds_outputs,
     )
     module = RematModule(model, Rewriting(settings), dynamic_shapes)
     if args or kwargs:
@@ -116,6 +121,7 @@ def plan(
     device: str | None = None,
     in_flight: int = 1,
     loss: Callable[[Any], torch.Tensor] | None = None,
+    holds_outputs: bool = True,
 ) -> Plan:
     """Plan one training step without running it. Kernels whose scratch memory is not known yet run once, by themselves, if the
     device has room for them. Arguments and errors as in `optimize`.
@@ -137,6 +143,7 @@ def plan(
         optimizer=optimizer,
         in_flight=in_flight,
         loss=loss,
+        holds_outputs=holds_outputs,
     )
     _, found = trace(model, args, kwargs or {}, settings, device).planned(settings)
     if dynamic_shapes is None:
@@ -158,6 +165,7 @@ def frontier(
     device: str | None = None,
     in_flight: int = 1,
     loss: Callable[[Any], torch.Tensor] | None = None,
+    holds_outputs: bool = True,
     points: int = 12,
 ) -> list[Plan]:
     """The trade-off between memory and time: the planner's plans from the fastest to the smallest, each smaller and slower than
@@ -172,7 +180,14 @@ def frontier(
     if not isinstance(points, int) or points < 1:
         raise RematError(f"points={points} must be a whole number, at least 1")
     settings = Settings(
-        budget=budget, host_budget=host_budget, pin=pin, costs=costs, optimizer=optimizer, in_flight=in_flight, loss=loss
+        budget=budget,
+        host_budget=host_budget,
+        pin=pin,
+        costs=costs,
+        optimizer=optimizer,
+        in_flight=in_flight,
+        loss=loss,
+        holds_outputs=holds_outputs,
     )
     traced = trace(model, args, kwargs or {}, settings, device)
     limit = traced.limit_bytes(budget)

@@ -18,6 +18,7 @@ from torch import fx, nn
 
 from remat import _torch
 from remat._torch import pytree
+from remat.backward import loss_from, run_backward
 from remat.capture import capture, check_parameters
 from remat.captured import Captured
 from remat.devices import profile_of
@@ -27,8 +28,8 @@ from remat.kept import kept_as_before
 from remat.passes.pinning import why_pinned
 from remat.passes.regions import RegionGraph, form_regions
 from remat.plan import Plan
-from remat.program import HELD, Program
-from remat.record import backward_from, mutated_inputs, write_program
+from remat.program import HELD, RETURNED, Program
+from remat.record import mutated_inputs, write_program
 from remat.recorder import Recorder
 from remat.resident import attributes_of
 from remat.settings import Settings
@@ -195,17 +196,21 @@ class _Recording:
         with twin.running(), recorder.forward():
             output = self._run(args_, kwargs_)
         sharded.end_forward()
-        leaves = _tensors(output)
-        self.pins.update(dict.fromkeys((id(s) for s in recorder.behind(leaves) if id(s) in self.pins), HELD))
+        returned = [storage for storage in recorder.behind(output) if id(storage) in self.pins]
+        self.pins.update(dict.fromkeys(map(id, returned), RETURNED))
         with twin.mode, recorder.backward():
-            backward_from(output, recorder, settings.loss)
+            loss, held = loss_from(output, recorder, settings)
+            holds_outputs = held is output
+            del output
+            self.pins.update(dict.fromkeys((id(s) for s in recorder.behind(held) if id(s) in self.pins), HELD))
+            run_backward(loss, recorder)
             sharded.end_backward()
         graphs = [call.captured for call in self.calls if call.captured is not None]
         own = [t for graph in graphs for t in (*graph.constants.values(), *graph.read_by_functions())]
         given = [*_tensors(args, kwargs), *own, *self.attributes]
         others = [*(t for t in attributes_of(self.model) if t.device == self.place), *recorder.found]
         site = site_of(self.place, settings, given, self.parameters, list(self.model.buffers()), others)
-        return write_program(recorder, self.pins, site, tuple(self.parts)), site
+        return write_program(recorder, self.pins, site, holds_outputs, tuple(self.parts)), site
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         say_without_cache(self.model)

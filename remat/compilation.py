@@ -151,8 +151,8 @@ class Compilation:
         dropped = frozenset(halves.forward[p].name for p in solution.dropped)
         repeats = {halves.forward[p].name: times for p, times in solution.repeats.items()}
         starts = dict(program.moments)
-        values = [program.values[trip.value] for trip in solution.replay.trips]
-        moves = [(value.name, solution.moves[value.op]) for value in values]
+        moving = [program.values[trip.value] for trip in solution.replay.trips]
+        moves = [(value.name, solution.moves[value.op]) for value in moving if value.bytes]
         moved = {name: (halves.forward[move.release].name, starts.get(move.reload, "")) for name, move in moves}
         self._halves = partition(joint, halves, dropped, repeats, moved, num_fwd_outputs, static_lifetime_input_indices)
         forward = self._halves[0]
@@ -163,7 +163,7 @@ class Compilation:
         return self._halves
 
     def _planned(self, joint: fx.GraphModule, halves: JointHalves) -> _Task:
-        device = _device(joint)
+        device = self._device
         profile = profile_of(device)
         times = op_times(device) if self.options.costs == "measured" else None
         program = joint_program(joint.graph, halves, profile, self._resident(joint, device), times)
@@ -238,6 +238,13 @@ class Compilation:
         unsaved = task.everything.replay.saved_bytes - solution.replay.saved_bytes
         read = read_by(self._input_tensors) if task.device.type == "cpu" else ()  # others' allocators know
         self.session.graphs.append(CompiledPlan(plan, *self._halves, self.frame, tuple(self._peaks), unsaved, read))
+
+    @property
+    def _device(self) -> torch.device:
+        """Where the step runs: a graph may begin with inputs that it copies there."""
+        tensors = [t for t in self.inputs if isinstance(t, torch.Tensor)]
+        chosen = next((t for t in tensors if t.requires_grad), tensors[0] if tensors else None)
+        return torch.device("cpu") if chosen is None else chosen.device
 
     @property
     def _input_tensors(self) -> list[torch.Tensor]:
@@ -331,8 +338,3 @@ def _constant_bytes(joint: fx.GraphModule) -> int:
 def _gradient_bytes(inputs: Sequence[Any]) -> int:
     leaves = [t for t in inputs if isinstance(t, torch.Tensor) and t.is_leaf and t.grad is not None]
     return sum(t.grad.untyped_storage().nbytes() for t in leaves if t.grad is not None)
-
-
-def _device(joint: fx.GraphModule) -> torch.device:
-    tensors = [n.meta.get("val") for n in joint.graph.nodes if n.op == "placeholder"]
-    return next((t.device for t in tensors if isinstance(t, torch.Tensor)), torch.device("cpu"))

@@ -14,7 +14,7 @@ from remat.menus import Menus, without_gc
 from remat.passes.provenance import common_module, module_path, source_line
 from remat.plan import Activation, Block, Plan, PlannedCopy, Storage, Transfer
 from remat.planner import Solution, fastest_solution
-from remat.program import HELD, Decision, Program
+from remat.program import Decision, Program
 from remat.replay import Replay
 
 
@@ -65,6 +65,7 @@ def describe(
         fingerprint=fingerprint,
         structure=structure,
         link=program.link,
+        holds_outputs=program.holds_outputs,
     )
 
 
@@ -226,10 +227,10 @@ def activation_of(
 
 def _ways(program: Program, op: int) -> tuple[Decision, ...]:
     """What can become of an op's results."""
-    pinned = {program.values[v].pinned for v in program.forward[op].outputs}
+    values = [program.values[v] for v in program.forward[op].outputs]
     ways = [Decision.SAVE]
-    if not any(pinned):
+    if not any(value.pinned for value in values):
         ways.append(Decision.RECOMPUTE)
-    if HELD not in pinned and not program.parts:
+    if not any(value.is_output for value in values) and not program.parts:
         ways.append(Decision.OFFLOAD)
     return tuple(ways)

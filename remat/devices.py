@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import re
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from remat.errors import RematError
 from remat.program import Link
+
+log = logging.getLogger("remat")
 
 _REACHED = 0.75
 
@@ -167,10 +172,23 @@ def profile_device(device: torch.device | str | None = None, *, again: bool = Fa
     if known is not None:
         return known
     profile = _measure(chosen)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(dataclasses.asdict(profile)))
+    write_figures(path, dataclasses.asdict(profile))
     _read.cache_clear()
     return profile
+
+
+def write_figures(path: Path, figures: Mapping[str, Any]) -> bool:
+    """Keep measured figures for later processes, all of them or none; whether that was possible."""
+    text = json.dumps(figures, indent=0, sort_keys=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
+            file.write(text)
+        os.replace(file.name, path)
+    except OSError as error:
+        log.warning("measured figures cannot be kept: %s", error)
+        return False
+    return True
 
 
 def cache_file(device: torch.device, what: str = "") -> Path:

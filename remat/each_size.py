@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import operator
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -45,13 +46,15 @@ class EachSize:
         nodes = gm.graph.find_nodes(op="placeholder")
         self._sizes = [i for i, value in enumerate(inputs) if isinstance(value, torch.SymInt)]
         self._numbers = [i for i, node in enumerate(nodes) if any(_is_number(user) for user in node.users)]
+        self._lock = threading.Lock()
         self._made: dict[tuple[Any, ...], tuple[Callable[..., Any], list[CompiledPlan]]] = {}
 
     def __call__(self, *args: Any) -> Any:
         values = (*(args[i] for i in self._sizes), *(args[i].item() for i in self._numbers))
         tensors = [arg for i, arg in enumerate(args) if i not in self._sizes]
-        made = self._made.pop(values, None) or self._make(values, tensors)
-        self._made[values] = made
+        with self._lock:
+            made = self._made.pop(values, None) or self._make(values, tensors)
+            self._made[values] = made
         return made[0](*tensors)
 
     def _make(self, values: tuple[Any, ...], tensors: Sequence[Any]) -> tuple[Callable[..., Any], list[CompiledPlan]]:

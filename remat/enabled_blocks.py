@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -15,9 +16,8 @@ from remat.assembly import runnable
 from remat.blocks import check_blockwise, trace_blocks
 from remat.captured import Captured
 from remat.enabled import Enabled, take_back, uncompiled
-from remat.errors import BudgetError, RematError
+from remat.errors import RematError, telling_of_gradients
 from remat.export import say_without_cache, without_cache
-from remat.module import ADDS
 from remat.plan import Plan
 from remat.ranks import agreed
 from remat.settings import Settings
@@ -25,6 +25,8 @@ from remat.sharding import local_parameters
 from remat.state import CallKey, call_key, device_type, flatten_call, keep, leaves_difference, leaves_key, used
 from remat.table import announce
 from remat.whole import check_training
+
+_as_it_was: ContextVar[bool] = ContextVar("_as_it_was", default=False)  # whether a model runs its own forward, blocks too
 
 
 class _BlockRun(NamedTuple):
@@ -105,11 +107,11 @@ class EnabledBlocks(Enabled):
             self._running, self._runs = None, None
 
     def as_it_was(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        before, self.is_on = self.is_on, False
+        token = _as_it_was.set(True)
         try:
             return super().as_it_was(args, kwargs)
         finally:
-            self.is_on = before
+            _as_it_was.reset(token)
 
     def run_of(self, path: str, flat: list[Any], spec: Any) -> _BlockRun:
         """What the block at `path` has to run, now that it is called. The first call of a step decides which of the plans that
@@ -146,12 +148,8 @@ class EnabledBlocks(Enabled):
         flat, spec = flatten_call(args, kwargs)
         _, adds = self._key(flat, spec)
         traced = trace_blocks(self.model, args, kwargs, self.blocks, self.settings)
-        try:
+        with telling_of_gradients(adds):
             plan = traced.plan(self.settings)
-        except BudgetError as error:
-            if adds:
-                error.args = (f"{error} {ADDS}",)
-            raise
         runs: dict[str, list[_BlockRun]] = {path: [] for path in self.blocks}
         for call, outer, regions in traced.rewritten(plan):
             run = None
@@ -191,7 +189,7 @@ class _Block:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         owner, block = self.owner, self.owner.blocks[self.path]
-        if not owner.is_on or not owner.model.training or not torch.is_grad_enabled():
+        if not owner.is_on or _as_it_was.get() or not owner.model.training or not torch.is_grad_enabled():
             return type(block).forward(block, *args, **kwargs)
         if torch.compiler.is_dynamo_compiling():
             return uncompiled(self, args, kwargs)

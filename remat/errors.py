@@ -11,6 +11,8 @@ A user's mistake raises one of these, with the rule, the number and the way out.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TypeVar
 
 
@@ -68,3 +70,14 @@ def find_cause(error: BaseException | None, kind: type[Kind]) -> Kind | None:
             return error
         error = error.__cause__ or error.__context__
     return None
+
+
+@contextlib.contextmanager
+def telling_of_gradients(adds: bool) -> Iterator[None]:
+    """A `BudgetError` from within says that gradients are there already, if they are."""
+    try:
+        yield
+    except BudgetError as error:
+        if adds:
+            error.args = (f"{error} Gradients are there already, to which this step adds.",)
+        raise

@@ -19,7 +19,7 @@ from torch import nn
 
 from remat import _torch, patches
 from remat._torch import pytree
-from remat.errors import CaptureError, RewriteError, find_cause
+from remat.errors import CaptureError, RewriteError, find_cause, reason_of
 from remat.kept import KeptTensor, kept_as_before
 from remat.opaque import CHECKPOINTS, GRADIENTS, OpaqueAutograd, watch_for_opaque_autograd
 from remat.twin import Twin
@@ -67,9 +67,9 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
                 raise CaptureError(_opaque_message(cause.what, _user_line(error))) from error
             log.debug("%s: cannot be exported as it is: %s", type(model).__name__, error)
             errors.append(error)
-    reason = str(errors[0]).strip().splitlines()[0] if str(errors[0]).strip() else type(errors[0]).__name__
     raise CaptureError(
-        f"{reason}\n  at {_user_line(errors[0])}\n  If the model alone runs on this input, one graph cannot hold it; {DOOR_2}"
+        f"{reason_of(errors[0])}\n  at {_user_line(errors[0])}\n"
+        f"  If the model alone runs on this input, one graph cannot hold it; {DOOR_2}"
     ) from errors[0]
 
 

@@ -69,6 +69,7 @@ def fit(
     device: str | None = None,
     in_flight: int = 1,
     loss: Callable[[Any], torch.Tensor] | None = None,
+    holds_outputs: bool = True,
 ) -> Fit:
     """The largest batch (or `dim`) whose training step fits in `budget`, and the plan for it. No step is run; single kernels as
     in `remat.plan`, at the sizes that are tried.
@@ -96,6 +97,7 @@ def fit(
         optimizer=optimizer,
         in_flight=in_flight,
         loss=loss,
+        holds_outputs=holds_outputs,
     )
     if budget is None or parse_budget(budget).share_of_activations is not None:
         raise RematError(f"budget={budget!r} grows with the step; fit() needs bytes, '24GiB', '80%' or 'auto'")

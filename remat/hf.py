@@ -27,8 +27,9 @@ __all__ = ["RematCallback", "disable", "enable", "plan_of"]
 class RematCallback(TrainerCallback):
     """A budget for the model of a `Trainer` or `SFTTrainer`: `callbacks=[RematCallback(budget="20GiB")]`.
 
-    Takes the arguments of `remat.enable`. The optimizer's state counts as resident from the start of training. `plan` is the
-    plan of the latest kind of batch. The model stays enabled after training; `remat.disable(model)` undoes that.
+    Takes the arguments of `remat.enable`. The optimizer's state counts as resident from the start of training. Outputs beside
+    the loss take nothing in backward, since a Trainer lets go of them before (`holds_outputs=True` for one that does not).
+    `plan` is the plan of the latest kind of batch. The model stays enabled after training; `remat.disable(model)` undoes that.
 
     A trainer that calls the model's backbone and computes the loss itself (trl's do) gets a budget for the backbone; the loss
     is outside of the plan then, so leave room for it, or say with `loss=` what it is.
@@ -37,7 +38,7 @@ class RematCallback(TrainerCallback):
     """
 
     def __init__(self, budget: BudgetLike = "auto", *, whole_model: bool = True, **settings: Any) -> None:
-        self._settings = read_settings(budget, settings)
+        self._settings = read_settings(budget, {"holds_outputs": False, **settings})
         self._whole = whole_model
         self._model: nn.Module | None = None
         self._forward: Enabled | None = None

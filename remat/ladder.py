@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
-from remat.budget import format_bytes
+from remat.budget import format_bytes, format_needed
 from remat.errors import BudgetError
 from remat.menus import Menus
 from remat.planner import Solution, smallest_solution, solve
@@ -86,7 +86,7 @@ class Ladder:
         if fits < 0:
             raise BudgetError(
                 f"no plan fits in {format_bytes(limit)} as Inductor compiles it; the smallest found needs "
-                f"{format_bytes(min(peaks))} ({min(peaks)} bytes). Raise budget=, or use compiler='eager'.",
+                f"{format_needed(min(peaks))}. Raise budget=, or use compiler='eager'.",
                 budget_bytes=limit,
                 minimum_bytes=min(peaks),
                 where="the generated code",

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import inspect
 import logging
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -22,18 +23,17 @@ from torch import fx, nn
 from remat import _torch
 from remat.assembly import Region, adopt, recompile_text_only, runnable
 from remat.captured import Captured
-from remat.errors import BudgetError, CaptureError, RematError
-from remat.passes.regions import RegionGraph
+from remat.errors import CaptureError, RematError, telling_of_gradients
 from remat.plan import Plan
 from remat.runtime import one_step
 from remat.shapes import dynamic_axes
 from remat.state import CallKey, call_key, device_type, flatten_call, is_step, keep, serves, tensors_of, used
 from remat.table import announce
 from remat.twin import is_hooks
+from remat.whole import Rewriting, Rewritten
 
 log = logging.getLogger("remat")
 _NOT_CAPTURED = "this module has not captured a call like this; call it once before torch.compile"
-ADDS = "Gradients are there already, to which this step adds."
 
 
 @dataclass(frozen=True)
@@ -44,35 +44,32 @@ class Variant:
     key: CallKey
     modules: tuple[nn.Module, ...]
     adds: bool
-    captured: Captured
-    plan: Plan
-    outer: fx.Graph
-    regions: tuple[RegionGraph, ...]
+    rewritten: Rewritten
     run: fx.GraphModule
+
+    @property
+    def captured(self) -> Captured:
+        return self.rewritten.captured
+
+    @property
+    def plan(self) -> Plan:
+        return self.rewritten.plan
 
     def serves(self, key: CallKey, model: nn.Module) -> bool:
         """Whether it serves calls of this key, as the model is now."""
         return serves(self.key, self.modules, key) and self.captured.fits(model)
 
 
-class Build(Protocol):
-    """Captures, plans and rewrites one kind of call; `captured` is what such a call was captured as before, if it was."""
-
-    def __call__(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], captured: Captured | None
-    ) -> tuple[Captured, Plan, fx.Graph, tuple[RegionGraph, ...]]: ...
-
-
 class RematModule(fx.GraphModule):
     """See the module's docstring. `plan` is the plan of the latest kind of call, None before the first."""
 
-    def __init__(self, original: nn.Module, build: Build, dynamic_shapes: Any = None) -> None:
+    def __init__(self, original: nn.Module, rewrite: Rewriting, dynamic_shapes: Any = None) -> None:
         if isinstance(original, RematModule):
             raise RematError("this module comes from remat.optimize and has a plan already; optimize the original")
         if any("plan" in own for own in (original._parameters, original._buffers, original._modules)):
             raise RematError("the model has a parameter, buffer or submodule named plan, where its plan would be; rename it")
         super().__init__(nn.Module(), fx.Graph(), f"Remat{type(original).__name__}")
-        self._build = build
+        self._rewrite = rewrite
         self._variants: list[Variant] = []
         self.plan: Plan | None = None
         self._dynamic_shapes = dynamic_shapes
@@ -157,15 +154,11 @@ class RematModule(fx.GraphModule):
         flat, spec = flatten_call(args, kwargs)
         key = self._key(flat, spec)
         known = next((v.captured for v in self._variants if v.key == key and v.captured.fits(self._original)), None)
-        try:
-            captured, plan, outer, regions = self._build(self._original, args, kwargs, known)
-        except BudgetError as error:
-            if self._adds():
-                error.args = (f"{error} {ADDS}",)
-            raise
-        run = runnable(self._original, captured, outer, regions)
+        with telling_of_gradients(self._adds()):
+            rewritten = self._rewrite(self._original, args, kwargs, known)
+        run = runnable(self._original, rewritten.captured, rewritten.outer, rewritten.regions)
         key, modules = self._key(flat, spec), tuple(self._original.modules())  # anew: a forward may count its calls
-        variant = Variant(key, modules, self._adds(), captured, plan, outer, regions, run)
+        variant = Variant(key, modules, self._adds(), rewritten, run)
         keep(self._variants, variant, "" if self._dynamic_shapes is not None else type(self._original).__name__)
         self._show(variant)
         announce(variant.plan)
@@ -206,27 +199,27 @@ class RematModule(fx.GraphModule):
         self._original._load_from_state_dict(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RematModule:
-        twin = RematModule(copy.deepcopy(self._original, memo), self._build, self._dynamic_shapes)
+        twin = RematModule(copy.deepcopy(self._original, memo), self._rewrite, self._dynamic_shapes)
         memo[id(self)] = twin
         twin.__dict__.update(copy.deepcopy(self._own_state(), memo))
         now, modules = tuple(self._original.modules()), tuple(twin._original.modules())
         for v in self._variants:
             if v.modules == now:
                 key = v.key._replace(modules=tuple(map(id, modules)))
-                run = runnable(twin._original, v.captured, v.outer, v.regions)
-                twin._variants.append(Variant(key, modules, v.adds, v.captured, v.plan, v.outer, v.regions, run))
+                run = runnable(twin._original, v.captured, v.rewritten.outer, v.rewritten.regions)
+                twin._variants.append(dataclasses.replace(v, key=key, modules=modules, run=run))
         if twin._variants:
             twin._show(twin._variants[-1])
         return twin
 
     def __copy__(self) -> RematModule:
-        twin = RematModule(self._original, self._build, self._dynamic_shapes)
+        twin = RematModule(self._original, self._rewrite, self._dynamic_shapes)
         twin.__dict__.update(self._own_state())
         return twin
 
     def __reduce__(self) -> Any:
         """Pickled as the original module and how to plan; the graph is captured again at the first call."""
-        return _unpickle, (self._original, self._build, self._dynamic_shapes, self.plan), self._own_state()
+        return _unpickle, (self._original, self._rewrite, self._dynamic_shapes, self.plan), self._own_state()
 
     def _own_state(self) -> dict[str, Any]:
         """What a copy takes over: hooks, and what has been said."""
@@ -234,8 +227,8 @@ class RematModule(fx.GraphModule):
         return {**hooks, "_is_full_backward_hook": self._is_full_backward_hook, "_said_again": self._said_again}
 
 
-def _unpickle(original: nn.Module, build: Build, dynamic_shapes: Any, plan: Plan | None) -> RematModule:
-    module = RematModule(original, build, dynamic_shapes)
+def _unpickle(original: nn.Module, rewrite: Rewriting, dynamic_shapes: Any, plan: Plan | None) -> RematModule:
+    module = RematModule(original, rewrite, dynamic_shapes)
     module.plan = plan
     return module
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from functools import cache
@@ -15,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from remat.devices import cache_file
+from remat.devices import cache_file, write_figures
 from remat.errors import RematError
 from remat.workspace import Call, can_run
 
@@ -55,15 +53,8 @@ class OpTimes:
         if not fresh:
             return
         self._known = {**_read(self.path), **fresh}
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".json", delete=False) as file:
-                json.dump(self._known, file, indent=0, sort_keys=True)
-            os.replace(file.name, self.path)
-        except OSError as error:
-            log.warning("measured times of ops cannot be kept for later: %s", error)
-            return
-        self._fresh = {key: time for key, time in self._fresh.items() if time is None}
+        if write_figures(self.path, self._known):
+            self._fresh = {key: time for key, time in self._fresh.items() if time is None}
 
 
 @cache

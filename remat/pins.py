@@ -18,7 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from remat.errors import RematError
 from remat.passes.provenance import module_path
-from remat.program import HELD, Decision, Program
+from remat.program import Decision, Program
 
 Pins: TypeAlias = "Mapping[str, Decision | str] | None"
 
@@ -106,6 +106,6 @@ def _obstacle(program: Program, position: int, decision: Decision) -> str:
             return f"{value.name} cannot be recomputed: {value.pinned}"
         if decision is Decision.OFFLOAD and program.parts:
             return f"{value.name} cannot move to the host in a model rewritten block by block"
-        if decision is Decision.OFFLOAD and value.pinned == HELD:
-            return f"moving {value.name} to the host would free nothing: it is {HELD}"
+        if decision is Decision.OFFLOAD and value.is_output:
+            return f"moving {value.name} to the host would free nothing: it is {value.pinned}"
     return ""

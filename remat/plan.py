@@ -149,9 +149,10 @@ class Plan:
     formulas if it was made with `dynamic_shapes`. `repeats` says of ops whose results backward lets go of between two of their
     readers, to compute them once more, how often it does.
 
-    `link` is the way to the host, None where none was considered. `timeline` is the step op by op, `baseline_timeline` the same
-    with everything saved; `storages` add up to the live bytes of `timeline` at each moment. Through Inductor both are of the
-    generated code, with a moment for each allocation.
+    `link` is the way to the host, None where none was considered. `holds_outputs` says whether what the model returns beside
+    its loss counts until the step ends. `timeline` is the step op by op, `baseline_timeline` the same with everything saved;
+    `storages` add up to the live bytes of `timeline` at each moment. Through Inductor both are of the generated code, with a
+    moment for each allocation.
     """
 
     budget_bytes: int | None
@@ -181,6 +182,7 @@ class Plan:
     model: str = ""
     inputs: tuple[Input, ...] = ()
     link: Link | None = None
+    holds_outputs: bool = True
     torch_version: str = torch.__version__
     peak_formula: Formula | None = field(default=None, repr=False)
     step_us_formula: Formula | None = field(default=None, repr=False)

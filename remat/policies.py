@@ -31,7 +31,7 @@ from remat.passes.provenance import module_path
 from remat.pins import read_decision
 from remat.plan import Activation
 from remat.planner import Solution, fastest_solution, solution_of
-from remat.program import HELD, Decision, Program
+from remat.program import Decision, Program
 from remat.solvers.improve import prune
 
 Policy: TypeAlias = "str | Callable[[Activation], Decision | str | None]"
@@ -182,4 +182,4 @@ def _may_move(program: Program, position: int) -> bool:
     """False if someone else holds the result, so that moving it would free nothing, or has decided about it, and for a step
     that is rewritten in parts."""
     op = program.forward[position]
-    return not program.parts and op.pin is None and not any(program.values[v].pinned == HELD for v in op.outputs)
+    return not program.parts and op.pin is None and not any(program.values[v].is_output for v in op.outputs)

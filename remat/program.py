@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 HELD = "held by an output of the model"  # why a value is pinned that someone else holds to the end of the step
+RETURNED = "returned by the model"  # of one that nobody holds after forward but for its loss
 
 RESIDENT = ("parameters", "buffers", "inputs", "gradients", "optimizer", "libraries", "others")
 KINDS = (*RESIDENT, "activations", "recomputed", "outputs", "working set")
@@ -86,6 +87,10 @@ class Value(NamedTuple):
     def passing(self) -> int:
         return self.bytes if self.passing_bytes is None else self.passing_bytes
 
+    @property
+    def is_output(self) -> bool:
+        return self.pinned in (HELD, RETURNED)
+
 
 class ValueTable(NamedTuple):
     """The numbers of a program's values, an array of each."""
@@ -146,7 +151,8 @@ class Program:
     is held until backward has last read it, and cannot be let go of in between. `resident` says what `resident_bytes`
     are for, by kind. `modules` are the paths of the modules that the forward ops come from. `parts` are the stretches [start,
     stop) of forward that can be rewritten, none across their ends; none are given where that is all of it. Without a `link`
-    nothing moves to the host. The first `loss_ops` of backward are those of a loss outside of the model.
+    nothing moves to the host. The first `loss_ops` of backward are those of a loss outside of the model. `holds_outputs`
+    is whether outputs of the model count until the step ends.
     """
 
     forward: tuple[Op, ...]
@@ -162,6 +168,7 @@ class Program:
     modules: tuple[str, ...] = ()
     parts: tuple[tuple[int, int], ...] = ()
     loss_ops: int = 0
+    holds_outputs: bool = True
 
     @cached_property
     def fixed_table(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -181,9 +188,9 @@ class Program:
         return ValueTable(*(arrays or [np.zeros(0, dtype=np.int64)] * len(ValueTable._fields)))
 
     @cached_property
-    def is_held(self) -> np.ndarray:
-        """By value, whether an output of the model holds it."""
-        return np.array([value.pinned == HELD for value in self.values], dtype=bool)
+    def is_output(self) -> np.ndarray:
+        """By value, whether it is an output of the model."""
+        return np.array([value.is_output for value in self.values], dtype=bool)
 
     @cached_property
     def fused(self) -> tuple[Op, ...]:

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import fx
 
 from remat import _torch
 from remat.absent import scratch_bytes
+from remat.backward import loss_from, run_backward
 from remat.captured import Captured
 from remat.devices import DeviceProfile
-from remat.errors import CaptureError, RematError
-from remat.export import DOOR_2
 from remat.op_times import OpTimes
 from remat.passes.pinning import why_pinned
 from remat.passes.provenance import module_path
 from remat.passes.randomness import may_draw
-from remat.program import HELD, Fixed, Op, Program, Value
+from remat.program import HELD, RETURNED, Fixed, Op, Program, Value
 from remat.recorded import Storage
 from remat.recorder import Recorder
 from remat.resident import bytes_beside
+from remat.settings import Settings
 from remat.site import Site
 from remat.workspace import Call, workspace_bytes
 
@@ -32,13 +30,12 @@ def record(
     captured: Captured,
     tensors: Sequence[torch.Tensor],
     site: Site,
-    adds: bool = False,
-    loss: Callable[[Any], torch.Tensor] | None = None,
+    settings: Settings,
 ) -> Program:
-    """Record one training step of the captured graph; one that adds to gradients where there are any, or for all if `adds`.
+    """Record one training step of the captured graph; one that adds to gradients where there are any, or with several forwards
+    in flight for all.
 
-    tensors: one per placeholder; only their metadata is used. Outputs of the model are counted as held until the step ends.
-    Backward begins as `backward_from` says.
+    tensors: one per placeholder; only their metadata is used. Of `settings` only what the step is counts.
     """
     recorder = Recorder(site.profile)
     fake = _torch.FakeTensorMode()
@@ -46,118 +43,40 @@ def record(
         inputs = [_torch.fake_like(tensor) for tensor in tensors]
     for tensor, real, source in zip(inputs, tensors, captured.sources, strict=True):
         recorder.know(tensor)
-        trains = adds and source.kind == "parameter" and real.requires_grad
+        trains = settings.in_flight > 1 and source.kind == "parameter" and real.requires_grad
         if trains or (real.is_leaf and real.grad is not None):
             with fake:
                 tensor.grad = torch.empty_like(tensor)
             recorder.know(tensor.grad)
     with fake, recorder.forward():
         outputs = recorder.run_graph(captured, inputs)
+    output = captured.output_of(outputs)
+    returned = recorder.behind(output)
     with fake, recorder.backward():
-        backward_from(captured.output_of(outputs), recorder, loss)
+        loss, held = loss_from(output, recorder, settings)
+        holds_outputs = held is output
+        del outputs, output
+        let_go = {id(storage) for storage in returned} - {id(storage) for storage in recorder.behind(held)}
+        run_backward(loss, recorder)
     produced = {ran.node: ran.storages for ran in recorder.ran}
     escaping = {id(s) for node in captured.graph.output_node().all_input_nodes for s in produced.get(node, ())}
-    pins = {id(s): why_pinned(s.node, mutated_inputs(captured)) for s in recorder.all if s.node is not None}
+    mutated = mutated_inputs(captured)
+    pins = {id(s): why_pinned(s.node, mutated) for s in recorder.all if s.node is not None}
     others = site.resident["others"] + bytes_beside(recorder.found, tensors)
     site = dataclasses.replace(site, resident={**site.resident, "others": others})
-    return write_program(recorder, pins | dict.fromkeys(escaping, HELD), site)
-
-
-def backward_from(output: Any, recorder: Recorder, loss_of: Callable[[Any], torch.Tensor] | None = None) -> None:
-    """Backward from what `loss_of` makes of a model's output. Without it, from what is named `loss` there, or a scalar that all
-    else has led to; or else from some loss outside of the model, which gives every tensor that requires grad a dense gradient.
-    """
-    loss = _found_loss(output) if loss_of is None else _computed_loss(output, recorder, loss_of)
-    recorder.watch_sums(loss)
-    try:
-        with _torch.without_autocast(), _fake_gradients(loss, recorder):
-            loss.backward()
-    except RematError:
-        raise
-    except Exception as error:  # an op without a derivative; of any kind where a function of the model's own runs
-        raise CaptureError(f"there is no backward to plan for: {error}; {DOOR_2}") from error
-
-
-@contextlib.contextmanager
-def _fake_gradients(loss: Any, recorder: Recorder) -> Iterator[None]:
-    """Parameters with values, which a loss outside of the model trains, have fake gradients meanwhile."""
-    leaves = (node.variable for node in _torch.autograd_nodes(loss) if _torch.is_leaf_node(node))
-    real = [leaf for leaf in leaves if not _torch.is_fake(leaf)]
-    before = [leaf.grad for leaf in real]
-    try:
-        for leaf in real:
-            if leaf.grad is not None:
-                recorder.found.append(leaf.grad)
-                with _torch.no_dispatch_modes(), loss.fake_mode:  # no memory of the step
-                    leaf.grad = _torch.fake_like(leaf.grad)
-                recorder.know(leaf.grad)
-        yield
-    finally:
-        for leaf, gradient in zip(real, before, strict=True):
-            leaf.grad = gradient
-
-
-def _computed_loss(output: Any, recorder: Recorder, loss_of: Callable[[Any], torch.Tensor]) -> torch.Tensor:
-    """`loss_of` runs between forward and backward, as part of which it counts: no plan decides about it."""
-    try:
-        loss = recorder.run_loss(lambda: loss_of(output))
-    except (_torch.DataDependentOutputException, _torch.DynamicOutputShapeException) as error:
-        raise RematError(
-            f"{_LOSS_FAILS}: {error.func} reads them (what a mask picks has no size there: weigh by it, or use ignore_index)"
-        ) from error
-    except Exception as error:  # of any kind: it is the user's
-        raise RematError(f"{_LOSS_FAILS}: {error}") from error
-    if not _torch.is_fake(loss) or loss.numel() != 1 or not loss.requires_grad:
-        raise RematError("loss= has to make of the output a tensor of one number that requires grad")
-    if any(_torch.is_numbered_before(node, recorder.first) for node in _torch.autograd_nodes(loss)):
-        raise RematError("loss= reads a result whose graph was made before, which planning would run backward; detach it there")
-    recorder.found[:] = [tensor for tensor in recorder.found if tensor.device == loss.device]
-    return loss
-
-
-_LOSS_FAILS = "loss= fails on the model's output, which has no values while planning"
-
-
-def _found_loss(output: Any) -> torch.Tensor:
-    leaves = [o for o in _torch.pytree.tree_leaves(output) if isinstance(o, torch.Tensor)]
-    differentiable = [o for o in leaves if o.requires_grad]
-    if not differentiable:
-        found = "no tensor is found" if not leaves else "nothing requires grad"
-        raise CaptureError(
-            f"{found} in the {type(output).__name__} that the model returns, so that there is no backward to plan for"
-        )
-    named = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    losses = [o for o in differentiable if o.dim() == 0 and (o is named or _is_after(o, differentiable))]
-    return losses[0] if losses else _Loss.apply(*differentiable)
-
-
-def _is_after(loss: torch.Tensor, others: Sequence[torch.Tensor]) -> bool:
-    """Whether backward from `loss` passes through all `others`."""
-    nodes = _torch.autograd_nodes(loss)
-    return all(other is loss or other.grad_fn in nodes for other in others)
-
-
-class _Loss(torch.autograd.Function):
-    """Some loss outside of the model: it gives each output a dense gradient, which the engine lets go of after use."""
-
-    @staticmethod
-    def forward(ctx: Any, *outputs: torch.Tensor) -> torch.Tensor:
-        ctx.like = [(o.shape, o.dtype, o.device) for o in outputs]
-        return outputs[0].new_zeros((), dtype=torch.float32)
-
-    @staticmethod
-    def backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like)
+    pins |= dict.fromkeys(escaping, HELD) | dict.fromkeys(let_go, RETURNED)
+    return write_program(recorder, pins, site, holds_outputs)
 
 
 def write_program(
     recorder: Recorder,
     pins: Mapping[int, str],
     site: Site,
+    holds_outputs: bool,
     parts: tuple[tuple[int, int], ...] = (),
 ) -> Program:
     """The recorded step as numbers. `pins` are the storages that a plan decides about, by id, and why each can only be saved,
-    "" where it need not; `parts` as in `Program`."""
+    "" where it need not; `holds_outputs` and `parts` as in `Program`."""
     device, times, resident, end = site.profile, site.times, site.resident, recorder.position - 1
     values, index, fixed = _lifetimes(recorder, pins)
     largest = max((storage.bytes for storage in recorder.all), default=0)
@@ -190,6 +109,7 @@ def write_program(
         modules=tuple(module_path(ran.node) for ran in recorder.ran),
         parts=parts,
         loss_ops=recorder.loss_ops,
+        holds_outputs=holds_outputs,
     )
 
 
@@ -208,11 +128,13 @@ def _lifetimes(recorder: Recorder, pins: Mapping[int, str]) -> tuple[list[Value]
         pin = HELD if storage.released < storage.packed else pins[id(storage)]  # by the graph of one that has no gradient
         if not pin and storage.packed and dies < n_forward:
             pin = _LET_GO
-        if storage.in_function and pin != HELD and dies >= n_forward and dies > storage.release:
-            pin, storage.release = _IN_FUNCTION, dies
+        if storage.in_function and pin not in (HELD, RETURNED) and dies >= n_forward and dies > storage.release:
+            pin = _IN_FUNCTION
+        if pin in (RETURNED, _IN_FUNCTION) and dies >= n_forward and dies > storage.release:
+            storage.release = dies
             storage.reads.append(dies)
         last_forward = end if pin == HELD else max(storage.last_forward, born)
-        if pin and (dies < n_forward or not storage.packed):  # a variable may hold it after its last reader
+        if pin and (dies < n_forward or not storage.packed or pin == RETURNED):  # a variable may hold it after its last reader
             last_forward = max(last_forward, min(dies, n_forward - 1))
         reads = tuple(sorted(set(storage.reads)))
         index[id(storage)] = len(values)

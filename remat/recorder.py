@@ -326,7 +326,7 @@ class Recorder(_torch.TorchDispatchMode):
             return tensor
         self.note(tensor)  # an output that is saved before its op returns
         storage = self._storages.get(_torch.storage_key(tensor))
-        token = _Token(tensor, storage)
+        token = _Token(tensor.detach(), storage)  # what an op returns would hold its node, and that the token
         if storage is not None:
             storage.packed += 1
             weakref.finalize(token, self._released, storage)

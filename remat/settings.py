@@ -4,6 +4,7 @@ given."""
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from remat.op_times import check_costs
 from remat.pins import Pins, check_pins
 from remat.plan import Plan
 from remat.policies import Policy, check_policy
+
+log = logging.getLogger("remat")
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Settings(Common):
     optimizer: torch.optim.Optimizer | None = None
     in_flight: int = 1
     loss: Callable[[Any], torch.Tensor] | None = None
+    holds_outputs: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,8 +62,12 @@ class Settings(Common):
             raise RematError(f"in_flight={self.in_flight!r} is not a number of forwards")
         if self.loss is not None and not callable(self.loss):
             raise RematError(f"loss={self.loss!r} cannot be called; give a function of the model's output")
+        if not isinstance(self.holds_outputs, bool):
+            raise RematError(f"holds_outputs={self.holds_outputs!r} is neither True nor False")
 
     def __getstate__(self) -> dict[str, Any]:
+        if self.optimizer is not None:
+            log.warning("what is pickled leaves out optimizer=: plans made from it do not count the optimizer's state")
         return {**self.__dict__, "optimizer": None, "loss": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Settings:

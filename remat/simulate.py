@@ -121,7 +121,7 @@ def _spans(step: _Lives, trips: Mapping[int, Trip]) -> Spans:
         until[v] = trip.release
     fixed_until = when[dies]
     _write_over(step, trips, size, until, fixed_until)
-    kinds = np.where(program.is_held, _OUTPUTS, np.where(step.kept, _ACTIVATIONS, _WORKING_SET))
+    kinds = np.where(program.is_output, _OUTPUTS, np.where(step.kept, _ACTIVATIONS, _WORKING_SET))
     rest = np.array([(s.born, s.dies, s.bytes, KINDS.index(s.kind), s.value) for s in more], dtype=np.int64).reshape(-1, 5)
     n = len(program.values)
     return Spans(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from remat._torch import backward_start_ns, pytree
+from remat.backward import own_loss
 from remat.budget import format_bytes
 from remat.errors import RematError
 from remat.measure import live_bytes, profiled, reachable, resident_storages
@@ -84,8 +86,9 @@ def verify(
 
     Args:
         model_or_step: a function that takes the step (forward and backward, nothing more), or a model, whose step is a call
-            with `args` and `kwargs` and the backward of its loss: `output.loss`, else the sum of what it returns. With
-            a loss outside of the model, give a function, in which a variable holds the output.
+            with `args` and `kwargs` and the backward of its loss: what is named `loss` in its output, or a scalar that all else
+            has led to, else the sum of what it returns. It holds the output if the plan does. With a loss outside of the model,
+            give a function, in which a variable holds the output.
         plan: by default that of the model for such a step, from `remat.optimize`, under `remat.enable` or compiled with backend
             "remat".
 
@@ -100,7 +103,9 @@ def verify(
         plans_of(model_or_step)  # without inputs no step can lead to one
     if plan is not None and not isinstance(plan, Plan):
         raise RematError(f"plan= has to be a remat.Plan, not a {type(plan).__name__}; inputs go into args= and kwargs=")
-    step = _Step(model_or_step, args, dict(kwargs or {})) if isinstance(model_or_step, nn.Module) else model_or_step
+    step: Callable[..., object] = model_or_step
+    if isinstance(model_or_step, nn.Module):
+        step = partial(_step, model_or_step, args, kwargs or {})
     leaves = {id(t): t for t in reachable(step) if t.is_leaf and t.requires_grad}.values()
     before = [leaf.grad for leaf in leaves]
     known = [plan] if plan is not None else [each.plan for each in plans_so_far(model_or_step)]
@@ -113,7 +118,10 @@ def verify(
             leaf.grad = leaf.grad if has_gradients else None
         if has_gradients and any(gradient is None for gradient in before):
             step()  # now that there are gradients to add to, which is planned otherwise
-        return _held_against(plan or only_plan(model_or_step), step)
+        plan = plan or only_plan(model_or_step)
+        if isinstance(model_or_step, nn.Module):
+            step = partial(step, holds_output=plan.holds_outputs)
+        return _held_against(plan, step)
     finally:
         for leaf, gradient in zip(leaves, before, strict=True):
             leaf.grad = gradient
@@ -151,19 +159,16 @@ def _held_against(plan: Plan, step: Callable[[], object]) -> Verification:
     return Verification(plan, checks, measured, (backward_ns - start) / 1e3, seconds)
 
 
-class _Step:
-    """A model's forward, and the backward of its loss."""
-
-    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.model, self.args, self.kwargs = model, args, kwargs
-
-    def __call__(self) -> Any:
-        output = self.model(*self.args, **self.kwargs)
-        loss = getattr(output, "loss", None)
-        if loss is None:
-            tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor) and t.requires_grad]
-            if not tensors:
-                raise RematError("the model returns nothing that requires grad, so there is no backward to run")
-            loss = torch.stack([t.float().sum() for t in tensors]).sum()
-        loss.backward()
-        return output
+def _step(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], holds_output: bool = True) -> Any:
+    """A model's forward, and the backward of its loss. Returns what a loop holds."""
+    output = model(*args, **kwargs)
+    loss = own_loss(output)
+    if loss is None:
+        tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor) and t.requires_grad]
+        if not tensors:
+            raise RematError("the model returns nothing that requires grad, so there is no backward to run")
+        loss = torch.stack([t.float().sum() for t in tensors]).sum()
+    held = output if holds_output else loss
+    del output
+    loss.backward()
+    return held

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -37,6 +37,15 @@ _FASTEST = Settings(budget=None)
 _MUCH = 0.1  # less of the room above what is resident is not worth a second plan
 
 
+class Rewritten(NamedTuple):
+    """A call as it was captured, and the graphs that run it under a plan: `outer`, which calls the `regions`."""
+
+    captured: Captured
+    plan: Plan
+    outer: fx.Graph
+    regions: tuple[RegionGraph, ...]
+
+
 @dataclass(frozen=True)
 class Rewriting:
     """Captures, plans and rewrites one kind of call at a time, as `settings` say."""
@@ -45,12 +54,12 @@ class Rewriting:
 
     def __call__(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], captured: Captured | None = None
-    ) -> tuple[Captured, Plan, fx.Graph, tuple[RegionGraph, ...]]:
+    ) -> Rewritten:
         """`captured`: what such a call was captured as before, if it was."""
-        settings = self.settings
-        step, plan = trace(model, args, kwargs, settings, captured=captured).planned(settings)
+        traced = trace(model, args, kwargs, self.settings, captured=captured)
+        step, plan = traced.planned(self.settings)
         outer, regions = form_regions(step.captured.graph, step.stretches(plan), transfers_of(plan))
-        return step.captured, plan, outer, regions
+        return Rewritten(traced.captured, plan, outer, regions)
 
 
 @dataclass(frozen=True)
@@ -150,8 +159,8 @@ def trace(
     """Capture one call of `model` and record its training step, as on the device it is on or on a well-known one by name.
     Keeps nothing on the device; kernels run there for their scratch memory (remat/workspace.py).
 
-    Of `settings` only what the step is counts: optimizer, costs, loss and in_flight (where there are several, the step adds to
-    gradients, whether there are any yet or not).
+    Of `settings` only what the step is counts: optimizer, costs, loss, holds_outputs and in_flight (with several, the step adds
+    to gradients, whether there are any yet or not).
     """
     check_model(model, args, kwargs)
     inspect.signature(model.forward).bind(*args, **kwargs)  # a wrong call is a TypeError, as it always was
@@ -190,7 +199,7 @@ def inputs_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Input, ...
 def _recorded(
     call: ModelCall, tensors: Sequence[torch.Tensor], site: Site, settings: Settings, captured: Captured
 ) -> TracedModel:
-    program = record(captured, tensors, site, settings.in_flight > 1, settings.loss)
+    program = record(captured, tensors, site, settings)
     nodes = tuple(node for node in captured.graph.nodes if node.op == "call_function")
     found = program, nodes, site, fingerprint_of([captured.graph]), training(captured, tensors), call, settings.in_flight
     return TracedModel(*found, captured, partial(_recorded, call, tensors, site, settings))

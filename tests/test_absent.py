@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
@@ -131,3 +134,11 @@ def test_a_measured_device_is_remembered(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert remat.profile_device("cpu") == measured
     with pytest.raises(remat.RematError, match="cannot be measured"):
         remat.profile_device("meta")
+
+
+def test_figures_that_cannot_be_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with caplog.at_level(logging.WARNING, "remat"):
+        assert remat.profile_device("cpu").float_flop_per_us > 0
+    assert "measured figures cannot be kept" in caplog.text

@@ -63,6 +63,31 @@ def test_a_trainers_loss_curve_is_the_plain_models(tmp_path: Path, arguments: di
     assert losses(ours)[-1] < losses(ours)[0]
 
 
+class _Measured(Trainer):
+    """Notes the peak of the latest step but the first, in which scratch memory is measured."""
+
+    peak_bytes = 0
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        step = functools.partial(super().training_step, *args, **kwargs)
+        if not self.state.global_step:
+            return step()
+        found: list[torch.Tensor] = []
+        self.peak_bytes = remat.measure(lambda: found.append(step())).peak_bytes
+        return found[0]
+
+
+def test_a_trainers_step_stays_within_the_plan_and_holds_no_logits(tmp_path: Path) -> None:
+    callback = RematCallback(budget=0.9)
+    run: Any = trainer(tiny(vocab_size=2048), tmp_path, [callback], kind=_Measured, max_steps=3)
+    run.train()
+    plan = callback.plan
+    assert plan is not None
+    assert not plan.holds_outputs
+    measured = run.peak_bytes - _TOKENS[0]["input_ids"].untyped_storage().nbytes()  # the data set is no part of the step
+    assert 0.99 * plan.peak_bytes <= measured <= plan.peak_bytes
+
+
 def test_bf16_and_evaluation_in_between(tmp_path: Path) -> None:
     arguments = {"bf16": True, "max_steps": 12, "eval_strategy": "steps", "eval_steps": 5}
     curves, evaluated = [], []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -151,3 +152,20 @@ def test_logits_that_are_turned_round_and_gradients_of_the_gradient() -> None:
         assert torch.equal(gradient, expected)
     for gradient, expected in zip(gradients(ours, True), gradients(model, True), strict=True):
         torch.testing.assert_close(gradient, expected)
+
+
+def test_a_share_is_of_the_same_step_where_that_adds_to_gradients() -> None:
+    """Not of the one with its loss in shares, which has been captured meanwhile."""
+    model, kwargs = wide()
+    optimized = remat.optimize(model, (), kwargs, budget=0.7)
+    above = []
+    for _ in range(2):
+        optimized(**kwargs).loss.backward()
+        plan = optimized.plan
+        assert plan is not None
+        assert plan.budget_bytes is not None
+        assert shares(plan)
+        fresh = remat.plan(copy.deepcopy(model), (), kwargs, budget=0.7)  # without gradients
+        assert fresh.budget_bytes is not None
+        above.append((plan.budget_bytes - plan.resident_bytes) / (fresh.budget_bytes - fresh.resident_bytes))
+    assert above == [1.0, pytest.approx(1.0, abs=0.1)]

@@ -245,3 +245,12 @@ def test_a_tensor_stays_until_it_is_released(released: bool) -> None:
     assert soon(lambda: gone() is None)
     torch.ops.remat.wait(back)
     assert torch.equal(back, expected)
+
+
+@pytest.mark.usefixtures("_dynamo")
+def test_nothing_moves_of_an_empty_batch() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU(), torch.nn.Linear(4, 4))
+    step = torch.compile(model, backend="remat", options={"compiler": "eager", "policy": "offload-all"})
+    step(torch.randn(0, 4)).sum().backward()
+    assert model[0].weight.grad is not None
+    assert not remat.plans(step)[0].plan.host_bytes

@@ -115,3 +115,73 @@ def test_autograd_keeps_nothing_of_what_is_detached() -> None:
     alone = remat.plan(_Aside(lambda self, x: self.trained(x).square().mean()), (x,), budget=None)
     stopped = remat.plan(_Aside(lambda self, x: (self.trained(x) + self.other(x).detach()).square().mean()), (x,), budget=None)
     assert stopped.peak_bytes - stopped.resident_bytes < 1.3 * (alone.peak_bytes - alone.resident_bytes)
+
+
+class _Watched(nn.Module):
+    """Returns a loss, and what every stack makes beside it; or without the loss."""
+
+    def __init__(self, *, has_loss: bool = True) -> None:
+        super().__init__()
+        layers = [nn.Sequential(nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32)) for _ in range(8)]
+        self.layers, self.watch, self.has_loss = nn.ModuleList(layers), nn.Linear(32, 64), has_loss
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        hidden = x
+        for layer in self.layers:
+            hidden = hidden + layer(hidden)
+        aside = self.watch(hidden).tanh()  # has a graph that backward from the loss does not enter
+        found = {"hidden": hidden, "wide": torch.cat([hidden] * 4, 1), "aside": aside}
+        return {"loss": (hidden - x).square().mean(), **found} if self.has_loss else found
+
+
+def _squared(output: dict[str, torch.Tensor]) -> torch.Tensor:
+    return output["hidden"].square().mean()
+
+
+@pytest.mark.parametrize("whole_model", [True, False], ids=["whole", "blocks"])
+@pytest.mark.parametrize("loss", [None, _squared], ids=["its own", "outside"])
+def test_outputs_take_nothing_in_backward_where_the_loop_lets_go_of_them(loss: _Loss | None, whole_model: bool) -> None:
+    model, x = _Watched(has_loss=loss is None), torch.randn(512, 32)
+    loss_of = loss or (lambda output: output["loss"])
+    expected = copy.deepcopy(model)
+    loss_of(expected(x)).backward()
+
+    def let_go() -> None:
+        loss_of(optimized(x)).backward()
+
+    def hold() -> None:
+        output = optimized(x)
+        loss_of(output).backward()
+
+    peaks = {}
+    for holds, step in ((True, hold), (False, let_go)):
+        optimized = remat.enable(copy.deepcopy(model), 0.6, whole_model=whole_model, loss=loss, holds_outputs=holds)
+        step()
+        for ours, theirs in zip(optimized.parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=0)
+        optimized.zero_grad(set_to_none=True)
+        measured = remat.measure(step)
+        plan = remat.plan_of(optimized)
+        assert plan is not None
+        assert plan.dropped
+        assert plan.holds_outputs == holds
+        assert 0.98 * plan.peak_bytes <= measured.peak_bytes <= plan.peak_bytes
+        peaks[holds] = plan.baseline_peak_bytes
+    assert peaks[False] < peaks[True] - 3 * x.nbytes  # most of the copies
+
+
+def test_a_loss_that_nobody_tells_may_hold_the_outputs() -> None:
+    model, x = _Watched(has_loss=False), torch.randn(512, 32)
+    plan = remat.plan(model, (x,), budget=None, holds_outputs=False)
+    assert plan.holds_outputs
+    assert plan.timeline == remat.plan(model, (x,), budget=None).timeline
+
+
+def test_what_is_returned_is_saved_while_forward_runs() -> None:
+    model, x = _Watched(), torch.randn(512, 32)
+    plan = remat.plan(model, (x,), budget=0.6, holds_outputs=False, policy="offload-all")
+    outputs = {storage.name for storage in plan.storages if storage.kind == "outputs"}
+    assert outputs
+    assert outputs.isdisjoint(transfer.name for transfer in plan.transfers)
+    with pytest.raises(remat.RematError, match="holds_outputs='no' is neither True nor False"):
+        remat.plan(model, (x,), budget=None, holds_outputs="no")  # type: ignore[arg-type]

@@ -73,18 +73,18 @@ COMMON = (
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("optimize", COMMON.replace("'analytic')", "'analytic', in_flight=1, loss=None)")),
-        ("plan", COMMON.replace("'analytic')", "'analytic', device=None, in_flight=1, loss=None)")),
+        ("optimize", COMMON.replace("'analytic')", "'analytic', in_flight=1, loss=None, holds_outputs=True)")),
+        ("plan", COMMON.replace("'analytic')", "'analytic', device=None, in_flight=1, loss=None, holds_outputs=True)")),
         (
             "frontier",
             "(model, args=(), kwargs=None, *, budget=None, optimizer=None, host_budget=None, pin=None, costs='analytic', "
-            "device=None, in_flight=1, loss=None, points=12)",
+            "device=None, in_flight=1, loss=None, holds_outputs=True, points=12)",
         ),
         (
             "fit",
             "(model, args=(), kwargs=None, *, budget, dim='batch', dynamic_shapes=None, multiple_of=1, policy='auto', "
             "optimizer=None, trainable_only=True, host_budget=None, pin=None, costs='analytic', device=None, "
-            "in_flight=1, loss=None)",
+            "in_flight=1, loss=None, holds_outputs=True)",
         ),
         ("measure", "(fn)"),
         ("verify", "(model_or_step, plan=None, args=(), kwargs=None)"),

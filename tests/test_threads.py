@@ -140,3 +140,33 @@ def test_models_with_packed_rows_beside_others() -> None:
         stop.set()
         thread.join()
     assert torch.equal(module(**packed).loss, model(**packed).loss)
+
+
+def test_evaluations_that_overlap_leave_the_budget_on() -> None:
+    model, x = (
+        nn.Sequential(*(nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8)) for _ in range(2))),
+        torch.randn(4, 8),
+    )
+    remat.enable(model, None, whole_model=False)
+    first_in, second_in, first_out = threading.Event(), threading.Event(), threading.Event()
+
+    def meet(*_: Any) -> None:
+        (first_in if threading.current_thread().name == "first" else second_in).set()
+        assert (second_in if threading.current_thread().name == "first" else first_out).wait(10)
+
+    def evaluate() -> None:
+        with torch.no_grad():
+            model(x)
+        if threading.current_thread().name == "first":
+            first_out.set()
+
+    hook = model[0].register_forward_pre_hook(meet)
+    first, second = (threading.Thread(target=evaluate, name=name) for name in ("first", "second"))
+    first.start()
+    assert first_in.wait(10)
+    second.start()
+    for thread in (first, second):
+        thread.join()
+    hook.remove()
+    model(x).sum().backward()
+    assert remat.plan_of(model) is not None

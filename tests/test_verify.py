@@ -132,3 +132,23 @@ def test_what_has_no_backward_is_refused() -> None:
 def test_a_verification_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         remat.Check("a", 1, 1).name = "b"  # type: ignore[misc]
+
+
+class _Pair(nn.Module):
+    """Returns its loss, and what that comes from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Sequential(nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32)) for _ in range(3)))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        found = self.layers(x)
+        return found, (found - x).square().mean()
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_backward_begins_where_it_is_planned_to(holds: bool) -> None:
+    model = remat.optimize(_Pair(), budget=None, holds_outputs=holds)
+    found = remat.verify(model, args=(torch.randn(256, 32),))
+    assert found.plan.holds_outputs == holds
+    assert [check.name for check in found.checks if not 0 <= check.predicted_bytes - check.measured_bytes < 8192] == []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from remat.errors import CaptureError, RematError
+from remat.errors import CaptureError, RematError, reason_of
 
 _DOUBLINGS = 24  # of the example's size, after which there is no largest
 _FARTHEST = 16  # times a size that fits to the next that is tried
@@ -30,7 +30,7 @@ def largest(room_at: Callable[[int], int], start: int, dim: str, least: int = 1)
         try:
             room = room_at(middle)
         except CaptureError as error:
-            high, lacking, limit = middle, None, str(error).splitlines()[0]
+            high, lacking, limit = middle, None, reason_of(error)
             continue
         if room >= 0:
             low, spare = middle, room
@@ -56,7 +56,7 @@ def _bracket(room: Callable[[int], int], start: int, dim: str, least: int) -> tu
         try:
             left = room(high)
         except CaptureError as error:
-            return low, high, str(error).splitlines()[0]
+            return low, high, reason_of(error)
         if left < 0:
             return low, high, ""
         reach = high + (high - low) * left // max(room(low) - left, 1) + 1  # the first that does not fit, were all this linear
@@ -74,5 +74,5 @@ def _below(room: Callable[[int], int], high: int, least: int) -> tuple[int, int,
                 return middle, high, ""
             high = middle
         except CaptureError as error:
-            refused, limit = middle, str(error).splitlines()[0]
+            refused, limit = middle, reason_of(error)
     return 0, high, limit

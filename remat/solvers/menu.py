@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from remat.program import HELD, Decision, Fixed, Move, Op, Program, Value
+from remat.program import Decision, Fixed, Move, Op, Program, Value
 from remat.simulate import simulate
 from remat.solvers.mincut import Items, Network, closure, hull
 
@@ -182,7 +182,7 @@ def _movable(block: Program, dropped: frozenset[int], least_bytes: int) -> set[f
     sizes: dict[int, int] = {}
     leaving = set()
     for value in (block.values[v] for v in replay.kept):
-        if value.bytes >= least_bytes and value.pinned != HELD and block.forward[value.op].pin is None:
+        if value.bytes >= least_bytes and not value.is_output and block.forward[value.op].pin is None:
             sizes[value.op] = sizes.get(value.op, 0) + value.bytes
             if value.pinned == _LEAVES:
                 leaving.add(value.op)
