@@ -85,11 +85,11 @@ def compare(name: str) -> Iterator[Pair]:
         trace(model.train(), args if isinstance(args, tuple) else (), args if isinstance(args, dict) else {}).program
     )
     menus = make_menus(program)
-    top, bottom = (f(program, menus).replay.peak_bytes for f in (fastest_solution, smallest_solution))
+    top, bottom = (f(menus).replay.peak_bytes for f in (fastest_solution, smallest_solution))
     for share in track(SHARES, name):
         budget = int(bottom + share * (top - bottom))
         start = time.perf_counter()
-        ours = solve(program, make_menus(program), budget)
+        ours = solve(make_menus(program), budget)
         planning_s = time.perf_counter() - start
         start = time.perf_counter()
         optimum, bound = best(program, budget)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from remat._torch import HigherOrderOperator, OpOverload
+from remat._torch import HigherOrderOperator, OpOverload, free_unbacked_symbols, pytree
 from remat.passes.aliasing import owner
 from remat.passes.randomness import is_random
 
@@ -37,6 +37,12 @@ def is_collective(op: Any) -> bool:
     return isinstance(op, OpOverload) and op.namespace in ("_c10d_functional", "c10d_functional", "_dtensor", "c10d")
 
 
+def _has_unknown_size(value: Any) -> bool:
+    """Whether a result's size depends on data. Of an op that is tagged so it need not: a gather by indices that are numbers."""
+    tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    return not tensors or any(map(free_unbacked_symbols, tensors))
+
+
 def why_pinned(node: fx.Node, mutated: frozenset[fx.Node]) -> str:
     """Why the node may not be recomputed; "" if it may. `mutated` are the inputs that the step writes to."""
     target = node.target
@@ -46,7 +52,8 @@ def why_pinned(node: fx.Node, mutated: frozenset[fx.Node]) -> str:
         return ""
     if target in _ROUTING:
         return "routing: a tie could fall the other way"
-    if torch.Tag.dynamic_output_shape in target.tags or torch.Tag.data_dependent_output in target.tags:
+    is_shaped_by_data = torch.Tag.dynamic_output_shape in target.tags and _has_unknown_size(node.meta.get("val"))
+    if is_shaped_by_data or torch.Tag.data_dependent_output in target.tags:
         return "shape depends on data"
     if is_collective(target):
         return "collective"

@@ -142,6 +142,7 @@ __all__ = [
     "is_opaque_node",
     "is_traceable_wrapper_subclass",
     "joint_graph",
+    "keeps_graph",
     "local",
     "memory_events",
     "meta_like",
@@ -183,6 +184,11 @@ def running_sequence_number() -> int | None:
     node = torch._C._current_autograd_node()
     number = None if node is None else node._sequence_nr()
     return None if number is None or number >= 2**63 else number
+
+
+def keeps_graph() -> bool:
+    """Whether the backward that runs now leaves its graph for another one (`retain_graph=True`)."""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
 def runs_formula_of_torch() -> bool:
@@ -296,10 +302,16 @@ def buffer_strides(buffer: Any) -> tuple[int, ...] | None:
 
 
 def aot_eager(
-    gm: fx.GraphModule, inputs: Sequence[Any], compiler: Callable[..., Any], split: Callable[..., Any]
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    compiler: Callable[..., Any],
+    split: Callable[..., Any],
+    decompositions: dict[OpOverload, Callable[..., Any]],
 ) -> Callable[..., Any]:
     """AOTAutograd with our partition, the halves run by `compiler`."""
-    return aot_module_simplified(gm, inputs, fw_compiler=compiler, bw_compiler=compiler, partition_fn=split)
+    return aot_module_simplified(
+        gm, inputs, fw_compiler=compiler, bw_compiler=compiler, partition_fn=split, decompositions=decompositions
+    )
 
 
 def forget_output_strides() -> None:

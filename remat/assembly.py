@@ -24,10 +24,7 @@ class Region(fx.GraphModule):
     """A checkpoint region: `runtime.run_region` in eager, `torch.utils.checkpoint` under torch.compile (AOT honours it)."""
 
     def __init__(self, region: RegionGraph) -> None:
-        self.region_name = region.name
         super().__init__({}, region.graph, "Region")
-        self.region_name = region.name
-        self.dropped = region.dropped
         self.program = compile_region(region.graph, region.dropped, region.repeats)
         self.saved = _saved_calls(region)
         self.body = fx.GraphModule({}, without_transfers(region.graph))

@@ -125,6 +125,11 @@ def _compute(cell: Cell) -> None:
     if cell.moved is not None:
         _come_back(cell)
         return
+    cell.fill(_again(cell, [_value(i) for i in cell.inputs]))
+
+
+def _again(cell: Cell, values: list[Any]) -> Any:
+    """What the cell's call returns, on the values of its inputs."""
     step = cell.step
     assert step is not None, "a part is filled by the call it belongs to"
     for tensor, version in zip(cell.inputs, cell.versions, strict=True):
@@ -133,8 +138,38 @@ def _compute(cell: Cell) -> None:
                 f"a tensor of shape {tuple(tensor.shape)} that {step.name} is recomputed from was modified in place between "
                 "forward and backward; call backward before the optimizer's step"
             )
-    values = [_value(i) for i in cell.inputs]
-    cell.fill(step.again(*values) if cell.rng is None else _with_rng(cell.rng, step.again, values))
+    return step.again(*values) if cell.rng is None else _with_rng(cell.rng, step.again, values)
+
+
+def computed_apart(cell: Cell) -> Any:
+    """The value of a cell that stays as it is, as do those that it is computed from: backward leaves its graph for another one,
+    so that autograd lets go of nothing."""
+    made: dict[int, Any] = {}
+
+    def value(source: Any) -> Any:
+        own = source.cell if isinstance(source, Handle) else source
+        if not isinstance(own, Cell) or id(own) not in made:
+            return _value(source)
+        return source.laid(made[id(own)]) if isinstance(source, Handle) else made[id(own)]
+
+    waiting = _lacking([cell])
+    uses = Counter(id(source) for waits in waiting for source in _sources(waits))
+    with torch.no_grad(), _torch.without_autocast():
+        while waiting:
+            now = waiting.pop()
+            if now.moved is not None:
+                _come_back(now)
+                continue
+            result = _again(now, [value(source) for source in now.inputs])
+            if isinstance(result, torch.Tensor):
+                made[id(now)] = result
+            else:
+                made.update((id(reference()), leaf) for reference, leaf in zip(now.parts, result, strict=False))
+            for source in _sources(now):
+                uses[id(source)] -= 1
+                if not uses[id(source)]:
+                    made.pop(id(source), None)
+    return made[id(cell)] if cell.waiting else cell.value
 
 
 def compute_together(handles: Sequence[Handle]) -> None:
@@ -219,7 +254,10 @@ class Handle:
         if self.cell is None:
             assert self.kept is not None
             return _unchanged(self.kept, self.version)
-        base = self._base(self.cell)
+        return self.laid(self._base(self.cell))
+
+    def laid(self, base: torch.Tensor) -> torch.Tensor:
+        """This tensor, in the storage of its cell's value."""
         dtype, shape, stride, offset = self.layout
         if base.dtype == dtype and base.shape == shape and base.stride() == stride and base.storage_offset() == offset:
             return base
@@ -227,6 +265,8 @@ class Handle:
         return view.set_(base.untyped_storage(), offset, shape, stride)
 
     def _base(self, cell: Cell) -> Any:
+        if _torch.keeps_graph():
+            return computed_apart(cell)
         if not self.group:
             return cell.force()
         if self.given is None:

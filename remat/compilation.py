@@ -31,6 +31,7 @@ from remat.passes.joint_program import JointHalves, joint_program, largest_value
 from remat.passes.ordering import parameters_first
 from remat.passes.partition import partition
 from remat.passes.provenance import source_line
+from remat.patches import dropout_by_mask
 from remat.pins import pinned, with_must
 from remat.planner import Solution, fastest_solution, smallest_solution, solve
 from remat.policies import check_fits, check_host, policy_solution
@@ -101,7 +102,8 @@ class Compilation:
     def _compiled(self, gm: fx.GraphModule, is_sparing: bool = False) -> Callable[..., Any] | None:
         """The code for one plan; None where that was given up, since it needs more than the budget."""
         if not self._fuses:
-            return _torch.aot_eager(gm, self.inputs, _run_as_is, self.split)
+            dropout = {torch.ops.aten.native_dropout.default: dropout_by_mask}
+            return _torch.aot_eager(gm, self.inputs, _run_as_is, self.split, dropout)
         try:
             return compile_graph(gm, self.inputs, self.split, self._watch, is_sparing)
         except Exception as error:  # ours, wrapped by whatever Inductor wraps it in, or another
@@ -173,8 +175,8 @@ class Compilation:
         asked = self.options.host_budget
         host = None if asked is None else resolve_host_budget(asked, memory_of(device))
         menus = make_menus(program, host or 0)
-        everything = fastest_solution(program, menus)
-        limit, target = self._limits(program, menus, device, everything.replay.peak_bytes)
+        everything = fastest_solution(menus)
+        limit, target = self._limits(menus, device, everything.replay.peak_bytes)
         text = "\n".join(f"{n.name} {n.target}" for n in joint.graph.nodes)
         fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
         slack = profile.slack_bytes(largest_value(program.values))
@@ -199,17 +201,17 @@ class Compilation:
 
     def _within(self, task: _Task, target: int) -> Generator[Attempt, int, None]:
         if self._fuses:
-            yield from Ladder(task.program, task.menus, task.everything).within(target)
+            yield from Ladder(task.menus, task.everything).within(target)
         else:
             fits = task.everything.replay.peak_bytes <= target
-            yield Attempt(task.everything if fits else solve(task.program, task.menus, target))
+            yield Attempt(task.everything if fits else solve(task.menus, target))
 
     def _of_all_graphs(self, error: BudgetError, minimum: int, task: _Task) -> BudgetError:
         """The error of one graph among several, with a budget for all of them at which this one gets what it needs. Of whatever
         a budget is larger, each graph before this one keeps half of what those before it leave."""
         frame, target = self.frame, task.target or 0
         if self.more_graphs:
-            minimum = 2 * minimum - smallest_solution(task.program, task.menus).replay.peak_bytes
+            minimum = 2 * minimum - smallest_solution(task.menus).replay.peak_bytes
         earlier = [graph for graph in self.session.others(frame) if graph.frame < frame]
         more = (minimum - target) * (2 ** len(earlier) - 1)
         minimum += max(0, min(more, sum(graph.unsaved_bytes for graph in earlier)))
@@ -226,7 +228,7 @@ class Compilation:
     def _keep_plan(self, task: _Task) -> None:
         solution, peak = self._attempt.solution, self._peak_bytes(task)
         about = task.limit, self._planning_s, str(task.device), "compiled", task.fingerprint
-        plan = describe(task.halves.forward, task.program, task.menus, solution, *about)
+        plan = describe(task.halves.forward, task.menus, solution, *about)
         if self._fuses:
             plan = as_generated(plan, solution.replay, self._watch.step, task.slack)
             assert plan.peak_bytes == peak, "the storages of a plan add up to its peak"
@@ -258,13 +260,11 @@ class Compilation:
         roots = storage_roots(joint.graph)
         reads = [{roots[source] for source in node.all_input_nodes} for node in task.halves.forward]
         trains = frozenset(p for p, read in enumerate(reads) if read & trained) if self.options.trainable_only else None
-        return policy_solution(self.options.policy, task.program, task.halves.forward, task.menus, trains)
+        return policy_solution(self.options.policy, task.halves.forward, task.menus, trains)
 
-    def _limits(
-        self, program: Program, menus: Menus, device: torch.device, baseline_bytes: int
-    ) -> tuple[int | None, int | None]:
+    def _limits(self, menus: Menus, device: torch.device, baseline_bytes: int) -> tuple[int | None, int | None]:
         """The budget in bytes, and what this graph may use of it."""
-        resident = program.resident_bytes
+        resident = menus.program.resident_bytes
         limit = resolve_budget(parse_budget(self.options.budget), memory_of(device, resident), resident, baseline_bytes)
         if limit is None:
             return None, None
@@ -273,7 +273,7 @@ class Compilation:
         target = limit - limit // _PASSES if self._shares else limit
         if not self.more_graphs:
             return limit, target
-        smallest = smallest_solution(program, menus).replay.peak_bytes
+        smallest = smallest_solution(menus).replay.peak_bytes
         return limit, target if target < smallest else smallest + (target - smallest) // 2
 
     def _resident(self, joint: fx.GraphModule, device: torch.device) -> dict[str, int]:

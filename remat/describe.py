@@ -21,7 +21,6 @@ from remat.replay import Replay
 @without_gc()
 def describe(
     nodes: Sequence[fx.Node],
-    program: Program,
     menus: Menus,
     solution: Solution,
     budget_bytes: int | None,
@@ -31,8 +30,8 @@ def describe(
     fingerprint: str,
     structure: str = "",
 ) -> Plan:
-    """Put a solution in the words of the user's model. `nodes[p]` is forward op p of `program`."""
-    baseline = fastest_solution(program, menus).replay
+    """Put a solution in the words of the user's model. `nodes[p]` is forward op p of the program."""
+    baseline, program = fastest_solution(menus).replay, solution.replay.program
     kept, wanted = _read_again(program, solution), _wanted(solution.replay)
     blocks = tuple(
         _block(index, nodes, program, solution, kept, wanted, start, stop)
@@ -131,10 +130,7 @@ def _read_again(program: Program, solution: Solution) -> frozenset[int]:
 def _wanted(replay: Replay) -> dict[int, int]:
     """The moment of the timeline at which each value is first read, or made again, after forward."""
     program, found = replay.program, dict[int, int]()
-    reads: dict[int, list[int]] = {}
-    for v, value in enumerate(program.values):
-        for position in value.reads:
-            reads.setdefault(position, []).append(v)
+    reads = dict(program.unpacked)
     for index, (position, again) in enumerate(replay.schedule):
         op = program.op_at(position)
         for v in (*op.inputs, *op.outputs) if again else reads.get(position, ()):
@@ -227,10 +223,5 @@ def activation_of(
 
 def _ways(program: Program, op: int) -> tuple[Decision, ...]:
     """What can become of an op's results."""
-    values = [program.values[v] for v in program.forward[op].outputs]
-    ways = [Decision.SAVE]
-    if not any(value.pinned for value in values):
-        ways.append(Decision.RECOMPUTE)
-    if not any(value.is_output for value in values) and not program.parts:
-        ways.append(Decision.OFFLOAD)
-    return tuple(ways)
+    again = (Decision.RECOMPUTE,) if program.may_recompute(op) else ()
+    return (Decision.SAVE, *again, *((Decision.OFFLOAD,) if program.may_move(op) else ()))

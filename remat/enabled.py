@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 from collections.abc import Callable, Mapping
@@ -123,6 +124,11 @@ class EnabledWhole(Enabled):
         is_own = self._inside or torch.compiler.is_compiling()  # in eval, or to be captured
         if self.is_on and not is_own and part.training and torch.is_grad_enabled():
             _say_part(type(part).__name__, type(self.model).__name__)
+
+    def as_it_was(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        step = self._step
+        with contextlib.nullcontext() if step is None or torch.compiler.is_compiling() else step.gate.call():
+            return super().as_it_was(args, kwargs)
 
     @property
     def plan(self) -> Plan | None:  # type: ignore[override]

@@ -15,6 +15,7 @@ from remat.errors import CaptureError
 from remat.export import DOOR_2
 from remat.functions import FunctionCall
 from remat.passes.aliasing import results
+from remat.passes.derivatives import elu_from_results
 from remat.passes.detaching import detach_without_gradient
 from remat.passes.native_layouts import copy_for_views
 from remat.state import PLAIN, tensor_key
@@ -46,6 +47,7 @@ def forward_half(
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     _refuse_other_results(graph)
     _lift_constants(graph, joint, sources, constants)
+    elu_from_results(graph, exported.graph)
     copy_for_views(graph)
     for node in graph.find_nodes(op="call_function", target=_BATCH_NORM):
         _free_running_statistics(node)

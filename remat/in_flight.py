@@ -12,7 +12,7 @@ from remat.budget import format_bytes, format_needed
 from remat.errors import BudgetError
 from remat.menus import Menus
 from remat.planner import Solution, smallest_solution, solve
-from remat.program import Fixed, Program
+from remat.program import Fixed
 from remat.replay import Replay
 from remat.simulate import simulate
 
@@ -26,10 +26,11 @@ def kept_bytes(replay: Replay) -> int:
     return inputs + sum(span.bytes for span in replay.spans if span.born < n <= span.dies)
 
 
-def with_others(program: Program, solution: Solution, others: int) -> Solution:
+def with_others(solution: Solution, others: int) -> Solution:
     """The same while `others` forwards, run in the same way, wait for their backward."""
     if not others:
         return solution
+    program = solution.replay.program
     last = len(program.forward) + len(program.backward) - 1
     waiting = Fixed(0, last, others * kept_bytes(solution.replay), "activations")
     program = dataclasses.replace(program, fixed=(*program.fixed, waiting))
@@ -37,16 +38,16 @@ def with_others(program: Program, solution: Solution, others: int) -> Solution:
     return dataclasses.replace(solution, replay=replay)
 
 
-def solve_in_flight(program: Program, menus: Menus, budget_bytes: int | None, others: int) -> Solution:
+def solve_in_flight(menus: Menus, budget_bytes: int | None, others: int) -> Solution:
     """`solve`, while `others` forwards of the same plan wait for their backward."""
     if budget_bytes is None or not others:
-        return with_others(program, solve(program, menus, budget_bytes), others)
+        return with_others(solve(menus, budget_bytes), others)
     best = None
-    low, high = 0, kept_bytes(simulate(program, ()))
+    low, high = 0, kept_bytes(simulate(menus.program, ()))
     for _ in range(_HALVINGS):
         assumed = (low + high) // 2
         try:
-            found = solve(program, menus, budget_bytes - others * assumed)
+            found = solve(menus, budget_bytes - others * assumed)
         except BudgetError:
             high = assumed
             continue
@@ -55,8 +56,8 @@ def solve_in_flight(program: Program, menus: Menus, budget_bytes: int | None, ot
         else:
             low = assumed
     if best is None:
-        best = smallest_solution(program, menus)
-    solution = with_others(program, best, others)
+        best = smallest_solution(menus)
+    solution = with_others(best, others)
     replay = solution.replay
     if replay.peak_bytes > budget_bytes:
         raise BudgetError(

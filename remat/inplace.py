@@ -7,6 +7,7 @@ Trainers hold on to the model that they were given, save it by its class and loo
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ from remat.module import RematModule
 from remat.plan import Plan
 from remat.settings import Settings, read_settings
 
+log = logging.getLogger("remat")
+
 
 def enable(model: nn.Module, budget: BudgetLike = "auto", *, whole_model: bool = True, **settings: Any) -> nn.Module:
     """Train `model` within `budget` from its next call on; returns the same model, of the same class and with the same keys.
@@ -32,7 +35,7 @@ def enable(model: nn.Module, budget: BudgetLike = "auto", *, whole_model: bool =
         budget: as in `remat.optimize`.
         whole_model: False rewrites the model block by block, as `optimize_blocks` does, where one graph cannot hold it.
         **settings: further arguments of `remat.optimize`: policy, optimizer, host_budget, pin, costs, plan, trainable_only,
-            in_flight, loss.
+            in_flight, loss, holds_outputs.
 
     The first call of each shape captures and plans, and the first one that adds to gradients plans again. In `eval()` and
     without grad the model runs as it always did, `generate` included.
@@ -129,8 +132,12 @@ def _checked(model: nn.Module) -> nn.Module:
     """The part of a model to enable. Raises RematError where it cannot be."""
     if not isinstance(model, nn.Module):
         raise RematError(f"a {type(model).__name__} is no nn.Module; give the model itself")
-    model = trained_part(model)
+    wrapper, model = model, trained_part(model)
     name = type(model).__name__
+    tuner = getattr(wrapper, "base_model", model) if wrapper is not model else model
+    if tuner is not model and "forward" in vars(type(tuner)):  # AdaLoRA adds to the loss there
+        said = "%s runs code of its own around %s, which alone is planned for: leave room for what that takes"
+        log.warning(said, type(tuner).__name__, name)
     if enabled(model) is not None:
         raise RematError(f"remat is enabled for this {name} already; call remat.disable(model) first")
     if isinstance(model, RematModule):

@@ -17,7 +17,6 @@ from remat.budget import format_bytes, format_needed
 from remat.errors import BudgetError
 from remat.menus import Menus
 from remat.planner import Solution, smallest_solution, solve
-from remat.program import Program
 
 _RUNGS = 240
 _MARGIN = 0.01  # of the budget: what the first plan leaves
@@ -44,7 +43,6 @@ class Attempt(NamedTuple):
 class Ladder:
     """Plans for targets in geometric steps, from the smallest plan's peak (rung 0) to that of `everything`, saved."""
 
-    program: Program
     menus: Menus
     everything: Solution
     _rungs: dict[int, Solution] = field(default_factory=dict)
@@ -53,7 +51,7 @@ class Ladder:
     @cached_property
     def smallest(self) -> Solution:
         """Found when first asked for, since it takes time, and what `everything` fits does not ask for it."""
-        return smallest_solution(self.program, self.menus)
+        return smallest_solution(self.menus)
 
     def within(self, limit: int) -> Generator[Attempt, int, None]:
         """Plans to compile, each answered with the peak in bytes of its generated code; the last one is the one to take.
@@ -112,5 +110,5 @@ class Ladder:
         if rung in (0, _RUNGS):
             return self.everything if rung else self.smallest
         if rung not in self._rungs:
-            self._rungs[rung] = solve(self.program, self.menus, self._target(rung))
+            self._rungs[rung] = solve(self.menus, self._target(rung))
         return self._rungs[rung]

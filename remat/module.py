@@ -24,6 +24,7 @@ from remat import _torch
 from remat.assembly import Region, adopt, recompile_text_only, runnable
 from remat.captured import Captured
 from remat.errors import CaptureError, RematError, telling_of_gradients
+from remat.gate import Gate
 from remat.plan import Plan
 from remat.runtime import one_step
 from remat.shapes import dynamic_axes
@@ -70,6 +71,7 @@ class RematModule(fx.GraphModule):
             raise RematError("the model has a parameter, buffer or submodule named plan, where its plan would be; rename it")
         super().__init__(nn.Module(), fx.Graph(), f"Remat{type(original).__name__}")
         self._rewrite = rewrite
+        self.gate = Gate()
         self._variants: list[Variant] = []
         self.plan: Plan | None = None
         self._dynamic_shapes = dynamic_shapes
@@ -123,13 +125,23 @@ class RematModule(fx.GraphModule):
         self._modules = {**self._original._modules, **regions}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not is_step(self._original, args, kwargs):
-            return self._original(*args, **kwargs)
-        flat, spec = flatten_call(args, kwargs)
-        variant = self._find(flat, spec)
-        if variant is None:
-            variant = self.capture(args, kwargs)
-        elif variant.plan is not self.plan and not torch.compiler.is_dynamo_compiling():
+        compiles = torch.compiler.is_dynamo_compiling()
+        with contextlib.nullcontext() if compiles else self.gate.call():
+            if not is_step(self._original, args, kwargs):
+                return self._original(*args, **kwargs)
+            flat, spec = flatten_call(args, kwargs)
+            variant = self._find(flat, spec)
+            if variant is not None:
+                return self._run(variant, flat)
+        if compiles:
+            return self._run(self.capture(args, kwargs), flat)
+        with self.gate.capture():
+            variant = self._find(flat, spec) or self.capture(args, kwargs)
+        with self.gate.call():
+            return self._run(variant, flat)
+
+    def _run(self, variant: Variant, flat: list[Any]) -> Any:
+        if variant.plan is not self.plan and not torch.compiler.is_dynamo_compiling():
             used(self._variants, variant)
             self._show(variant)
         tensors = [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]

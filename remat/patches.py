@@ -246,6 +246,14 @@ def _dropout(input: torch.Tensor, p: float, train: bool) -> torch.Tensor:
     return torch.ops.aten.native_dropout(input, p, train)[0]
 
 
+def dropout_by_mask(input: torch.Tensor, p: float, train: bool | None) -> Any:
+    """`native_dropout` as a CPU has it, in ops of which one draws: the result may be computed again from the mask."""
+    if input.device.type != "cpu" or train is False or not p < 1:
+        return NotImplemented
+    mask = _drawn(torch.empty_like(input, dtype=torch.bool), 1 - p)
+    return input.mul(mask).mul(1 / (1 - p)), mask
+
+
 def _bernoulli_(input: torch.Tensor, p: float = 0.5, *, generator: torch.Generator | None = None) -> torch.Tensor:
     """As a function, which it becomes, torch's draws in the order of indices, not as numbers lie in memory."""
     if not input.is_contiguous() and generator is None:

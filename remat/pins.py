@@ -75,13 +75,12 @@ def with_must(program: Program, nodes: Sequence[fx.Node]) -> Program:
     plain `torch.utils.checkpoint`, is left to the budget."""
     forward = list(program.forward)
     for p, (op, node) in enumerate(zip(program.forward, nodes, strict=True)):
-        outputs = [program.values[v] for v in op.outputs]
         policy = node.meta.get("recompute")
-        if not any(value.reads for value in outputs):
+        if not any(program.values[v].reads for v in op.outputs):
             continue
         if policy is CheckpointPolicy.MUST_SAVE:
             forward[p] = op._replace(pin=Decision.SAVE)
-        elif policy is CheckpointPolicy.MUST_RECOMPUTE and not any(value.pinned for value in outputs):
+        elif policy is CheckpointPolicy.MUST_RECOMPUTE and program.may_recompute(p):
             forward[p] = op._replace(pin=Decision.RECOMPUTE)
     return dataclasses.replace(program, forward=tuple(forward))
 

@@ -39,17 +39,17 @@ class Solution:
 
 
 @without_gc()
-def solve(program: Program, menus: Menus, budget_bytes: int | None) -> Solution:
+def solve(menus: Menus, budget_bytes: int | None) -> Solution:
     """The fastest plan found whose replayed peak is within the budget. Raises BudgetError when there is none."""
-    fastest = fastest_solution(program, menus)
+    fastest = fastest_solution(menus)
     if budget_bytes is None or fastest.replay.peak_bytes <= budget_bytes:
         return fastest
-    solution = _attempt(program, menus, budget_bytes)
+    solution = _attempt(menus, budget_bytes)
     if solution is None:
-        smallest = smallest_solution(program, menus)
+        smallest = smallest_solution(menus)
         if smallest.replay.peak_bytes <= budget_bytes:
-            return _searched(program, smallest, budget_bytes, tuple(itertools.pairwise(menus.cuts)))
-        _check_host(program, menus, budget_bytes)
+            return _searched(menus.program, smallest, budget_bytes, tuple(itertools.pairwise(menus.cuts)))
+        _check_host(menus, budget_bytes)
         where = smallest.replay.peak_at
         more = ", or allow offload with host_budget=" if menus.link is not None and not menus.host_bytes else ""
         raise BudgetError(
@@ -62,12 +62,12 @@ def solve(program: Program, menus: Menus, budget_bytes: int | None) -> Solution:
     return solution
 
 
-def _check_host(program: Program, menus: Menus, budget_bytes: int) -> None:
+def _check_host(menus: Menus, budget_bytes: int) -> None:
     """Raises HostBudgetError if more host memory would do."""
     if not menus.host_bytes:
         return
-    unbounded = dataclasses.replace(menus, host_bytes=sum(value.bytes for value in program.values))
-    solution = _attempt(program, unbounded, budget_bytes)
+    unbounded = dataclasses.replace(menus, host_bytes=sum(value.bytes for value in menus.program.values))
+    solution = _attempt(unbounded, budget_bytes)
     if solution is None:
         return
     needed = solution.replay.host_bytes
@@ -117,9 +117,10 @@ def joined(program: Program, dropped: frozenset[int], regions: tuple[tuple[int, 
     return tuple(merged)
 
 
-def fastest_solution(program: Program, menus: Menus) -> Solution:
+def fastest_solution(menus: Menus) -> Solution:
     """Nothing is recomputed that takes time: everything is saved but what a compiler fuses into its readers, and what a person
     has decided otherwise about."""
+    program = menus.program
     dropped, moved = program.pinned(Decision.RECOMPUTE), program.pinned(Decision.OFFLOAD)
     if any(not value.passing for value in program.values):
         dropped = prune(program, dropped | recomputed_for_nothing(program))
@@ -127,34 +128,34 @@ def fastest_solution(program: Program, menus: Menus) -> Solution:
 
 
 @without_gc()
-def smallest_solution(program: Program, menus: Menus) -> Solution:
+def smallest_solution(menus: Menus) -> Solution:
     """The plan with the smallest peak that the planner knows."""
-    for choices in itertools.chain([menus.choices], map(menus.priced, _rising_prices(program, menus))):
-        best = _smallest_among(program, menus, choices)
+    for choices in itertools.chain([menus.choices], map(menus.priced, _rising_prices(menus))):
+        best = _smallest_among(menus, choices)
         if best.replay.host_bytes <= menus.host_bytes:
             return best
-    return _smallest_among(program, menus, menus.staying)
+    return _smallest_among(menus, menus.staying)
 
 
-def _rising_prices(program: Program, menus: Menus) -> Iterator[float]:
+def _rising_prices(menus: Menus) -> Iterator[float]:
     """Prices on a byte of host memory, in microseconds, to the one at which nothing moves that need not."""
     if menus.link is not None:
-        yield from np.geomspace(10 * HOST_PRICE / menus.link.in_bytes_per_us, program.step_us, 5).tolist()
+        yield from np.geomspace(10 * HOST_PRICE / menus.link.in_bytes_per_us, menus.program.step_us, 5).tolist()
 
 
-def _smallest_among(program: Program, menus: Menus, choices: dict[tuple[int, int], list[Choice]]) -> Solution:
+def _smallest_among(menus: Menus, choices: dict[tuple[int, int], list[Choice]]) -> Solution:
     """The selection at the smallest target that has one is not always the one with the smallest replay: all are replayed."""
-    best = fastest_solution(program, menus)
-    low, high = 0, best.replay.peak_bytes - program.resident_bytes
+    best = fastest_solution(menus)
+    low, high = 0, best.replay.peak_bytes - menus.program.resident_bytes
     while high - low > max(high // 2000, 1):
         target = (low + high) // 2
         path = select(choices, len(menus.cuts) - 1, target)
         if path is None:
             low = target
             continue
-        best = min(best, _solution(program, menus, path), key=lambda s: s.replay.peak_bytes)
+        best = min(best, _solution(menus, path), key=lambda s: s.replay.peak_bytes)
         high = target
-    return best if best.moves else _shrunk(program, best, tuple(itertools.pairwise(menus.cuts)))
+    return best if best.moves else _shrunk(menus.program, best, tuple(itertools.pairwise(menus.cuts)))
 
 
 def _shrunk(program: Program, solution: Solution, spans: tuple[tuple[int, int], ...]) -> Solution:
@@ -169,14 +170,14 @@ def _shrunk(program: Program, solution: Solution, spans: tuple[tuple[int, int], 
             return solution
 
 
-def frontier_solutions(program: Program, menus: Menus, points: int) -> list[Solution]:
+def frontier_solutions(menus: Menus, points: int) -> list[Solution]:
     """From the fastest plan to the smallest, each with a smaller peak and a longer step than the one before."""
-    fastest = fastest_solution(program, menus)
-    smallest = smallest_solution(program, menus)
+    fastest = fastest_solution(menus)
+    smallest = smallest_solution(menus)
     top, bottom = fastest.replay.peak_bytes, smallest.replay.peak_bytes
     found = [fastest, smallest]
     for k in range(1, points - 1):
-        attempt = _attempt(program, menus, top - (top - bottom) * k // (points - 1))
+        attempt = _attempt(menus, top - (top - bottom) * k // (points - 1))
         if attempt is not None:
             found.append(attempt)
     found.sort(key=lambda s: (s.replay.added_us, s.replay.peak_bytes))
@@ -187,16 +188,17 @@ def frontier_solutions(program: Program, menus: Menus, points: int) -> list[Solu
     return kept
 
 
-def _attempt(program: Program, menus: Menus, budget_bytes: int) -> Solution | None:
+def _attempt(menus: Menus, budget_bytes: int) -> Solution | None:
     """A plan within the budget and within what the host has; None when none is found."""
-    solution = _attempt_with(program, menus, menus.choices, budget_bytes)
+    solution = _attempt_with(menus, menus.choices, budget_bytes)
     if solution is None or solution.replay.host_bytes <= menus.host_bytes:
         return solution
     assert menus.link is not None
-    low, price = HOST_PRICE / menus.link.in_bytes_per_us, program.step_us  # for one byte: then nothing moves that need not
-    best, high = _attempt_with(program, menus, menus.staying, budget_bytes), price
+    low = HOST_PRICE / menus.link.in_bytes_per_us
+    price = menus.program.step_us  # for one byte: then nothing moves that need not
+    best, high = _attempt_with(menus, menus.staying, budget_bytes), price
     for _ in range(_PRICES):
-        solution = _attempt_with(program, menus, menus.priced(price), budget_bytes)
+        solution = _attempt_with(menus, menus.priced(price), budget_bytes)
         if solution is not None and solution.replay.host_bytes <= menus.host_bytes:
             best, high = solution, price
         elif price == high:
@@ -207,37 +209,33 @@ def _attempt(program: Program, menus: Menus, budget_bytes: int) -> Solution | No
     return best
 
 
-def _attempt_with(
-    program: Program, menus: Menus, choices: dict[tuple[int, int], list[Choice]], budget_bytes: int
-) -> Solution | None:
+def _attempt_with(menus: Menus, choices: dict[tuple[int, int], list[Choice]], budget_bytes: int) -> Solution | None:
     """Select, and where the replay of the whole step disagrees with the sum of its blocks, aim lower by the difference."""
-    target = budget_bytes - program.resident_bytes
+    target = budget_bytes - menus.program.resident_bytes
     for _ in range(8):
         path = select(choices, len(menus.cuts) - 1, target)
         if path is None:
             return None
-        solution = _solution(program, menus, path)
+        solution = _solution(menus, path)
         if solution.replay.peak_bytes <= budget_bytes:
-            return _tightened(program, menus, path, solution, budget_bytes)
-        missed = solution.replay.peak_bytes - program.resident_bytes - _expected_peak(menus, path)
-        target = min(target - 1, budget_bytes - program.resident_bytes - missed)
+            return _tightened(menus, path, solution, budget_bytes)
+        missed = solution.replay.peak_bytes - menus.program.resident_bytes - _expected_peak(menus, path)
+        target = min(target - 1, budget_bytes - menus.program.resident_bytes - missed)
     return None
 
 
-def _solution(program: Program, menus: Menus, path: list[tuple[int, int, int]]) -> Solution:
+def _solution(menus: Menus, path: list[tuple[int, int, int]]) -> Solution:
     dropped = _positions(menus, path, lambda option: option.dropped)
     offloaded = _positions(menus, path, lambda option: option.offloaded)
-    return solution_of(program, dropped, offloaded, _spans(menus, path))
+    return solution_of(menus.program, dropped, offloaded, _spans(menus, path))
 
 
-def _tightened(
-    program: Program, menus: Menus, path: list[tuple[int, int, int]], solution: Solution, budget_bytes: int
-) -> Solution:
-    dropped = improve(program, solution.dropped, budget_bytes, solution.moves, solution.regions)
-    better = solution_of(program, dropped, frozenset(solution.moves), _spans(menus, path))
+def _tightened(menus: Menus, path: list[tuple[int, int, int]], solution: Solution, budget_bytes: int) -> Solution:
+    dropped = improve(menus.program, solution.dropped, budget_bytes, solution.moves, solution.regions)
+    better = solution_of(menus.program, dropped, frozenset(solution.moves), _spans(menus, path))
     if better.replay.peak_bytes <= budget_bytes:
         solution = better
-    return _searched(program, solution, budget_bytes, _spans(menus, path))
+    return _searched(menus.program, solution, budget_bytes, _spans(menus, path))
 
 
 def _searched(program: Program, solution: Solution, budget_bytes: int, spans: tuple[tuple[int, int], ...]) -> Solution:

@@ -57,15 +57,14 @@ def check_policy(policy: Policy) -> None:
     raise RematError(f"policy={policy!r} is unknown; there are {known}, 'every-2' (any number), or a function of an Activation")
 
 
-def policy_solution(
-    policy: Policy, program: Program, nodes: Sequence[fx.Node], menus: Menus, trains: frozenset[int] | None
-) -> Solution:
-    """The decisions of a policy. `nodes[p]` is forward op p of `program`, `menus` are the planner's.
+def policy_solution(policy: Policy, nodes: Sequence[fx.Node], menus: Menus, trains: frozenset[int] | None) -> Solution:
+    """The decisions of a policy. `nodes[p]` is forward op p of the program that `menus` are for.
 
     trains: the positions that read a trainable parameter; blocks without any save everything. None: all blocks count.
     """
     if policy == "none":
-        return fastest_solution(program, menus)
+        return fastest_solution(menus)
+    program = menus.program
     spans = blocks(nodes) or [(a, b) for a, b in itertools.pairwise(menus.cuts) if b > a]
     if program.parts:
         spans = list(program.parts)
@@ -173,13 +172,10 @@ def _read_from_outside(program: Program, span: Span) -> set[int]:
 
 
 def _may_drop(program: Program, position: int, stop: int) -> bool:
-    outputs = [program.values[v] for v in program.forward[position].outputs]
-    pin = program.forward[position].pin
-    return bool(outputs) and pin is None and not any(value.pinned or value.last_forward >= stop for value in outputs)
+    op = program.forward[position]
+    stays = all(program.values[v].last_forward < stop for v in op.outputs)
+    return stays and op.pin is None and program.may_recompute(position)
 
 
 def _may_move(program: Program, position: int) -> bool:
-    """False if someone else holds the result, so that moving it would free nothing, or has decided about it, and for a step
-    that is rewritten in parts."""
-    op = program.forward[position]
-    return not program.parts and op.pin is None and not any(program.values[v].is_output for v in op.outputs)
+    return program.forward[position].pin is None and program.may_move(position)

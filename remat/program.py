@@ -230,6 +230,15 @@ class Program:
         """Time of the step when nothing is recomputed."""
         return sum(op.cost_us for op in self.forward) + sum(op.cost_us for op in self.backward)
 
+    def may_recompute(self, position: int) -> bool:
+        """Whether all that a forward op makes may be computed again. What a person has decided is another matter."""
+        outputs = self.forward[position].outputs
+        return bool(outputs) and not any(self.values[v].pinned for v in outputs)
+
+    def may_move(self, position: int) -> bool:
+        """Whether moving what a forward op makes to the host frees device memory, and can be done: not in parts of a model."""
+        return not self.parts and not any(self.values[v].is_output for v in self.forward[position].outputs)
+
     def in_one_part(self, start: int, stop: int) -> bool:
         """False where the stretch [start, stop) of forward goes across an end of one of `parts`."""
         return not any(start < edge < stop for part in self.parts for edge in part)

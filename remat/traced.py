@@ -62,41 +62,40 @@ class Traced:
     def plan(self, settings: Settings) -> Plan:
         """Plan for a budget, or take the plan given where it serves. Raises BudgetError when nothing fits."""
         start = time.perf_counter()
-        program = pinned(self.program, self.nodes, settings.pin)
-        limit, host = self.limit_bytes(settings.budget), resolve_host_budget(settings.host_budget, self.site.memory)
-        menus, given = make_menus(program, host), settings.plan
+        limit, menus, given = self.limit_bytes(settings.budget), self._menus(settings), settings.plan
         taken = self.given(given, limit) if given is not None else None
-        solution = taken or self._chosen(settings, program, menus, limit)
+        solution = taken or self._chosen(settings, menus, limit)
         if settings.host_budget is not None:
+            host = resolve_host_budget(settings.host_budget, self.site.memory)
             check_host(solution, host, "the plan given" if taken else f"policy={settings.policy!r}")
         if given is not None and taken and (given.fingerprint, given.timeline) == (self.fingerprint, taken.replay.moments):
             return dataclasses.replace(given, budget_bytes=limit)
-        found = self.describe(menus, solution, limit, time.perf_counter() - start)
-        return with_baseline(found, self.everything) if self.in_flight > 1 else found
+        return self.describe(menus, solution, limit, time.perf_counter() - start)
 
-    def _chosen(self, settings: Settings, program: Program, menus: Menus, limit: int | None) -> Solution:
+    def _menus(self, settings: Settings) -> Menus:
+        program = pinned(self.program, self.nodes, settings.pin)
+        return make_menus(program, resolve_host_budget(settings.host_budget, self.site.memory))
+
+    def _chosen(self, settings: Settings, menus: Menus, limit: int | None) -> Solution:
         """What the planner finds, or a fixed rule says. Raises BudgetError where that is more than the limit, in bytes."""
         if settings.policy == "auto":
-            return solve_in_flight(program, menus, limit, self.in_flight - 1)
-        solution = self._by_rule(settings, program, menus)
+            return solve_in_flight(menus, limit, self.in_flight - 1)
+        solution = self._by_rule(settings, menus)
         check_fits(solution, solution.replay.peak_bytes, limit, settings.policy)
         return solution
 
-    def _by_rule(self, settings: Settings, program: Program, menus: Menus) -> Solution:
+    def _by_rule(self, settings: Settings, menus: Menus) -> Solution:
         trains = self.trains if settings.trainable_only else None
-        return self._in_flight(policy_solution(settings.policy, program, self.nodes, menus, trains))
+        return self._in_flight(policy_solution(settings.policy, self.nodes, menus, trains))
 
     def smallest(self, settings: Settings) -> Solution:
         """The plan with the smallest peak that the planner knows, or that of the fixed rule that the settings name."""
-        program = pinned(self.program, self.nodes, settings.pin)
-        menus = make_menus(program, resolve_host_budget(settings.host_budget, self.site.memory))
-        if settings.policy == "auto":
-            return self._in_flight(smallest_solution(program, menus))
-        return self._by_rule(settings, program, menus)
+        menus = self._menus(settings)
+        return self._in_flight(smallest_solution(menus)) if settings.policy == "auto" else self._by_rule(settings, menus)
 
     def _in_flight(self, solution: Solution) -> Solution:
         """The same beside the other forwards that wait for their backward."""
-        return with_others(solution.replay.program, solution, self.in_flight - 1)
+        return with_others(solution, self.in_flight - 1)
 
     def limit_bytes(self, budget: BudgetLike) -> int | None:
         """What a budget means for this step, in bytes; None for no limit."""
@@ -170,18 +169,15 @@ class Traced:
     def frontier(self, settings: Settings, points: int) -> Iterator[Plan]:
         """Plans from the fastest to the smallest."""
         start = time.perf_counter()
-        program = pinned(self.program, self.nodes, settings.pin)
-        menus = make_menus(program, resolve_host_budget(settings.host_budget, self.site.memory))
-        for solution in map(self._in_flight, frontier_solutions(program, menus, points)):
-            found = self.describe(menus, solution, solution.replay.peak_bytes, time.perf_counter() - start)
-            yield with_baseline(found, self.everything) if self.in_flight > 1 else found
+        menus = self._menus(settings)
+        for solution in map(self._in_flight, frontier_solutions(menus, points)):
+            yield self.describe(menus, solution, solution.replay.peak_bytes, time.perf_counter() - start)
             start = time.perf_counter()
 
     def describe(self, menus: Menus, solution: Solution, limit: int | None, seconds: float) -> Plan:
-        program, name = solution.replay.program, self.site.memory.name
-        about = name, "eager", self.fingerprint, self.structure
-        plan = describe(self.nodes, program, menus, solution, limit, seconds, *about)
-        return dataclasses.replace(plan, **self.call._asdict())
+        about = self.site.memory.name, "eager", self.fingerprint, self.structure
+        plan = dataclasses.replace(describe(self.nodes, menus, solution, limit, seconds, *about), **self.call._asdict())
+        return with_baseline(plan, self.everything) if self.in_flight > 1 else plan
 
     def stretches(self, plan: Plan) -> list[Stretch]:
         """The regions of a plan, as names of nodes."""

@@ -239,6 +239,23 @@ def test_retain_graph_gives_the_same_gradients_twice() -> None:
     assert_same_gradients({n: p.grad for n, p in module.named_parameters()}, first)
 
 
+def test_what_is_computed_again_does_not_stay_for_a_second_backward() -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32)) for _ in range(8)))
+    optimized = remat.optimize(model, (torch.randn(512, 32),), budget=0.4, loss=torch.Tensor.sum)
+    plan, x = optimized.plan, torch.randn(512, 32)
+    assert plan is not None
+
+    def twice() -> None:
+        loss = optimized(x).sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+
+    twice()
+    optimized.zero_grad(set_to_none=True)
+    assert remat.measure(twice).peak_bytes <= plan.peak_bytes + plan.saved_bytes  # which autograd does not let go of
+    assert plan.peak_bytes + plan.saved_bytes < 0.8 * plan.baseline_peak_bytes
+
+
 def test_backward_twice_without_retain_raises_as_torch_does() -> None:
     _, x, module = smallest()
     loss = module(x)

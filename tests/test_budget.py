@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import remat
 from remat import budget as budgets
@@ -216,3 +218,35 @@ def test_a_plan_is_for_training_wherever_it_is_made(mode: Any, whole_model: bool
     assert plans[1] is not None
     assert plans[0].dropped
     assert plans[1].peak_bytes == plans[0].peak_bytes
+
+
+class _Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        query, key, value = self.project(x).view(*x.shape[:2], 3, 4, 8).permute(2, 0, 3, 1, 4)
+        weights = nn.functional.dropout((query @ key.mT).softmax(-1), 0.1)
+        return x + self.out((weights @ value).transpose(1, 2).reshape(x.shape))
+
+
+class _Attentions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.head, self.checkpoints = nn.ModuleList(_Attention() for _ in range(6)), nn.Linear(32, 1), False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False) if self.checkpoints else layer(x)
+        return self.head(x).square().mean()
+
+
+def test_the_smallest_budget_is_below_what_checkpointing_each_block_takes() -> None:
+    """What helps there is not among the ten cheapest groups of values."""
+    model, x = _Attentions(), torch.randn(4, 96, 32)
+    with pytest.raises(remat.BudgetError) as error:
+        remat.plan(model, (x,), budget=1)
+    assert error.value.minimum_bytes is not None
+    model.checkpoints = True
+    assert error.value.minimum_bytes < remat.measure(lambda: model(x).backward()).peak_bytes

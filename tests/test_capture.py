@@ -8,6 +8,7 @@ import logging.handlers
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers import masking_utils
 import remat
 from remat.capture import capture
 from tests import models
-from tests.steps import assert_close_gradients, assert_same, gradients_of, run_step
+from tests.steps import assert_close_gradients, assert_same, assert_same_gradients, gradients_of, run_step
 
 
 def _has_mask(model: nn.Module, **kwargs: torch.Tensor) -> bool:
@@ -421,3 +422,17 @@ def test_scripts_keep_their_gradients() -> None:
         assert_close_gradients(gradients_of(model, x), expected, 1e-5)
     with pytest.raises(remat.RematError, match=r"layers\.1 is a module of torch\.jit"):
         remat.enable(model, "1GiB", whole_model=False)
+
+
+@pytest.mark.parametrize("kind", [nn.ELU, nn.CELU, nn.SELU])
+def test_an_elu_in_place_has_the_gradient_of_its_result(kind: Callable[..., nn.Module]) -> None:
+    model = nn.Sequential(
+        *(nn.Sequential(nn.Linear(16, 32), kind(inplace=True), nn.Linear(32, 16), nn.ELU()) for _ in range(4))
+    )
+    x = torch.randn(64, 16)
+    expected = gradients_of(model, input=x)
+    for budget in (None, 0.7):
+        optimized = remat.optimize(model, (x,), budget=budget)
+        assert_same_gradients(gradients_of(optimized, input=x), expected)
+    assert optimized.plan is not None
+    assert optimized.plan.dropped

@@ -693,3 +693,33 @@ def test_a_sparse_gradient_of_sums_of_rows_counts() -> None:
     peak = run_step(module, {"picked": picked}).peak_bytes
     assert peak > picked.numel() * 32 * 4
     assert 0.97 < peak / remat.plans(module)[0].plan.peak_bytes <= 1
+
+
+# ---- dropout ----
+
+
+class _Turned(nn.Module):
+    """Dropout of numbers that lie otherwise than their indices say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(32, 128), nn.Linear(128, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.second(nn.functional.dropout(nn.functional.gelu(self.first(x)).mT, 0.2).mT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_dropout_the_mask_may_be_saved_alone(dtype: torch.dtype) -> None:
+    model = nn.Sequential(*(_Turned() for _ in range(4))).to(dtype)
+    x = torch.randn(4, 64, 32, dtype=dtype)
+    expected = run_step(torch.compile(model, backend="aot_eager"), {"input": x})
+    for budget in (None, 0.5):
+        torch._dynamo.reset()
+        step = compiled(model, budget)
+        assert_same(run_step(step, {"input": x}), expected)
+    plan = remat.plans(step)[0].plan
+    drawn = [a for block in plan.blocks for a in block.activations if "bernoulli" in a.op]
+    assert drawn
+    assert all((a.decision, a.dtype) == (remat.Decision.SAVE, "bool") for a in drawn)
+    assert not any("native_dropout" in moment.name and not moment.is_backward for moment in plan.timeline)

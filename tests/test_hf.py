@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
@@ -265,17 +265,19 @@ def test_frozen_layers_below_the_first_adapter_cost_nothing() -> None:
 
 _ADAPTERS = {
     "dora": LoraConfig(use_dora=True, target_modules=["q_proj"]),
+    "adalora": AdaLoraConfig(target_modules=["q_proj"], total_step=10, init_r=8, target_r=4),
     "prompt": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
 }
 
 
 @pytest.mark.parametrize("kind", _ADAPTERS)
-def test_other_adapters(kind: str) -> None:
+def test_other_adapters(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     model = get_peft_model(tiny(attention_dropout=0.0), _ADAPTERS[kind]).train()
     expected = gradients_of(model, **batch())
     enable(model, 0.8)
     assert_close_gradients(gradients_of(model, **batch()), expected, 1e-6)
     assert plan_of(model) is not None
+    assert ("runs code of its own around LlamaForCausalLM" in caplog.text) == (kind == "adalora")
 
 
 def test_a_budget_too_small_stops_the_trainer_before_the_first_step(tmp_path: Path) -> None:

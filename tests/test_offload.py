@@ -35,25 +35,25 @@ def linked(link: Link | None, blocks: int = 8) -> Program:
 def test_over_a_fast_link_nothing_is_computed_again() -> None:
     program = linked(FAST)
     menus, with_host = make_menus(program), make_menus(program, host_bytes=10**9)
-    full = solve(program, menus, None).replay.peak_bytes
+    full = solve(menus, None).replay.peak_bytes
     budget = int(program.resident_bytes + 0.6 * (full - program.resident_bytes))
-    alone, both = solve(program, menus, budget), solve(program, with_host, budget)
+    alone, both = solve(menus, budget), solve(with_host, budget)
     assert alone.replay.recompute_us > 0
     assert (both.replay.recompute_us, both.replay.stall_us) == (0.0, 0.0)
     assert both.replay.host_bytes > 0
     assert both.replay.peak_bytes <= budget
-    assert smallest_solution(program, with_host).replay.peak_bytes < smallest_solution(program, menus).replay.peak_bytes
+    assert smallest_solution(with_host).replay.peak_bytes < smallest_solution(menus).replay.peak_bytes
 
 
 @pytest.mark.parametrize("link", [FAST, SLOW, Link(50.0, 25.0, overlaps=True), Link(50.0, 50.0, overlaps=False)])
 def test_more_host_memory_never_costs_time(link: Link) -> None:
     program = linked(link)
-    full = solve(program, make_menus(program), None).replay.peak_bytes
+    full = solve(make_menus(program), None).replay.peak_bytes
     for share in (0.8, 0.5):
         budget = int(program.resident_bytes + share * (full - program.resident_bytes))
         added = []
         for host_bytes in (0, 300, 10**9):
-            solution = solve(program, make_menus(program, host_bytes), budget)
+            solution = solve(make_menus(program, host_bytes), budget)
             assert solution.replay.peak_bytes <= budget
             assert solution.replay.host_bytes <= host_bytes
             added.append(solution.replay.added_us)
@@ -63,23 +63,23 @@ def test_more_host_memory_never_costs_time(link: Link) -> None:
 def test_where_there_is_room_nothing_moves() -> None:
     program = linked(FAST)
     menus = make_menus(program, host_bytes=10**9)
-    assert not solve(program, menus, None).moves
-    assert not solve(program, menus, solve(program, menus, None).replay.peak_bytes).moves
+    assert not solve(menus, None).moves
+    assert not solve(menus, solve(menus, None).replay.peak_bytes).moves
 
 
 def test_small_values_are_not_worth_a_copy() -> None:
     program = linked(Link(1000.0, 1000.0, overlaps=True, start_us=1.0))  # no value has 1000 bytes
     budget = program.resident_bytes + 700
-    assert not solve(program, make_menus(program, host_bytes=10**9), budget).moves
+    assert not solve(make_menus(program, host_bytes=10**9), budget).moves
 
 
 def test_the_error_names_the_way_out() -> None:
     program = linked(FAST)
     with pytest.raises(remat.BudgetError, match="host_budget="):
-        solve(program, make_menus(program), program.resident_bytes)
+        solve(make_menus(program), program.resident_bytes)
     without = dataclasses.replace(program, link=None, backward=(*program.backward, Op("end", 0.0, 0)))
     with pytest.raises(remat.BudgetError) as error:
-        solve(without, make_menus(without), program.resident_bytes)
+        solve(make_menus(without), program.resident_bytes)
     assert "host_budget" not in str(error.value)
 
 
@@ -132,14 +132,14 @@ def test_every_copy_back_starts_before_it_is_asked_for(name: str, monkeypatch: p
 def test_too_little_host_memory_is_named_as_what_binds() -> None:
     program = linked(FAST)
     with_host = make_menus(program, host_bytes=10**9)
-    budget = smallest_solution(program, with_host).replay.peak_bytes
+    budget = smallest_solution(with_host).replay.peak_bytes
     with pytest.raises(remat.BudgetError, match=r"Raise host_budget=") as error:
-        solve(program, make_menus(program, host_bytes=1), budget)
+        solve(make_menus(program, host_bytes=1), budget)
     assert error.value.where == "host memory"
     assert error.value.budget_bytes == 1
     needed = error.value.minimum_bytes
     assert needed is not None
-    assert solve(program, make_menus(program, host_bytes=needed), budget).replay.peak_bytes <= budget
+    assert solve(make_menus(program, host_bytes=needed), budget).replay.peak_bytes <= budget
 
 
 @pytest.mark.slow

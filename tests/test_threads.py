@@ -170,3 +170,32 @@ def test_evaluations_that_overlap_leave_the_budget_on() -> None:
     hook.remove()
     model(x).sum().backward()
     assert remat.plan_of(model) is not None
+
+
+@pytest.mark.parametrize("rewrite", [remat.optimize, remat.enable])
+def test_one_model_in_two_threads(rewrite: Callable[..., nn.Module]) -> None:
+    """One meets new sizes, which are captured; the other learns and evaluates meanwhile. torch.export turns mkldnn off for the
+    process while it traces, so that last bits may differ."""
+    model = nn.Sequential(*(nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)) for _ in range(4)))
+    inputs = torch.randn(16, 32, requires_grad=True)
+    output = model(inputs)
+    (expected,) = torch.autograd.grad(output.sum(), inputs)
+    rewritten = rewrite(model, budget=None)
+    torch.autograd.grad(rewritten(inputs).sum(), inputs)
+    met = threading.Event()
+
+    def meet() -> None:
+        try:
+            for rows in range(1, 5):
+                torch.autograd.grad(rewritten(torch.randn(rows, 32, requires_grad=True)).sum(), list(model.parameters()))
+        finally:
+            met.set()
+
+    def learn() -> None:
+        while not met.is_set():
+            (found,) = torch.autograd.grad(rewritten(inputs).sum(), inputs)
+            torch.testing.assert_close(found, expected)
+            with torch.no_grad():
+                torch.testing.assert_close(rewritten(inputs), output)
+
+    assert _errors(meet, learn) == []

@@ -20,7 +20,7 @@ from remat.solvers.improve import prune
 from remat.solvers.moves import Found, Moves
 
 EFFORT = 300_000  # ops replayed by one search: about half a second
-_TRIED = 10  # groups replayed at each step towards fitting
+_TRIED = 10  # groups replayed at each step towards fitting, or as many more as it takes for one that helps
 _SKIPPED = 0.3  # of the groups at a random step
 _IDLE = 30  # steps without a gain after which the search ends
 
@@ -108,9 +108,7 @@ class _Task:
         self.moves = Moves(self.program)
         kept = (Decision.SAVE, Decision.OFFLOAD)
         self.fixed = frozenset(
-            p
-            for p, op in enumerate(self.program.forward)
-            if not op.outputs or op.pin in kept or any(self.program.values[v].pinned for v in op.outputs)
+            p for p, op in enumerate(self.program.forward) if op.pin in kept or not self.program.may_recompute(p)
         )
 
     def replayed(self, dropped: frozenset[int], repeats: Mapping[int, int]) -> Found:
@@ -147,7 +145,9 @@ class _Task:
                 return None
             over = self.excess(found)
             tried: list[tuple[bool, float, int, Found]] = []
-            for move in self.moves.towards(found, self.fixed | kept)[:_TRIED]:
+            for count, move in enumerate(self.moves.towards(found, self.fixed | kept)):
+                if self.left <= 0 or (count >= _TRIED and tried):
+                    break
                 if dice is not None and dice.random() < _SKIPPED:
                     continue
                 other = self.replayed(found.dropped | move.dropped, {**found.repeats, **dict(move.repeats)})

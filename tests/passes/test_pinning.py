@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from remat._torch import FakeTensorMode
 from remat.passes.pinning import why_pinned
 
 aten = torch.ops.aten
@@ -55,6 +57,15 @@ def test_pinned(target: Any, args: tuple[Any, ...], reason: str) -> None:
 )
 def test_free(target: Any, args: tuple[Any, ...]) -> None:
     assert why_pinned(node(target, *args), NOTHING) == ""
+
+
+@pytest.mark.parametrize("size", [(2, 4), None])
+def test_a_gather_is_pinned_where_its_size_depends_on_data(size: tuple[int, ...] | None) -> None:
+    shapes = ShapeEnv()
+    with FakeTensorMode(shape_env=shapes):
+        gather = node(aten.index.Tensor, ..., [...])
+        gather.meta["val"] = torch.empty(size or (shapes.create_unbacked_symint(), 4))
+    assert why_pinned(gather, NOTHING) == ("" if size else "shape depends on data")
 
 
 def test_a_collective_is_pinned() -> None:
