@@ -76,7 +76,7 @@ def _within(model: nn.Module, batch: Batch, kind: str, budget: str) -> Any:
     def with_budget(size: int) -> Any:
         if kind.startswith("remat-compiled"):
             return torch.compile(model, backend=remat_backend, options={"budget": size, "host_budget": host})
-        return remat.optimize(model, (), batch, budget=size, host_budget=host)
+        return remat.optimize(model, (), batch, budget=size, host_budget=host, holds_outputs=False)  # as the loop below
 
     if budget != "smallest":
         return with_budget(int(budget))

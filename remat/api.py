@@ -176,6 +176,7 @@ def frontier(
     Raises:
         BudgetError: none of them is within the budget, or that cannot be read.
         CaptureError: as in `optimize`.
+        RematError: points is no number of plans.
     """
     if not isinstance(points, int) or points < 1:
         raise RematError(f"points={points} must be a whole number, at least 1")

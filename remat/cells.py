@@ -92,7 +92,7 @@ class Cell:
 
 
 def _lacking(cells: Sequence[Cell]) -> list[Cell]:
-    """Those that wait, and what they are computed from and waits: the first to be computed comes last."""
+    """Those of the cells that wait, with the waiting ones that they are computed from; the last is to be computed first."""
     order: list[Cell] = []
     found: set[int] = set()
     stack = [*reversed(cells)]

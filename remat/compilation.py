@@ -207,8 +207,8 @@ class Compilation:
             yield Attempt(task.everything if fits else solve(task.menus, target))
 
     def _of_all_graphs(self, error: BudgetError, minimum: int, task: _Task) -> BudgetError:
-        """The error of one graph among several, with a budget for all of them at which this one gets what it needs. Of whatever
-        a budget is larger, each graph before this one keeps half of what those before it leave."""
+        """The error of one graph among several, with a budget for all of them at which this one gets what it needs. Of a larger
+        budget each earlier graph keeps half of what reaches it, so that n of them leave this one 1 / 2^n of the increase."""
         frame, target = self.frame, task.target or 0
         if self.more_graphs:
             minimum = 2 * minimum - smallest_solution(task.menus).replay.peak_bytes

@@ -162,6 +162,7 @@ def profile_device(device: torch.device | str | None = None, *, again: bool = Fa
     """Measure a device of this machine in a few seconds; plans on it use the figures from then on, in later processes too.
 
     device: by default the current accelerator, or the CPU where there is none. again: measure even if there are figures.
+    Raises RematError for a device that is neither.
     """
     here = _accelerator()
     chosen = torch.device(device if device is not None else here)

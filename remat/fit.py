@@ -85,6 +85,7 @@ def fit(
 
     Raises:
         BudgetError: not even the smallest size fits.
+        CaptureError: the model cannot be captured at the example's size, or at those around it.
         RematError: no such axis, or the step does not grow with it.
     """
     settings = Settings(

@@ -149,6 +149,9 @@ class Plan:
     formulas if it was made with `dynamic_shapes`. `repeats` says of ops whose results backward lets go of between two of their
     readers, to compute them once more, how often it does.
 
+    By names of forward nodes: `dropped` are computed again, `regions` the first and last ones of stretches that are rewritten,
+    `transfers` what waits on the host. `door` is "eager" or "compiled".
+
     `link` is the way to the host, None where none was considered. `holds_outputs` says whether what the model returns beside
     its loss counts until the step ends. `timeline` is the step op by op, `baseline_timeline` the same with everything saved;
     `storages` add up to the live bytes of `timeline` at each moment. Through Inductor both are of the generated code, with a

@@ -73,7 +73,7 @@ class KnownValues(_torch.TorchDispatchMode):
 
     @contextlib.contextmanager
     def told(self) -> Iterator[None]:
-        """Within it, and transformers takes tensors with known values for real ones."""
+        """Within, the mode is on, and transformers treats tensors whose values are known as real ones."""
         library: Any = sys.modules.get("transformers.utils.import_utils")
         asked: Any = getattr(library, "is_fake_tensor", None)
 
