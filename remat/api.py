@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +20,6 @@ from remat.policies import Policy
 from remat.settings import Settings
 from remat.shapes import named_axes
 from remat.sizes import SizedCall
-from remat.traced import with_baseline
 from remat.whole import Rewriting, trace
 
 
@@ -192,13 +190,7 @@ def frontier(
     )
     traced = trace(model, args, kwargs or {}, settings, device)
     limit = traced.limit_bytes(budget)
-    plans = list(traced.frontier(settings, points))
-    other = traced.worth_sharing(plans[-1].peak_bytes, settings)
-    if other is not None:
-        plans += [with_baseline(plan, traced.everything) for plan in other.frontier(settings, points)]
-    plans.sort(key=lambda p: (p.step_us, p.peak_bytes))
-    smaller = itertools.accumulate((p.peak_bytes for p in plans), min, initial=plans[0].peak_bytes + 1)
-    plans = [p for p, least in zip(plans, smaller, strict=False) if p.peak_bytes < least]
+    plans = traced.frontier(settings, points)
     if limit is None or plans[-1].peak_bytes <= limit:
         return [p for p in plans if limit is None or p.peak_bytes <= limit]
     least = plans[-1].peak_bytes

@@ -187,13 +187,7 @@ class _Question:
         traced = self.call.traced({self.dim: units * self.multiple_of})
         limit = traced.limit_bytes(settings.budget)
         assert limit is not None, "a budget for fit() is one in bytes"
-        least = traced.smallest(settings)
-        other = traced.worth_sharing(limit, settings)
-        if other is None and least.replay.peak_bytes > limit:
-            other = traced.in_shares(settings)
-        if other is not None:
-            least = min(least, other.smallest(settings), key=lambda s: s.replay.peak_bytes)
-        return _Trial(traced, limit, least)
+        return _Trial(traced, limit, traced.smallest_within(limit, settings))
 
 
 def _only_as_given(question: _Question, reason: str) -> RematError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -166,13 +166,15 @@ class Traced:
         ops = [(op.name, op.inputs, op.outputs) for op in self.program.forward]
         return hashlib.sha256(repr(ops).encode()).hexdigest()[:16]
 
-    def frontier(self, settings: Settings, points: int) -> Iterator[Plan]:
+    def frontier(self, settings: Settings, points: int) -> list[Plan]:
         """Plans from the fastest to the smallest."""
-        start = time.perf_counter()
         menus = self._menus(settings)
+        plans = []
+        start = time.perf_counter()
         for solution in map(self._in_flight, frontier_solutions(menus, points)):
-            yield self.describe(menus, solution, solution.replay.peak_bytes, time.perf_counter() - start)
+            plans.append(self.describe(menus, solution, solution.replay.peak_bytes, time.perf_counter() - start))
             start = time.perf_counter()
+        return plans
 
     def describe(self, menus: Menus, solution: Solution, limit: int | None, seconds: float) -> Plan:
         about = self.site.memory.name, "eager", self.fingerprint, self.structure

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from remat.passes.losses import find_losses, share_losses
 from remat.passes.regions import RegionGraph, form_regions
 from remat.passes.transfers import Transfers
 from remat.plan import Input, Plan
+from remat.planner import Solution
 from remat.record import record
 from remat.resident import attributes_of
 from remat.settings import Settings
@@ -117,6 +119,24 @@ class TracedModel(Traced):
         if not find_losses(self.captured.graph):
             return None
         return self.again(dataclasses.replace(self.captured, graph=share_losses(self.captured.graph)))
+
+    def smallest_within(self, limit: int, settings: Settings) -> Solution:
+        """`smallest`, with shares where they are worth it at that limit in bytes, or nothing fits without."""
+        least = self.smallest(settings)
+        other = self.worth_sharing(limit, settings)
+        if other is None and least.replay.peak_bytes > limit:
+            other = self.in_shares(settings)
+        return least if other is None else min(least, other.smallest(settings), key=lambda s: s.replay.peak_bytes)
+
+    def frontier(self, settings: Settings, points: int) -> list[Plan]:
+        """Plans with and without shares, each smaller and slower than the one before."""
+        plans = super().frontier(settings, points)
+        other = self.worth_sharing(plans[-1].peak_bytes, settings)
+        if other is not None:
+            plans += [with_baseline(plan, self.everything) for plan in other.frontier(settings, points)]
+        plans.sort(key=lambda p: (p.step_us, p.peak_bytes))
+        smaller = itertools.accumulate((p.peak_bytes for p in plans), min, initial=plans[0].peak_bytes + 1)
+        return [p for p, least in zip(plans, smaller, strict=False) if p.peak_bytes < least]
 
     def in_shares(self, settings: Settings) -> TracedModel | None:
         """`sharing` where the planner decides."""

@@ -6,8 +6,8 @@ import sys
 
 
 def main() -> None:
-    """Run the command line and exit: 0 when done, 1 where the answer is no, 2 for what cannot be asked, 3 for a fault of ours or
-    of a library's, 130 when interrupted."""
+    """Run the command line and exit: 0 when done, 1 where the answer is no, 2 for what cannot be asked, 3 for a fault of ours
+    or of a library's, 130 when interrupted."""
     try:
         from remat.cli.app import run
     except ImportError as error:
