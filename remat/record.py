@@ -50,22 +50,18 @@ def record(
             recorder.know(tensor.grad)
     with fake, recorder.forward():
         outputs = recorder.run_graph(captured, inputs)
-    output = captured.output_of(outputs)
-    returned = recorder.behind(output)
+    output, returned = captured.output_of(outputs), recorder.behind(outputs)
     with fake, recorder.backward():
         loss, held = loss_from(output, recorder, settings)
         holds_outputs = held is output
         del outputs, output
-        let_go = {id(storage) for storage in returned} - {id(storage) for storage in recorder.behind(held)}
+        of_results = dict.fromkeys(map(id, returned), RETURNED) | dict.fromkeys(map(id, recorder.behind(held)), HELD)
         run_backward(loss, recorder)
-    produced = {ran.node: ran.storages for ran in recorder.ran}
-    escaping = {id(s) for node in captured.graph.output_node().all_input_nodes for s in produced.get(node, ())}
     mutated = mutated_inputs(captured)
     pins = {id(s): why_pinned(s.node, mutated) for s in recorder.all if s.node is not None}
     others = site.resident["others"] + bytes_beside(recorder.found, tensors)
     site = dataclasses.replace(site, resident={**site.resident, "others": others})
-    pins |= dict.fromkeys(escaping, HELD) | dict.fromkeys(let_go, RETURNED)
-    return write_program(recorder, pins, site, holds_outputs)
+    return write_program(recorder, pins | of_results, site, holds_outputs)
 
 
 def write_program(

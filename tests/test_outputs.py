@@ -185,3 +185,26 @@ def test_what_is_returned_is_saved_while_forward_runs() -> None:
     assert outputs.isdisjoint(transfer.name for transfer in plan.transfers)
     with pytest.raises(remat.RematError, match="holds_outputs='no' is neither True nor False"):
         remat.plan(model, (x,), budget=None, holds_outputs="no")  # type: ignore[arg-type]
+
+
+class _Momentum(nn.Module):
+    """A target network that follows by a moving average, in forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.online, self.target = (nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)) for _ in range(2))
+        self.target.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            for follows, leads in zip(self.target.parameters(), self.online.parameters(), strict=True):
+                follows.lerp_(leads, 0.1)
+            wanted = self.target(x)
+        return (self.online(x) - wanted).square().mean()
+
+
+def test_what_forward_writes_back_goes_with_its_end() -> None:
+    model, x = _Momentum(), torch.randn(256, 64)
+    optimized = remat.optimize(model, (x,), budget=None)
+    found = remat.verify(optimized, args=(x,))
+    assert [check.name for check in found.checks if not 0 <= check.predicted_bytes - check.measured_bytes < 8192] == []
