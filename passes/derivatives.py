@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from remat.errors import CaptureError
 from remat.functions import TENSOR, FunctionCall
 from remat.passes.randomness import argument
 
 aten = torch.ops.aten
 
-_ELU = (aten.elu.default, aten.celu.default, aten.selu.default)
+_ELU = (aten.elu.default, aten.celu.default)
 _IN_PLACE = (aten.elu_.default, aten.celu_.default, aten.selu_.default)
 
 
@@ -25,7 +24,7 @@ class FromResult(torch.autograd.Function):
     def forward(ctx: Any, op: Any, x: torch.Tensor, alpha: float, *others: float) -> torch.Tensor:
         result: torch.Tensor = op(x, alpha, *others)
         ctx.save_for_backward(result)
-        ctx.constants = alpha, *(others or (1.0, 1.0 / torch.tensor(alpha).item()))
+        ctx.constants = alpha, *(others or (1.0, 1.0 / torch.tensor(alpha).item()))  # CELU's, from derivatives.yaml
         return result
 
     @staticmethod
@@ -36,15 +35,12 @@ class FromResult(torch.autograd.Function):
 
 
 def elu_from_results(graph: fx.Graph, exported: fx.Graph) -> None:
-    """Replace each ELU of a functional graph that was in place in the exported one, in place. Raises CaptureError where it does
-    not tell which ones were."""
-    before = [node.target in _IN_PLACE for node in exported.nodes if node.target in (*_ELU, *_IN_PLACE)]
-    if not any(before):
-        return
-    nodes = [node for node in graph.nodes if node.target in _ELU]
-    if len(nodes) != len(before):
-        raise CaptureError("the model has ELUs in place, whose results are not all used; write ELU(inplace=False)")
-    for node in (node for node, in_place in zip(nodes, before, strict=True) if in_place):
+    """Replace each ELU of a functional graph that was in place in the exported one, in place."""
+    before = {node.name: node.target for node in exported.nodes}
+    for node in [node for node in graph.nodes if node.target in _ELU]:
+        sources = node.meta.get("from_node")
+        if not sources or before.get(sources[-1].name) not in _IN_PLACE:
+            continue
         names = ("alpha",) if node.target is aten.celu.default else ("alpha", "scale", "input_scale")
         arguments = node.target, TENSOR, *(argument(node, name) for name in names)
         with graph.inserting_after(node):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -142,16 +142,9 @@ def _again(cell: Cell, values: list[Any]) -> Any:
 
 
 def computed_apart(cell: Cell) -> Any:
-    """The value of a cell that stays as it is, as do those that it is computed from: backward leaves its graph for another one,
-    so that autograd lets go of nothing."""
+    """The value of a cell that goes on waiting, as do those that it is computed from: backward leaves its graph for another,
+    so that autograd lets go of nothing. What waits on the host comes back."""
     made: dict[int, Any] = {}
-
-    def value(source: Any) -> Any:
-        own = source.cell if isinstance(source, Handle) else source
-        if not isinstance(own, Cell) or id(own) not in made:
-            return _value(source)
-        return source.laid(made[id(own)]) if isinstance(source, Handle) else made[id(own)]
-
     waiting = _lacking([cell])
     uses = Counter(id(source) for waits in waiting for source in _sources(waits))
     with torch.no_grad(), _torch.without_autocast():
@@ -160,7 +153,7 @@ def computed_apart(cell: Cell) -> Any:
             if now.moved is not None:
                 _come_back(now)
                 continue
-            result = _again(now, [value(source) for source in now.inputs])
+            result = _again(now, [_value_among(made, source) for source in now.inputs])
             if isinstance(result, torch.Tensor):
                 made[id(now)] = result
             else:
@@ -170,6 +163,14 @@ def computed_apart(cell: Cell) -> Any:
                 if not uses[id(source)]:
                     made.pop(id(source), None)
     return made[id(cell)] if cell.waiting else cell.value
+
+
+def _value_among(made: Mapping[int, Any], source: Any) -> Any:
+    """`_value`, where the values of some cells, by their ids, are not with them."""
+    cell = source.cell if isinstance(source, Handle) else source
+    if not isinstance(cell, Cell) or id(cell) not in made:
+        return _value(source)
+    return source.laid(made[id(cell)]) if isinstance(source, Handle) else made[id(cell)]
 
 
 def compute_together(handles: Sequence[Handle]) -> None:

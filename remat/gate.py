@@ -4,37 +4,43 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections import Counter
 from collections.abc import Iterator
+
+_PATIENCE_S = 60.0  # after which others are taken to wait for this thread, so that it goes on
 
 
 class Gate:
-    """Calls pass at once, and may lead to further ones; a capture waits until none is under way, and they for it."""
+    """Calls pass at once; a capture waits until no other thread's call is under way, and they for it. What one thread does
+    within its own calls and captures waits for none of them: a loss may call the model, and a call may train it."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._calls = 0
-        self._captures = False
+        self._calls = Counter[int]()  # by thread
+        self._capturing: int | None = None
 
     @contextlib.contextmanager
     def call(self) -> Iterator[None]:
+        thread = threading.get_ident()
         with self._changed:
-            self._changed.wait_for(lambda: not self._captures)
-            self._calls += 1
+            self._changed.wait_for(lambda: self._capturing in (None, thread), _PATIENCE_S)
+            self._calls[thread] += 1
         try:
             yield
         finally:
             with self._changed:
-                self._calls -= 1
+                self._calls -= Counter((thread,))
                 self._changed.notify_all()
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[None]:
+        thread = threading.get_ident()
         with self._changed:
-            self._changed.wait_for(lambda: not self._captures and not self._calls)
-            self._captures = True
+            self._changed.wait_for(lambda: self._capturing in (None, thread) and self._calls.keys() <= {thread}, _PATIENCE_S)
+            before, self._capturing = self._capturing, thread
         try:
             yield
         finally:
             with self._changed:
-                self._captures = False
+                self._capturing = before
                 self._changed.notify_all()

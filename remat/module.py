@@ -125,20 +125,25 @@ class RematModule(fx.GraphModule):
         self._modules = {**self._original._modules, **regions}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        compiles = torch.compiler.is_dynamo_compiling()
-        with contextlib.nullcontext() if compiles else self.gate.call():
+        if torch.compiler.is_dynamo_compiling():
+            return self._compiled(args, kwargs)
+        with self.gate.call():
             if not is_step(self._original, args, kwargs):
                 return self._original(*args, **kwargs)
             flat, spec = flatten_call(args, kwargs)
             variant = self._find(flat, spec)
             if variant is not None:
                 return self._run(variant, flat)
-        if compiles:
-            return self._run(self.capture(args, kwargs), flat)
         with self.gate.capture():
             variant = self._find(flat, spec) or self.capture(args, kwargs)
         with self.gate.call():
             return self._run(variant, flat)
+
+    def _compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not is_step(self._original, args, kwargs):
+            return self._original(*args, **kwargs)
+        flat, spec = flatten_call(args, kwargs)
+        return self._run(self._find(flat, spec) or self.capture(args, kwargs), flat)
 
     def _run(self, variant: Variant, flat: list[Any]) -> Any:
         if variant.plan is not self.plan and not torch.compiler.is_dynamo_compiling():

@@ -25,6 +25,7 @@ from remat._torch import (
     export_grad_modes,
     exporting,
     inductor_config,
+    no_dispatch_modes,
     optimized_execution,
     own_attributes,
     post_grad,
@@ -250,8 +251,10 @@ def dropout_by_mask(input: torch.Tensor, p: float, train: bool | None) -> Any:
     """`native_dropout` as a CPU has it, in ops of which one draws: the result may be computed again from the mask."""
     if input.device.type != "cpu" or train is False or not p < 1:
         return NotImplemented
+    with no_dispatch_modes():
+        scale = torch.tensor(1 / (1 - p), dtype=input.dtype).item()  # rounded as the kernel does
     mask = _drawn(torch.empty_like(input, dtype=torch.bool), 1 - p)
-    return input.mul(mask).mul(1 / (1 - p)), mask
+    return input.mul(mask).mul(scale), mask
 
 
 def _bernoulli_(input: torch.Tensor, p: float = 0.5, *, generator: torch.Generator | None = None) -> torch.Tensor:

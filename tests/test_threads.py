@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -199,3 +200,35 @@ def test_one_model_in_two_threads(rewrite: Callable[..., nn.Module]) -> None:
                 torch.testing.assert_close(rewritten(inputs), output)
 
     assert _errors(meet, learn) == []
+
+
+class _Adapts(nn.Module):
+    """Trains itself within an evaluation, on fewer rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(8, 8), nn.Linear(8, 1)
+
+    def forward(self, x: torch.Tensor, adapt: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor:
+        if adapt is not None:
+            with torch.enable_grad():
+                adapt(x[:4]).backward()
+        return self.head(self.layer(x).relu()).mean()
+
+
+@pytest.mark.parametrize("rewrite", [remat.optimize, remat.enable])
+def test_a_call_within_another_one_of_the_same_thread_waits_for_nobody(rewrite: Callable[..., nn.Module]) -> None:
+    model, x = _Adapts(), torch.randn(16, 8)
+    rewritten = rewrite(model, budget="1MiB")
+    rewritten(x).backward()
+    with torch.no_grad():
+        rewritten(x, adapt=rewritten)
+
+    def loss(output: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            target = consistent(x)
+        return (output - target).square().mean()
+
+    consistent = rewrite(copy.deepcopy(_Adapts()), budget="1MiB", loss=loss)
+    loss(consistent(x)).backward()
+    assert remat.plan_of(consistent) is not None

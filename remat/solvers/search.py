@@ -144,9 +144,9 @@ class _Task:
             if self.left <= 0:
                 return None
             over = self.excess(found)
-            tried: list[tuple[bool, float, int, Found]] = []
+            helps: list[tuple[bool, float, int, Found]] = []
             for count, move in enumerate(self.moves.towards(found, self.fixed | kept)):
-                if self.left <= 0 or (count >= _TRIED and tried):
+                if self.left <= 0 or (count >= _TRIED and helps):
                     break
                 if dice is not None and dice.random() < _SKIPPED:
                     continue
@@ -154,10 +154,10 @@ class _Task:
                 left = self.excess(other)
                 price = (_time_us(other) - _time_us(found)) / max(over - left, 1)
                 if left < over:
-                    tried.append((left > 0, price, len(tried), other))  # what fits at once comes first
-            if not tried:
+                    helps.append((left > 0, price, len(helps), other))  # what fits at once comes first
+            if not helps:
                 return None
-            found = min(tried)[3]
+            found = min(helps)[3]
         return found
 
     def trimmed(self, found: Found) -> Found:
