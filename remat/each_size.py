@@ -46,7 +46,7 @@ class EachSize:
         nodes = gm.graph.find_nodes(op="placeholder")
         self._sizes = [i for i, value in enumerate(inputs) if isinstance(value, torch.SymInt)]
         self._numbers = [i for i, node in enumerate(nodes) if any(_is_number(user) for user in node.users)]
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._made: dict[tuple[Any, ...], tuple[Callable[..., Any], list[CompiledPlan]]] = {}
 
     def __call__(self, *args: Any) -> Any:

@@ -71,7 +71,7 @@ class RematModule(fx.GraphModule):
             raise RematError("the model has a parameter, buffer or submodule named plan, where its plan would be; rename it")
         super().__init__(nn.Module(), fx.Graph(), f"Remat{type(original).__name__}")
         self._rewrite = rewrite
-        self.gate = Gate()
+        self._gate = Gate()
         self._variants: list[Variant] = []
         self.plan: Plan | None = None
         self._dynamic_shapes = dynamic_shapes
@@ -127,16 +127,16 @@ class RematModule(fx.GraphModule):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             return self._compiled(args, kwargs)
-        with self.gate.call():
+        with self._gate.call():
             if not is_step(self._original, args, kwargs):
                 return self._original(*args, **kwargs)
             flat, spec = flatten_call(args, kwargs)
             variant = self._find(flat, spec)
             if variant is not None:
                 return self._run(variant, flat)
-        with self.gate.capture():
+        with self._gate.capture():
             variant = self._find(flat, spec) or self.capture(args, kwargs)
-        with self.gate.call():
+        with self._gate.call():
             return self._run(variant, flat)
 
     def _compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -654,3 +654,12 @@ def test_that_the_cache_is_left_out_is_said_once(whole: bool, caplog: pytest.Log
         for _ in range(3):
             gradients_of(model, **kwargs)
     assert len([r for r in caplog.records if "cache is left out" in r.getMessage()]) == 1
+
+
+def test_names_that_models_use_are_theirs() -> None:
+    """The private ones are the module's own; `gate` and `rewrite` are not among them."""
+    model = nn.Module()
+    model.gate, model.rewrite, model.forward = nn.Linear(4, 4), nn.Linear(4, 4), lambda x: model.rewrite(model.gate(x))  # type: ignore[assignment]
+    optimized = remat.optimize(model, budget=None)
+    assert optimized.gate is model.gate
+    assert optimized.rewrite is model.rewrite
