@@ -151,7 +151,8 @@ class EnabledWhole(Enabled):
         if self._step is None:
             self._twin = without_hooks(self.model)
             self._step = RematModule(self._twin, Rewriting(self.settings))
-        imitate(self._twin, self.model)
+        with self._step._gate.call():
+            imitate(self._twin, self.model)
         return self._step.forward(*args, **kwargs)
 
 
