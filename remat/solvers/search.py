@@ -20,7 +20,7 @@ from remat.solvers.improve import prune
 from remat.solvers.moves import Found, Moves
 
 EFFORT = 300_000  # ops replayed by one search: about half a second
-_TRIED = 10  # groups replayed at each step towards fitting, or as many more as it takes for one that helps
+_TRIED, _MOST = 10, 40  # groups replayed at each step towards fitting, and where none of them helps
 _SKIPPED = 0.3  # of the groups at a random step
 _IDLE = 30  # steps without a gain after which the search ends
 
@@ -145,8 +145,8 @@ class _Task:
                 return None
             over = self.excess(found)
             helps: list[tuple[bool, float, int, Found]] = []
-            for count, move in enumerate(self.moves.towards(found, self.fixed | kept)):
-                if self.left <= 0 or (count >= _TRIED and helps):
+            for count, move in enumerate(self.moves.towards(found, self.fixed | kept)[:_MOST]):
+                if count >= _TRIED and helps:
                     break
                 if dice is not None and dice.random() < _SKIPPED:
                     continue
