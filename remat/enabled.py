@@ -127,7 +127,7 @@ class EnabledWhole(Enabled):
 
     def as_it_was(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         step = self._step
-        with contextlib.nullcontext() if step is None or torch.compiler.is_compiling() else step._gate.call():
+        with contextlib.nullcontext() if step is None or torch.compiler.is_dynamo_compiling() else step._gate.call():
             return super().as_it_was(args, kwargs)
 
     @property
