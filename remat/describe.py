@@ -189,8 +189,7 @@ def activation_of(
     go of in backward."""
     value = program.values[v]
     outputs = program.forward[value.op].outputs
-    shown = node.meta.get("val")
-    shown = shown if isinstance(shown, torch.Tensor) else shown[outputs.index(v)] if shown is not None else None
+    shown = _shown(node, value.name, outputs.index(v))
     cost = program.forward[value.op].cost_us
     if program.forward[value.op].pin is not None:
         reason = "pinned"
@@ -219,6 +218,14 @@ def activation_of(
         source_line(node),
         ways=_ways(program, value.op),
     )
+
+
+def _shown(node: fx.Node, name: str, index: int) -> torch.Tensor | None:
+    """What the node gives; of several results the item of that name, or the one with that index among those not empty."""
+    shown = next((user for user in node.users if user.name == name), node).meta.get("val")
+    if shown is None or isinstance(shown, torch.Tensor):
+        return shown
+    return [item for item in shown if isinstance(item, torch.Tensor) and item.numel()][index]
 
 
 def _ways(program: Program, op: int) -> tuple[Decision, ...]:

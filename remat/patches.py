@@ -239,11 +239,16 @@ def _set_kernel(op: Any, key: torch._C.DispatchKey, kernel: Callable[..., Any] |
 
 
 def _dropout(input: torch.Tensor, p: float, train: bool) -> torch.Tensor:
-    """torch's own is a clone where nothing is dropped, and rounds otherwise than a CPU does in half precision."""
+    """torch's own is a clone where nothing is dropped, and rounds otherwise than a CPU does: in half precision, and in single
+    its scale for some `p` (0.15, 0.45)."""
     if not train or not p:
         return input
-    if input.device.type == "cpu" and input.dtype.itemsize < 4 and p < 1:
-        return input * (_drawn(input, 1 - p) / (1 - p))
+    if input.device.type == "cpu" and p < 1:
+        if input.dtype.itemsize < 4:
+            return input * (_drawn(input, 1 - p) / (1 - p))
+        scale, native = _scales(p, input.dtype)
+        if scale != native:
+            return _masked(input, p, scale)[0]
     return torch.ops.aten.native_dropout(input, p, train)[0]
 
 
@@ -251,8 +256,16 @@ def dropout_by_mask(input: torch.Tensor, p: float, train: bool | None) -> Any:
     """`native_dropout` as a CPU has it, in ops of which one draws: the result may be computed again from the mask."""
     if input.device.type != "cpu" or train is False or not p < 1:
         return NotImplemented
+    return _masked(input, p, _scales(p, input.dtype)[1])
+
+
+def _scales(p: float, dtype: torch.dtype) -> tuple[float, float]:
+    """What dropout multiplies by, as its own kernel on a CPU rounds it and as that of `native_dropout` does."""
     with no_dispatch_modes():
-        scale = torch.tensor(1 / (1 - p), dtype=input.dtype).item()  # rounded as the kernel does
+        return torch.ones((), dtype=dtype).div(1 - p).item(), torch.tensor(1 / (1 - p), dtype=dtype).item()
+
+
+def _masked(input: torch.Tensor, p: float, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     mask = _drawn(torch.empty_like(input, dtype=torch.bool), 1 - p)
     return input.mul(mask).mul(scale), mask
 

@@ -30,7 +30,7 @@ from remat.functions import FunctionCall
 from remat.opaque import GRADIENTS
 from remat.passes.aliasing import results
 from remat.recorded import Kernel, Ran, Storage
-from remat.steps import bind, recompute_inputs
+from remat.steps import bind, made_again, recompute_inputs
 from remat.workspace import Call
 
 aten = torch.ops.aten
@@ -173,7 +173,7 @@ class Recorder(_torch.TorchDispatchMode):
             self._watch(out)
             read = self.behind([env[source] for source in node.all_input_nodes])
             again = self.behind([env[source] for source in recompute_inputs(node)])
-            made = self.behind(out)
+            made = self.behind(made_again(node, out))
             if self._inside is None:
                 self._ran(node, _node_cost(node, values, out, self.device), read, made, again)
             else:

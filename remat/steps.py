@@ -19,12 +19,14 @@ from remat.passes.transfers import is_mark, read_transfers
 
 aten = torch.ops.aten
 
+_N_REMADE = 3  # of batch norm's results: all but its new running statistics
+
 
 @dataclass(frozen=True)
 class Step:
     """One node of a region. `slots` are the environment slots of its tensor inputs, in the order that `call` takes them;
     `random` is the device whose generator it draws from. `repeats` is how often backward lets go of its results before
-    their last reader.
+    their last reader. Of several results `again` gives the first `remade` (None: all).
 
     After it the device memory of the offloaded nodes in `releases` is let go of; when the gradient of its result is there, the
     copies back of those in `reloads` start.
@@ -44,6 +46,7 @@ class Step:
     offloaded: tuple[int, ...] = ()
     releases: tuple[str, ...] = ()
     reloads: tuple[str, ...] = ()
+    remade: int | None = None
 
     @cached_property
     def is_plain(self) -> bool:
@@ -83,7 +86,6 @@ def compile_region(graph: fx.Graph, dropped: frozenset[str], repeats: Mapping[st
             for s in dict.fromkeys([*node.all_input_nodes, node])
             if last.get(s, node) is node and slots[s] not in outputs
         )
-        is_dropped = node.name in dropped
         call, order = bind(node)
         again, again_order = _bind_again(node)
         steps.append(
@@ -94,7 +96,7 @@ def compile_region(graph: fx.Graph, dropped: frozenset[str], repeats: Mapping[st
                 tuple(slots[s] for s in order),
                 tuple(slots[s] for s in again_order),
                 slots[node],
-                is_dropped,
+                node.name in dropped and not _is_statistic(node),
                 _device_of(node) if may_draw(node) else None,
                 repeats.get(node.name, 0),
                 node.args[1] if node.target is operator.getitem else None,
@@ -102,6 +104,7 @@ def compile_region(graph: fx.Graph, dropped: frozenset[str], repeats: Mapping[st
                 transfers.offloaded.get(node.name, ()),
                 transfers.releases.get(node.name, ()),
                 transfers.reloads.get(node.name, ()),
+                _N_REMADE if _is_batch_norm(node) else None,
             )
         )
     return RegionProgram(tuple(steps), n_inputs, len(slots), outputs)
@@ -114,9 +117,23 @@ def _device_of(node: fx.Node) -> torch.device:
 
 def recompute_inputs(node: fx.Node) -> tuple[fx.Node, ...]:
     """The nodes that recomputing `node` reads."""
-    if node.target is aten._native_batch_norm_legit_functional.default and node.args[5] is True:
+    if _is_batch_norm(node):
         return tuple(a for a in node.args[:3] if isinstance(a, fx.Node))
     return tuple(node.all_input_nodes)
+
+
+def made_again(node: fx.Node, result: Any) -> Any:
+    """What of the result of `node` recomputing it gives: of batch norm all but the new running statistics."""
+    return result[:_N_REMADE] if _is_batch_norm(node) else result
+
+
+def _is_statistic(node: fx.Node) -> bool:
+    """Whether a node picks a new running statistic."""
+    return node.target is operator.getitem and _is_batch_norm(node.args[0]) and node.args[1] >= _N_REMADE
+
+
+def _is_batch_norm(node: fx.Node) -> bool:
+    return node.target is aten._native_batch_norm_legit_functional.default and node.args[5] is True
 
 
 def _bind_again(node: fx.Node) -> tuple[Callable[..., Any], tuple[fx.Node, ...]]:
@@ -125,16 +142,17 @@ def _bind_again(node: fx.Node) -> tuple[Callable[..., Any], tuple[fx.Node, ...]]
     if node.target is aten.mkldnn_rnn_layer.default:
         own, order = bind(node)
         return functools.partial(_with_grad, own), order
-    if node.target is not aten._native_batch_norm_legit_functional.default or node.args[5] is not True:
+    if not _is_batch_norm(node):
         return bind(node)
     momentum, eps = node.args[6:8]
-    tensors = recompute_inputs(node)
+    is_given = [isinstance(argument, fx.Node) for argument in node.args[:3]]
 
     def call(*values: Any) -> Any:
-        x, weight, bias = values if len(values) == 3 else (values[0], None, None)
+        given = iter(values)
+        x, weight, bias = (next(given) if there else None for there in is_given)
         return aten._native_batch_norm_legit.no_stats(x, weight, bias, True, momentum, eps)
 
-    return call, tensors
+    return call, recompute_inputs(node)
 
 
 def _with_grad(call: Callable[..., Any], *values: torch.Tensor) -> Any:

@@ -295,9 +295,12 @@ def test_upsampling_keeps_its_kernels() -> None:
     assert torch.ops.aten.upsample_bilinear2d.vec.py_kernels, "other tracing goes on as before"
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_dropout_in_half_precision_rounds_as_the_plain_models(dtype: torch.dtype) -> None:
-    model = nn.TransformerEncoderLayer(16, 2, 64, dropout=0.3, batch_first=True).to(dtype)  # one of its dropouts is transposed
+@pytest.mark.parametrize(
+    ("dtype", "p"), [(torch.bfloat16, 0.3), (torch.float16, 0.3), (torch.float32, 0.15), (torch.float64, 0.45)]
+)
+def test_dropout_rounds_as_the_plain_models(dtype: torch.dtype, p: float) -> None:
+    """In single precision 1 / 0.85 is another number where the division is in double."""
+    model = nn.TransformerEncoderLayer(16, 2, 64, dropout=p, batch_first=True).to(dtype)  # one of its dropouts is transposed
     kwargs = {"src": torch.randn(64, 12, 16).to(dtype)}
     plain = run_step(copy.deepcopy(model), kwargs)
     module = remat.optimize(model, (), kwargs, budget=0.7)
