@@ -37,7 +37,10 @@ _INTEGRATIONS = ("distributed", "hf", "lightning")  # imported when they are nam
 
 def __getattr__(name: str) -> types.ModuleType:
     if name in _INTEGRATIONS:
-        return importlib.import_module(f"remat.{name}")
+        try:
+            return importlib.import_module(f"remat.{name}")
+        except ModuleNotFoundError as error:
+            raise AttributeError(f"remat.{name} needs {error.name}: pip install 'remat[{name}]'") from error
     raise AttributeError(f"module 'remat' has no attribute {name!r}")
 
 

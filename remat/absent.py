@@ -16,6 +16,7 @@ from torch import nn
 from remat import _torch
 from remat._torch import pytree
 from remat.loss import SHARES, cross_entropy, cross_entropy_backward
+from remat.resident import attributes_of
 from remat.workspace import Call
 
 aten = torch.ops.aten
@@ -46,6 +47,8 @@ def stand_in(
         own = _torch.own_attributes(p)  # what dequantises it
         vars(twin).update(own)
         memo.update((id(value), value) for value in own.values())
+    for tensor in attributes_of(model):  # those with values keep them; what a forward computed (weight_norm) cannot be copied
+        memo.setdefault(id(tensor), tensor if tensor.device.type == "cpu" and tensor.is_leaf else fake(tensor))
     args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: fake(t).requires_grad_(t.requires_grad), (args, kwargs))
     return copy.deepcopy(model, memo), args, kwargs
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from remat.budget import BudgetLike, format_bytes, format_needed
-from remat.capture import check_model
+from remat.capture import check_inputs, check_model
 from remat.errors import BudgetError, RematError
 from remat.formulas import with_formulas
 from remat.module import RematModule
@@ -207,6 +207,9 @@ def explain(
 ) -> Plan:
     """What would be saved, recomputed and why, as data whose `str` is the table. Without inputs, a model from `optimize`, under
     `enable` or compiled with backend "remat" explains its latest step."""
+    check_inputs(args, kwargs)
     if is_planned(model) and not args and not kwargs:
+        if budget is not None:
+            raise RematError("this model has a plan already, which is explained without a budget; give remat.plan the original")
         return only_plan(model)
     return plan(model, args, kwargs, budget=budget)

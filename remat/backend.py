@@ -94,6 +94,6 @@ def plans(compiled: Any) -> list[CompiledPlan]:
     """
     call = _torch.compile_call_of(compiled)
     if call is None or call.compiler_fn is not remat_backend:
-        raise RematError('this was not compiled with torch.compile(..., backend="remat")')
+        raise RematError('this was not compiled with torch.compile(..., backend="remat"); of other models remat.plan_of tells')
     session = _sessions.get(id(call))
     return list(session.graphs) if session is not None else []

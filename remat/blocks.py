@@ -75,7 +75,7 @@ def check_blockwise(settings: Settings) -> None:
     """Raises RematError for what cannot be done block by block."""
     if settings.policy in ("offload", "offload-all", "sqrt"):
         raise RematError(f"policy={settings.policy!r} reaches across blocks, which a model rewritten block by block cannot")
-    if settings.host_budget is not None:
+    if settings.host_budget:
         raise RematError("host_budget=: nothing moves to the host in a model rewritten block by block")
 
 
@@ -104,8 +104,8 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-@as_in_training()
 @_torch.tracing_alone()
+@as_in_training()
 def trace_blocks(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], blocks: Mapping[str, nn.Module], settings: Settings
 ) -> TracedBlocks:

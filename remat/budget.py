@@ -97,21 +97,23 @@ def _refuse(name: str, given: object, why: str) -> NoReturn:
 
 @dataclass(frozen=True)
 class Memory:
-    """What a device has, in bytes; what a step may take of it: all that is free, and what of it is there already; and what
-    host memory values may wait in when nobody says how much."""
+    """What a device has, in bytes; what a step may take of it: all that is free, and what of it is there already; what host
+    memory values may wait in when nobody says how much; and what of that is free."""
 
     name: str
     total_bytes: int
     usable_bytes: int
     host_bytes: int
+    free_host_bytes: int
 
 
 def memory_of(device: torch.device, there_bytes: int = 0) -> Memory:
     """The memory of a device of this machine, on which `there_bytes` of the step are allocated. Half of the host's free memory
     is for a GPU's values, and none for a CPU's."""
-    host = host_memory.available_bytes() // 2 if device.type not in ("cpu", "meta") else 0
+    free_host = host_memory.available_bytes()
+    host = free_host // 2 if device.type not in ("cpu", "meta") else 0
     total = device_bytes(device)
-    return Memory(str(device), total, min(total, free_bytes(device) + there_bytes), host)
+    return Memory(str(device), total, min(total, free_bytes(device) + there_bytes), host, free_host)
 
 
 def resolve_budget(budget: Budget, memory: Memory, resident_bytes: int, baseline_peak_bytes: int) -> int | None:
@@ -135,7 +137,7 @@ def resolve_host_budget(host_budget: int | str | None, memory: Memory) -> int:
     Raises BudgetError when it cannot be read."""
     budget = parse_host_budget(host_budget)
     if budget.share_of_device is not None:
-        return int(budget.share_of_device * host_memory.available_bytes())
+        return int(budget.share_of_device * memory.free_host_bytes)
     return memory.host_bytes if budget.bytes is None else budget.bytes
 
 

@@ -33,10 +33,13 @@ _DROPPED = ("_assert_tensor_metadata", "_assert_scalar", "_guards_fn", "sym_cons
 def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], block: str = "") -> Captured:
     """Capture one training forward of `model`, or of the block of one that is at the path `block`. Raises CaptureError with the
     place and the way out."""
+    way_out = ""
     try:
+        _refuse_anywhere(model, args, kwargs)
+        way_out = _BLOCKWISE
         captured = _captured(model, args, kwargs)
     except CaptureError as error:
-        error.args = (f"block {block}: {error}" if block else f"{error}{_BLOCKWISE}",)
+        error.args = (f"block {block}: {error}" if block else f"{error}{way_out}",)
         raise
     check_embeddings(captured.graph)
     return captured
@@ -46,10 +49,7 @@ def check_model(model: Any, args: Any, kwargs: Any = None) -> None:
     """Raises RematError for what cannot be a model, or its inputs, or has been rewritten in place already."""
     if not isinstance(model, nn.Module):
         raise RematError(f"a {type(model).__name__} is no nn.Module; write one whose forward calls it")
-    if not isinstance(args, tuple):
-        raise RematError(f"args is a {type(args).__name__}; give a tuple of positional inputs, args=(x,)")
-    if kwargs is not None and not isinstance(kwargs, dict):
-        raise RematError(f"kwargs is a {type(kwargs).__name__}; give a dictionary of inputs by name")
+    check_inputs(args, kwargs)
     lazy = next((name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)), None)
     if lazy is not None:
         raise RematError(f"{lazy} has no shape yet, which lazy modules find in their first call; call the model once before")
@@ -59,6 +59,14 @@ def check_model(model: Any, args: Any, kwargs: Any = None) -> None:
     rewritten = next((path for path, module in model.named_modules() if path and "_original" in vars(module)), None)
     if rewritten is not None:
         raise RematError(f"{rewritten} comes from remat.optimize and has a plan already; put the original there")
+
+
+def check_inputs(args: Any, kwargs: Any) -> None:
+    """Raises RematError for what cannot be the inputs of a call."""
+    if not isinstance(args, tuple):
+        raise RematError(f"args is a {type(args).__name__}; give a tuple of positional inputs, args=(x,)")
+    if kwargs is not None and not isinstance(kwargs, dict):
+        raise RematError(f"kwargs is a {type(kwargs).__name__}; give a dictionary of inputs by name")
 
 
 def check_parameters(model: nn.Module) -> None:
@@ -71,24 +79,39 @@ def check_parameters(model: nn.Module) -> None:
         )
 
 
-@_torch.tracing_alone()
-@patches.native_kernels()
-def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
-    kwargs = dict(sorted(kwargs.items()))
-    flat, in_spec = pytree.tree_flatten((args, kwargs))
+def _refuse_anywhere(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raises CaptureError for what no graph can hold, of a whole model or of a block."""
     check_parameters(model)
-    devices = {t.device for t in itertools.chain(model.parameters(), model.buffers()) if t.numel()}
-    if len(devices) > 1:
-        raise CaptureError(f"the model is on several devices ({', '.join(sorted(map(str, devices)))}); remat plans for one")
-    given = (("an input", leaf) for leaf in flat if isinstance(leaf, torch.Tensor))
+    given = (("an input", leaf) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers(), given):
         if tensor.layout is not torch.strided:
             raise CaptureError(f"{name} is a tensor of layout {tensor.layout}, for which there is no plan; {DOOR_2}")
         if _torch.is_traceable_wrapper_subclass(tensor):
             raise CaptureError(f"{name} is a {type(tensor).__name__}, which a graph of plain tensors cannot hold; {DOOR_2}")
+    for name, part in model.named_modules():
+        if (
+            isinstance(part, nn.modules.batchnorm._BatchNorm)
+            and part.momentum is None
+            and part.training
+            and part.running_mean is not None
+        ):
+            raise CaptureError(
+                f"{name or type(part).__name__} averages over all batches (momentum=None) by a factor that it reads from a "
+                "counter, which no graph does; give it a momentum"
+            )
+
+
+@_torch.tracing_alone()
+@patches.native_kernels()
+def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
+    kwargs = dict(sorted(kwargs.items()))
+    flat, in_spec = pytree.tree_flatten((args, kwargs))
     for name in itertools.chain(model._parameters, model._buffers, model._modules):
-        if name in _GRAPHS_OWN:
+        if name in _GRAPHS_OWN or name.startswith("region_"):
             raise CaptureError(f"the model's {name} has a name that captured graphs use themselves; rename it, or {DOOR_2}")
+    devices = {t.device for t in itertools.chain(model.parameters(), model.buffers()) if t.numel()}
+    if len(devices) > 1:
+        raise CaptureError(f"the model is on several devices ({', '.join(sorted(map(str, devices)))}); remat plans for one")
     for path, part in model.named_modules():
         if path and (part._backward_hooks or part._backward_pre_hooks):
             raise CaptureError(f"{path} has a backward hook, which an exported graph does not keep; take it off")

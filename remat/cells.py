@@ -38,7 +38,7 @@ class Cell:
     def __init__(self, step: Step | None, inputs: list[Any], rng: Any = None) -> None:
         self.step = step
         self.inputs = inputs
-        self.versions = [i._version if isinstance(i, torch.Tensor) else -1 for i in inputs]
+        self.versions = [_version(i) if isinstance(i, torch.Tensor) else -1 for i in inputs]
         self.rng = rng
         self.moved: Moved | None = None
         self.value: Any = None
@@ -128,12 +128,17 @@ def _compute(cell: Cell) -> None:
     cell.fill(_again(cell, [_value(i) for i in cell.inputs]))
 
 
+def _version(tensor: torch.Tensor) -> int:
+    """How often a tensor was written to; -1 where nobody counts."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
 def _again(cell: Cell, values: list[Any]) -> Any:
     """What the cell's call returns, on the values of its inputs."""
     step = cell.step
     assert step is not None, "a part is filled by the call it belongs to"
     for tensor, version in zip(cell.inputs, cell.versions, strict=True):
-        if version >= 0 and tensor._version != version:
+        if version >= 0 and _version(tensor) != version:
             raise RewriteError(
                 f"a tensor of shape {tuple(tensor.shape)} that {step.name} is recomputed from was modified in place between "
                 "forward and backward; call backward before the optimizer's step"

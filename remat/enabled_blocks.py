@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import cached_property
@@ -51,6 +52,13 @@ class _Variant(NamedTuple):
     runs: Mapping[str, list[_BlockRun]]
 
 
+class _Call(threading.local):
+    """The model's call that runs now on this thread: its arguments, and what each block has still to run, once it is known."""
+
+    arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    runs: Mapping[str, Iterator[_BlockRun]] | None = None
+
+
 class EnabledBlocks(Enabled):
     """The model's own forward, in which each block, of which `paths` are the paths, runs its rewritten graph."""
 
@@ -87,8 +95,8 @@ class EnabledBlocks(Enabled):
         check_blockwise(settings)
         super().replan(settings)
         self._variants: list[_Variant] = []
-        self._running: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-        self._runs: Mapping[str, Iterator[_BlockRun]] | None = None
+        self._choosing = threading.RLock()
+        self._call = _Call()
         self.plan = None
 
     def remove(self) -> None:
@@ -97,14 +105,16 @@ class EnabledBlocks(Enabled):
             take_back(self.blocks[path], forward)
 
     def train(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._running, self._runs = (args, kwargs), None
+        call = self._call
+        outer = call.arguments, call.runs  # of one that calls the model within
+        call.arguments, call.runs = (args, kwargs), None
         if not self._variants:
             say_without_cache(self.model)
         try:
             with without_cache(self.model):
                 return type(self.model).forward(self.model, *args, **kwargs)
         finally:
-            self._running, self._runs = None, None
+            call.arguments, call.runs = outer
 
     def as_it_was(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         token = _as_it_was.set(True)
@@ -117,22 +127,29 @@ class EnabledBlocks(Enabled):
         """What the block at `path` has to run, now that it is called. The first call of a step decides which of the plans that
         serve the model's inputs goes on: their values may have a say in how blocks are called (a mask that is left out)."""
         name = f"{path} of {type(self.model).__name__}"
-        if self._running is None:
+        now = self._call
+        if now.arguments is None:
             raise RematError(f"{name} was called outside of the model's forward, for which it is planned; call the model")
         called = leaves_key(flat, spec)
-        if self._runs is None:
-            key, adds = self._key(*flatten_call(*self._running))
-            alike = (v for v in self._variants if v.key == key and v.adds == adds and v.first == (path, called))
-            serve = (v for v in alike if all(run.fits(self.blocks[p]) for p, runs in v.runs.items() for run in runs))
-            variant = next(serve, None) or self.capture(*self._running)
-            used(self._variants, variant)
-            self.plan = variant.plan
-            self._runs = {path: iter(runs) for path, runs in variant.runs.items()}
-        planned = next(self._runs[path], None)
+        if now.runs is None:
+            with self._choosing:
+                variant = self._variant(*now.arguments, first=(path, called))
+            now.runs = {path: iter(runs) for path, runs in variant.runs.items()}
+        planned = next(now.runs[path], None)
         if planned is None or planned.key != called:
             why = "more often" if planned is None else f"with {leaves_difference(called, planned.key)}"
             raise RematError(f"{name} was called otherwise than when this step was planned: {why}")
         return planned
+
+    def _variant(self, args: tuple[Any, ...], kwargs: dict[str, Any], first: tuple[str, Any]) -> _Variant:
+        """The one that serves this call, captured now if there is none."""
+        key, adds = self._key(*flatten_call(args, kwargs))
+        alike = (v for v in self._variants if v.key == key and v.adds == adds and v.first == first)
+        serve = (v for v in alike if all(run.fits(self.blocks[p]) for p, runs in v.runs.items() for run in runs))
+        variant = next(serve, None) or self.capture(args, kwargs)
+        used(self._variants, variant)
+        self.plan = variant.plan
+        return variant
 
     def capture_together(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """`capture` on every rank of those that share the model's parameters; an error on one is raised on all."""

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import random
 import sys
+import threading
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 from torch import nn
 
 from remat import _torch, patches
 from remat._torch import pytree
 from remat.errors import CaptureError, RewriteError, find_cause, reason_of
+from remat.host_draws import noting_host_draws
 from remat.kept import KeptTensor, kept_as_before
-from remat.opaque import CHECKPOINTS, GRADIENTS, OpaqueAutograd, watch_for_opaque_autograd
+from remat.opaque import CHECKPOINTS, GRADIENTS, OpaqueAutograd, say_changed, watch_for_opaque_autograd
 from remat.twin import Twin
 
 log = logging.getLogger("remat")
@@ -29,6 +30,8 @@ log = logging.getLogger("remat")
 DOOR_2 = 'torch.compile(model, backend="remat", options={"budget": ...}) handles this'
 _OURS = (Path(torch.__file__).parent, Path(__file__).parent, Path(contextlib.__file__))
 _UNKNOWN = "an unknown line"
+_without = Counter[int]()  # by configuration, how many calls run without a cache now, on whichever thread
+_switching = threading.Lock()
 _ASSIGNED = r"The tensor attributes? .* assigned during export"  # one that matters is an error: OpaqueAutograd
 
 
@@ -40,14 +43,16 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     """The model as it runs eagerly; where that cannot be exported, as its libraries would have it exported. And the names of
     buffers that its forward assigns to."""
     say_without_cache(model)
-    before = _host_randomness()
     own = _torch.fake_modes((*model.parameters(), *model.buffers(), *pytree.tree_leaves((args, kwargs))))
     errors: list[Exception] = []
-    for way in (patches.specializing(_single_sequences(model, args, kwargs)), contextlib.nullcontext()):
+    with kept_as_before(model, (args, kwargs), DOOR_2):
+        single = _single_sequences(model, args, kwargs)
+    for way in (patches.specializing(single), contextlib.nullcontext()):
         try:
             with (
-                kept_as_before(model, (args, kwargs), DOOR_2),
+                kept_as_before(model, (args, kwargs), DOOR_2) as changed,
                 watch_for_opaque_autograd(model) as assigned,
+                noting_host_draws(model) as draws,
                 way,
                 without_cache(model),
                 warnings.catch_warnings(),
@@ -56,8 +61,10 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
                 exported = torch.export.export(model, args, kwargs, strict=False)
             if _torch.fake_modes(exported.constants.values()) - own:  # export does not look where inputs are fake
                 raise CaptureError("an intermediate result became a constant")
-            if _host_randomness() != before:
+            if draws:
                 raise CaptureError("a random number of Python's or NumPy's became a constant; draw it with torch")
+            if changed:
+                say_changed(type(model).__name__, tuple(changed))
             return exported, assigned
         except KeptTensor:
             raise
@@ -71,12 +78,6 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
         f"{reason_of(errors[0])}\n  at {_user_line(errors[0])}\n"
         f"  If the model alone runs on this input, one graph cannot hold it; {DOOR_2}"
     ) from errors[0]
-
-
-def _host_randomness() -> Any:
-    """The state of the generators that no graph draws from."""
-    numpys: Any = np.random.get_state()  # noqa: NPY002  what a model draws from that calls np.random.rand()
-    return random.getstate(), bytes(numpys[1]), numpys[2:]
 
 
 def _single_sequences(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[bool]:
@@ -122,25 +123,32 @@ def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
 @contextlib.contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
     """Leave a generation cache (transformers: `config.use_cache`) out of the training step: nothing there reads it."""
-    configs = _caching(model)
-    for config in configs:
-        config.use_cache = False
+    configs = [config for config in _configs(model) if config.use_cache or id(config) in _without]
+    with _switching:
+        _without.update(map(id, configs))
+        for config in configs:
+            config.use_cache = False
     try:
         yield
     finally:
-        for config in configs:
-            config.use_cache = True
+        with _switching:
+            _without.subtract(map(id, configs))
+            for config in configs:
+                if not _without[id(config)]:
+                    del _without[id(config)]
+                    config.use_cache = True
 
 
 def say_without_cache(model: nn.Module) -> None:
     """Say so if there is a cache to leave out."""
-    if _caching(model):
+    if any(config.use_cache for config in _configs(model)):
         log.info("%s: the key-value cache is left out of training steps", type(model).__name__)
 
 
-def _caching(model: nn.Module) -> list[Any]:
+def _configs(model: nn.Module) -> list[Any]:
+    """Those that say whether there is a cache."""
     found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    return list({id(c): c for c in found if getattr(c, "use_cache", None) is True}.values())
+    return list({id(c): c for c in found if isinstance(getattr(c, "use_cache", None), bool)}.values())
 
 
 def _opaque_message(what: str, line: str) -> str:

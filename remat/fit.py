@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from remat.budget import BudgetLike, format_bytes, format_needed, parse_budget
+from remat.capture import check_model
 from remat.errors import BudgetError, CaptureError, RematError
 from remat.pins import Pins
 from remat.plan import Plan
@@ -104,6 +105,7 @@ def fit(
         raise RematError(f"budget={budget!r} grows with the step; fit() needs bytes, '24GiB', '80%' or 'auto'")
     if not isinstance(multiple_of, int) or multiple_of < 1:
         raise RematError(f"multiple_of={multiple_of} must be a whole number, at least 1")
+    check_model(model, args, kwargs)
     axes = named_axes(model, args, kwargs or {}, dynamic_shapes)
     question = _Question(SizedCall(model, args, kwargs or {}, axes, settings, device), dim, multiple_of, dynamic_shapes)
     trials = _Trials(question)

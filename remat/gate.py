@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-_PATIENCE_S = 60.0  # after which others are taken to wait for this thread, so that it goes on
+from remat.errors import RewriteError
+
+_PATIENCE_S = 600.0  # a capture with its plan takes minutes at most
 
 
 class Gate:
@@ -23,7 +25,7 @@ class Gate:
     def call(self) -> Iterator[None]:
         thread = threading.get_ident()
         with self._changed:
-            self._changed.wait_for(lambda: self._capturing in (None, thread), _PATIENCE_S)
+            self._wait_for(lambda: self._capturing in (None, thread))
             self._calls[thread] += 1
         try:
             yield
@@ -32,11 +34,18 @@ class Gate:
                 self._calls -= Counter((thread,))
                 self._changed.notify_all()
 
+    def _wait_for(self, is_free: Callable[[], bool]) -> None:
+        if not self._changed.wait_for(is_free, _PATIENCE_S):
+            raise RewriteError(
+                f"another thread's call or capture of this model has not ended in {_PATIENCE_S:.0f} s, and this thread waits "
+                "for it; let no call of a model wait for what another thread does with it"
+            )
+
     @contextlib.contextmanager
     def capture(self) -> Iterator[None]:
         thread = threading.get_ident()
         with self._changed:
-            self._changed.wait_for(lambda: self._capturing in (None, thread) and self._calls.keys() <= {thread}, _PATIENCE_S)
+            self._wait_for(lambda: self._capturing in (None, thread) and self._calls.keys() <= {thread})
             before, self._capturing = self._capturing, thread
         try:
             yield

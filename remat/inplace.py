@@ -16,6 +16,7 @@ from torch import nn
 
 from remat.blocks import find_blocks
 from remat.budget import BudgetLike
+from remat.capture import check_inputs
 from remat.enabled import Enabled, EnabledWhole
 from remat.enabled_blocks import EnabledBlocks
 from remat.errors import RematError
@@ -86,11 +87,12 @@ def optimize_blocks(
 
     Raises RematError where `enable` does, and for a setting that has no meaning here.
     """
+    check_inputs(args, kwargs)
     forward = _enable_blocks(_checked(model), read_settings(budget, settings), blocks)
     if args or kwargs:
         try:
             forward.capture_together(args, kwargs or {})
-        except Exception:
+        except BaseException:
             forward.remove()
             raise
     return model
@@ -166,7 +168,15 @@ def plan_of(model: nn.Module) -> Plan | None:
 
     Raises RematError for another model.
     """
-    return model.plan if isinstance(model, RematModule) else _found(model).plan
+    if isinstance(model, RematModule):
+        return model.plan
+    forward = enabled(model)
+    if forward is None:
+        raise RematError(
+            f"this {type(model).__name__} is neither from remat.optimize nor under remat.enable; of one that was compiled "
+            "remat.plans has the plans"
+        )
+    return forward.plan
 
 
 def trained_part(model: nn.Module) -> nn.Module:

@@ -28,19 +28,21 @@ class KeptTensor(CaptureError):
 
 
 @contextlib.contextmanager
-def kept_as_before(model: nn.Module, args: Any, way_out: str) -> Iterator[None]:
+def kept_as_before(model: nn.Module, args: Any, way_out: str) -> Iterator[list[str]]:
     """Within, the model runs on fake tensors; then its lists, dictionaries, sets and generators are as they were, and functions
-    that cache fake tensors have forgotten their results. Raises KeptTensor where a tensor is kept still, with the way out."""
-    containers = [value for module in model.modules() for value in _plain(module).values() if type(value) in _CONTAINERS]
-    before = [(container, container.copy()) for container in containers]
+    that cache fake tensors have forgotten their results. Afterwards what it gives names the attributes that were taken back.
+    Raises KeptTensor where a tensor is kept still, with the way out."""
+    attributes = [item for module in model.modules() for item in _plain(module).items()]
+    before = [(name, value, value.copy()) for name, value in attributes if type(value) in _CONTAINERS]
+    changed: list[str] = []
     known = {id(tensor) for _, tensor in kept_tensors(model, args)}
-    own = reach([*map(_plain, model.modules()), _code(model)], nn.Module)
-    states = [(generator, generator.get_state()) for generator in own if isinstance(generator, torch.Generator)]
+    states = [(generator, generator.get_state()) for generator in reached(model) if isinstance(generator, torch.Generator)]
     try:
-        yield
+        yield changed
     finally:
-        for container, content in before:
+        for name, container, content in before:
             if not _same(container, content):
+                changed.append(name)
                 container.clear()
                 container.extend(content) if isinstance(container, list) else container.update(content)
         for generator, state in states:
@@ -59,6 +61,11 @@ def kept_tensors(model: nn.Module, args: Any) -> Iterator[tuple[str, torch.Tenso
             if not isinstance(value, torch.Tensor | nn.Module):
                 yield from ((f"{path}.{name}".strip("."), tensor) for tensor in _fakes([value]))
     yield from (("outside of its modules", tensor) for tensor in _fakes([_code(model), args]))
+
+
+def reached(model: nn.Module) -> Iterator[object]:
+    """What the attributes of a model's modules and its code lead to."""
+    return reach([*map(_plain, model.modules()), _code(model)], nn.Module)
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:

@@ -38,9 +38,9 @@ class RematCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Before the strategy wraps the module."""
         model = self._chosen(pl_module) if stage == "fit" else self._model
-        if model is not None and model is not self._model:
-            self._model = model
+        if model is not None and (model is not self._model or enabled(model) is None):
             enable_by(model, self._settings, self._whole)
+            self._model = model
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Counts the optimizer's state, now that there is an optimizer."""

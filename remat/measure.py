@@ -20,7 +20,8 @@ from dataclasses import dataclass
 
 import torch
 
-from remat._torch import local, memory_events, storage_key
+from remat._torch import local, memory_events, profiler_is_running, storage_key
+from remat.errors import RematError
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,14 @@ def measure_cpu(fn: Callable[[], object], released: Sequence[tuple[int, int]] = 
     released: (time in ns, -bytes) of memory that was there before and went meanwhile; `fn` may add to it.
     """
     profile, seconds = profiled(fn)
-    return max(0, *(live for _, live in live_bytes(profile, released)), 0), seconds
+    return max((live for _, live in live_bytes(profile, released)), default=0), seconds
 
 
 def profiled(fn: Callable[[], object]) -> tuple[torch.profiler.profile, float]:
     """Run `fn()` under the profiler, which sees what is allocated; the profile, and wall time in seconds. What `fn` returns is
     held to its end."""
+    if profiler_is_running():
+        raise RematError("a profiler is running, and what is measured here is with another; two cannot run at once")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports its own start and stop on stderr otherwise
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:

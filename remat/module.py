@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import itertools
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,7 @@ from remat.twin import is_hooks
 from remat.whole import Rewriting, Rewritten
 
 log = logging.getLogger("remat")
+_OWN = ("plan", "capture", "_gate", "_rewrite", "_variants", "_original", "_dynamic_shapes", "_said_again")
 _NOT_CAPTURED = "this module has not captured a call like this; call it once before torch.compile"
 
 
@@ -67,8 +69,10 @@ class RematModule(fx.GraphModule):
     def __init__(self, original: nn.Module, rewrite: Rewriting, dynamic_shapes: Any = None) -> None:
         if isinstance(original, RematModule):
             raise RematError("this module comes from remat.optimize and has a plan already; optimize the original")
-        if any("plan" in own for own in (original._parameters, original._buffers, original._modules)):
-            raise RematError("the model has a parameter, buffer or submodule named plan, where its plan would be; rename it")
+        own = itertools.chain(original._parameters, original._buffers, original._modules)
+        taken = next((name for name in own if name in _OWN), None)
+        if taken is not None:
+            raise RematError(f"the model has a parameter, buffer or submodule named {taken}, a name of remat's own; rename it")
         super().__init__(nn.Module(), fx.Graph(), f"Remat{type(original).__name__}")
         self._rewrite = rewrite
         self._gate = Gate()

@@ -240,7 +240,7 @@ class _State:
             if type(value) in PLAIN and (type(was), was) != (type(value), value):
                 changed.append(name)
         if changed:
-            _say_changed(type(model).__name__, ", ".join(dict.fromkeys(changed)))
+            say_changed(type(model).__name__, tuple(dict.fromkeys(changed)))
 
 
 @contextlib.contextmanager
@@ -272,9 +272,10 @@ def _attributes(model: nn.Module) -> dict[tuple[str, str], Any]:
 
 
 @cache
-def _say_changed(model: str, names: str) -> None:
+def say_changed(model: str, names: tuple[str, ...]) -> None:
+    """Once for each model, and the attributes that it changes."""
     log.warning(
         "%s changes %s in forward: planned steps, which run its graph and not its Python, leave that as it was before",
         model,
-        names,
+        ", ".join(names),
     )

@@ -68,6 +68,8 @@ class Settings(Common):
     def __getstate__(self) -> dict[str, Any]:
         if self.optimizer is not None:
             log.warning("what is pickled leaves out optimizer=: plans made from it do not count the optimizer's state")
+        if self.loss is not None:
+            log.warning("what is pickled leaves out loss=: plans made from it do not count what the loss takes")
         return {**self.__dict__, "optimizer": None, "loss": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Settings:

@@ -34,7 +34,7 @@ class Site:
         total = self.profile.memory_bytes
         if self.profile.is_here or not total:
             return memory_of(self.device, self.there_bytes)
-        return Memory(self.profile.name, total, total, total)
+        return Memory(self.profile.name, total, total, total, total)
 
 
 def site_of(

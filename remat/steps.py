@@ -129,10 +129,14 @@ def made_again(node: fx.Node, result: Any) -> Any:
 
 def _is_statistic(node: fx.Node) -> bool:
     """Whether a node picks a new running statistic."""
-    return node.target is operator.getitem and _is_batch_norm(node.args[0]) and node.args[1] >= _N_REMADE
+    call, index = node.args[:2] if node.target is operator.getitem else (None, None)
+    return _is_batch_norm(call) and isinstance(index, int) and index >= _N_REMADE
 
 
-def _is_batch_norm(node: fx.Node) -> bool:
+def _is_batch_norm(node: Any) -> bool:
+    """Whether an argument is a call of batch norm that takes its statistics from the batch."""
+    if not isinstance(node, fx.Node):
+        return False
     return node.target is aten._native_batch_norm_legit_functional.default and node.args[5] is True
 
 

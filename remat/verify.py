@@ -14,6 +14,7 @@ from torch import nn
 from remat._torch import backward_start_ns, pytree
 from remat.backward import own_loss
 from remat.budget import format_bytes
+from remat.capture import check_inputs
 from remat.errors import RematError
 from remat.measure import live_bytes, profiled, reachable, resident_storages
 from remat.plan import Plan
@@ -97,6 +98,7 @@ def verify(
 
     Raises RematError when there is no plan, or something else in its place, or no backward.
     """
+    check_inputs(args, kwargs)
     if plan is None and not is_planned(model_or_step):
         raise RematError("there is no plan to hold the step against: pass plan=, or a model that remat trains")
     if plan is None and not args and not kwargs:

@@ -166,8 +166,8 @@ def transfers_of(plan: Plan) -> Transfers:
     return Transfers({transfer.name: transfer.outputs for transfer in plan.transfers}, releases, reloads)
 
 
-@as_in_training()
 @_torch.tracing_alone()
+@as_in_training()
 def trace(
     model: nn.Module,
     args: tuple[Any, ...],

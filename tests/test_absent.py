@@ -86,6 +86,32 @@ def test_shares_are_of_that_devices_memory() -> None:
     assert (half, free) == (DEVICES["rtx4090"].memory_bytes // 2, DEVICES["rtx4090"].memory_bytes)
 
 
+def test_shares_of_the_host_are_of_that_devices() -> None:
+    model, kwargs = wide_llama(1, "meta")
+    with pytest.raises(remat.HostBudgetError) as error:
+        remat.plan(model, (), kwargs, budget=None, device="rtx4090", host_budget="0.5%", policy="offload-all")
+    assert error.value.budget_bytes == int(0.005 * DEVICES["rtx4090"].memory_bytes)
+
+
+def test_tensors_that_are_attributes_come_along() -> None:
+    """Those that a forward has computed cannot be copied; those on meta would be on another device than the rest."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.scale = nn.Linear(8, 8), torch.ones(8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (self.linear(x) * self.scale).sum()
+
+    with torch.device("meta"):
+        there, x = Scaled(), torch.zeros(2, 8)
+    computed = Scaled()
+    computed.scale = computed.linear.bias * 2
+    for model, inputs in ((there, x), (computed, torch.zeros(2, 8))):
+        assert remat.plan(model, (inputs,), budget=None, device="h100").peak_bytes > 0
+
+
 def test_the_optimizers_state_counts() -> None:
     model, kwargs = wide_llama(1, "meta")
     bare = remat.plan(model, (), kwargs, budget=None, device="h100")

@@ -137,7 +137,7 @@ class Named(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["parameter", "buffer", "module"])
-@pytest.mark.parametrize("name", ["code", "graph", "plan"])
+@pytest.mark.parametrize("name", ["code", "graph", "plan", "capture", "_gate", "region_0"])
 def test_names_that_graphs_use_themselves_are_refused_unless_they_are_of_a_part(name: str, kind: str) -> None:
     x = torch.randn(2, 4, requires_grad=True)
     with pytest.raises(remat.RematError, match=rf"{name}.*rename it"):
@@ -377,6 +377,23 @@ def test_an_inference_tensor_as_input_behaves_as_with_the_original() -> None:
     assert isinstance(expected, dict) == isinstance(found, dict)
     if isinstance(expected, dict) and isinstance(found, dict):
         assert_close_gradients(found, expected, 1e-6)
+
+
+def test_an_inference_tensor_that_recompute_reads() -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 32), nn.Linear(32, 8)
+
+        def forward(self, x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+            return self.last(nn.functional.gelu(self.first(x) + shift)).sum()
+
+    model, x = Shifted(), torch.randn(4, 8)
+    with torch.inference_mode():
+        shift = torch.randn(32)
+    expected = gradients_of(model, x, shift)
+    module = remat.optimize(model, (x, shift), budget=None, policy=lambda _: remat.Decision.RECOMPUTE)
+    assert_same_gradients(gradients_of(module, x, shift), expected)
 
 
 def _outcome(call: Callable[[], Any]) -> Any:
@@ -647,6 +664,29 @@ def test_what_is_no_model_and_no_inputs() -> None:
         remat.enable(Mlp, budget=None)
     with pytest.raises(remat.RematError, match=r"args is a Tensor; give a tuple"):
         remat.optimize(model, x, budget=None)
-    for call in (remat.optimize, remat.plan):
-        with pytest.raises(remat.RematError, match="kwargs is a list; give a dictionary"):
-            call(model, (), [x], budget=None)
+    calls: list[Callable[..., Any]] = [remat.optimize, remat.plan, remat.fit, remat.explain, remat.optimize_blocks]
+    for call in calls:
+        for wrong, said in (((x,), r"args is a Tensor; give a tuple"), (((), [x]), "kwargs is a list; give a dictionary")):
+            with pytest.raises(remat.RematError, match=said):
+                call(model, *wrong, budget="1GiB")
+    with pytest.raises(remat.RematError, match=r"args is a Tensor; give a tuple"):
+        remat.verify(model, None, x)  # type: ignore[arg-type]
+    remat.enable(model, None)  # nothing of these calls is left
+
+
+def test_a_model_that_has_a_plan_is_explained_by_it() -> None:
+    model, x = mlp()
+    module = remat.optimize(model, (x,), budget=None)
+    with pytest.raises(remat.RematError, match="has a plan already, which is explained without a budget"):
+        remat.explain(module, budget="1KiB")
+    with pytest.raises(remat.RematError, match=r"of other models remat\.plan_of tells"):
+        remat.plans(module)
+    with pytest.raises(remat.RematError, match=r"of one that was compiled remat\.plans has the plans"):
+        remat.plan_of(model)
+
+
+def test_what_is_refused_anywhere_names_no_other_way() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8, momentum=None))
+    for call in (remat.optimize, remat.optimize_blocks):
+        with pytest.raises(remat.CaptureError, match=r"averages over all batches .*; give it a momentum$"):
+            call(model, (torch.randn(4, 8),), budget=None)

@@ -109,3 +109,6 @@ def test_a_callback_may_serve_one_module_after_the_other(tmp_path: Path) -> None
     for module in (Module(), Module()):
         fit(module, tmp_path, callback, limit_train_batches=2)
         assert remat.plan_of(module.net) is callback.plan
+    remat.disable(module.net)
+    fit(module, tmp_path, callback, limit_train_batches=2)
+    assert remat.plan_of(module.net) is callback.plan

@@ -241,6 +241,22 @@ def test_random_numbers_of_other_generators_are_refused(draw: Callable[[], float
     refused(Drawing(draw), "draw it with torch")
 
 
+def test_a_list_that_forward_adds_to_is_left_alone_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    class Seen(Mlp):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[int] = []
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.seen.append(len(x))
+            return super().forward(x)
+
+    model, x = Seen().train(), torch.randn(4, 32)
+    remat.optimize(model, (x,), budget=None)
+    assert model.seen == []
+    assert "Seen changes seen in forward: planned steps" in caplog.text
+
+
 @torch.library.custom_op("remat_tests::noise", mutates_args=())
 def _noise(x: torch.Tensor) -> torch.Tensor:
     return torch.rand_like(x)  # and nothing says so: no tag
@@ -361,7 +377,7 @@ class Remembering(Mlp):
 
 @pytest.mark.parametrize("way", ["optimize", "whole", "blocks"])
 def test_caches_are_left_as_they_were(way: str, caplog: pytest.LogCaptureFixture) -> None:
-    opaque._say_changed.cache_clear()
+    opaque.say_changed.cache_clear()
     for cached in (positions, slopes, backend, Remembering.scale):
         cached.cache_clear()
     BACKENDS.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import remat
+from remat.gate import Gate
 from tests.models import mlp
 
 
@@ -232,3 +234,66 @@ def test_a_call_within_another_one_of_the_same_thread_waits_for_nobody(rewrite: 
     consistent = rewrite(copy.deepcopy(_Adapts()), budget="1MiB", loss=loss)
     loss(consistent(x)).backward()
     assert remat.plan_of(consistent) is not None
+
+
+def test_threads_share_a_model_block_by_block() -> None:
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model, ids = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).train(), torch.randint(0, 64, (2, 16))
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    remat.enable(model, None, whole_model=False)
+
+    def work() -> None:
+        for _ in range(10):
+            model(input_ids=ids, labels=ids).loss.backward()
+
+    assert not _errors(work, work, work)
+    assert model.config.use_cache
+
+
+def test_captures_beside_each_other_leave_torch_as_it_was() -> None:
+    before = vars(torch.jit.ScriptFunction)["__call__"]
+
+    def work() -> None:
+        remat.plan(nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))), (torch.randn(2, 8),), budget=None)
+
+    assert not _errors(work, work, work)
+    assert vars(torch.jit.ScriptFunction)["__call__"] is before
+
+
+def test_numbers_that_another_thread_draws_are_none_of_the_models() -> None:
+    done = threading.Event()
+
+    def draw() -> None:
+        while not done.is_set():
+            random.random()
+
+    def work() -> None:
+        try:
+            remat.plan(nn.Linear(8, 8), (torch.randn(2, 8),), budget=None)
+        finally:
+            done.set()
+
+    assert not _errors(draw, work)
+
+
+def test_a_call_that_waits_for_another_threads_is_an_error_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("remat.gate._PATIENCE_S", 0.05)
+    gate, inside, done = Gate(), threading.Event(), threading.Event()
+
+    def capture() -> None:
+        with gate.capture():
+            inside.set()
+            done.wait(10)
+
+    def call() -> None:
+        inside.wait(10)
+        try:
+            with gate.call():
+                pass
+        finally:
+            done.set()
+
+    (error,) = _errors(capture, call)
+    assert isinstance(error, remat.RewriteError)
+    assert "has not ended in" in str(error)
