@@ -10,6 +10,7 @@ import torch
 
 from remat import _torch
 from remat.errors import CaptureError, RematError
+from remat.export import DOOR_2
 from remat.recorder import Recorder
 from remat.settings import Settings
 
@@ -46,7 +47,7 @@ def run_backward(loss: torch.Tensor, recorder: Recorder) -> None:
     except RematError:
         raise
     except Exception as error:  # an op without a derivative; of any kind where a function of the model's own runs
-        raise CaptureError(f"there is no backward to plan for: {error}") from error
+        raise CaptureError(f"there is no backward to plan for: {error}; {DOOR_2}") from error
 
 
 @contextlib.contextmanager

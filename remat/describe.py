@@ -221,11 +221,13 @@ def activation_of(
 
 
 def _shown(node: fx.Node, name: str, index: int) -> torch.Tensor | None:
-    """What the node gives; of several results the item of that name, or the one with that index among those not empty."""
+    """What the node gives; of several results the item of that name, or the one with that index among those not empty (the
+    state that a recurrent layer keeps is empty by its meta kernel)."""
     shown = next((user for user in node.users if user.name == name), node).meta.get("val")
     if shown is None or isinstance(shown, torch.Tensor):
         return shown
-    return [item for item in shown if isinstance(item, torch.Tensor) and item.numel()][index]
+    made = [item for item in shown if isinstance(item, torch.Tensor) and item.numel()]
+    return (made if index < len(made) else shown)[index]
 
 
 def _ways(program: Program, op: int) -> tuple[Decision, ...]:

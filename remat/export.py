@@ -45,9 +45,7 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     say_without_cache(model)
     own = _torch.fake_modes((*model.parameters(), *model.buffers(), *pytree.tree_leaves((args, kwargs))))
     errors: list[Exception] = []
-    with kept_as_before(model, (args, kwargs), DOOR_2):
-        single = _single_sequences(model, args, kwargs)
-    for way in (patches.specializing(single), contextlib.nullcontext()):
+    for way in (patches.specializing(_single_sequences(model, args, kwargs)), contextlib.nullcontext()):
         try:
             with (
                 kept_as_before(model, (args, kwargs), DOOR_2) as changed,
@@ -98,7 +96,8 @@ def _single_sequences(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     args, kwargs = pytree.tree_map_only(torch.Tensor, twin.like, (args, kwargs))
     looking = mock.patch.object(masks, "find_packed_sequence_indices", patches.here(look, looked))
     try:
-        with looking, torch.no_grad(), twin.running(), without_cache(model):
+        kept = kept_as_before(model, (args, kwargs), DOOR_2)
+        with kept, looking, torch.no_grad(), twin.running(), without_cache(model):
             twin.module(*args, **kwargs)
     except Exception as error:  # of any kind: a model may do what fake tensors cannot
         log.debug("%s: looks at positions are known up to an error: %s", type(model).__name__, error)
