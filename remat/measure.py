@@ -78,7 +78,7 @@ def measure_cpu(fn: Callable[[], object], released: Sequence[tuple[int, int]] = 
     released: (time in ns, -bytes) of memory that was there before and went meanwhile; `fn` may add to it.
     """
     profile, seconds = profiled(fn)
-    return max((live for _, live in live_bytes(profile, released)), default=0), seconds
+    return max([0, *(live for _, live in live_bytes(profile, released))]), seconds
 
 
 def profiled(fn: Callable[[], object]) -> tuple[torch.profiler.profile, float]:
