@@ -9,6 +9,7 @@ is refused here; autograd functions are put back (`remat.function_capture`).
 from __future__ import annotations
 
 import itertools
+import re
 from typing import Any
 
 import torch
@@ -107,7 +108,7 @@ def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     kwargs = dict(sorted(kwargs.items()))
     flat, in_spec = pytree.tree_flatten((args, kwargs))
     for name in itertools.chain(model._parameters, model._buffers, model._modules):
-        if name in _GRAPHS_OWN or name.startswith("region_"):
+        if name in _GRAPHS_OWN or re.fullmatch(r"region_\d+", name):
             raise CaptureError(f"the model's {name} has a name that captured graphs use themselves; rename it, or {DOOR_2}")
     devices = {t.device for t in itertools.chain(model.parameters(), model.buffers()) if t.numel()}
     if len(devices) > 1:

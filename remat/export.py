@@ -62,7 +62,7 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
             if draws:
                 raise CaptureError("a random number of Python's or NumPy's became a constant; draw it with torch")
             if changed:
-                say_changed(type(model).__name__, tuple(changed))
+                say_changed(type(model).__name__, tuple(dict.fromkeys(changed)))
             return exported, assigned
         except KeptTensor:
             raise
@@ -122,8 +122,8 @@ def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
 @contextlib.contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
     """Leave a generation cache (transformers: `config.use_cache`) out of the training step: nothing there reads it."""
-    configs = [config for config in _configs(model) if config.use_cache or id(config) in _without]
     with _switching:
+        configs = [config for config in _configs(model) if config.use_cache or id(config) in _without]
         _without.update(map(id, configs))
         for config in configs:
             config.use_cache = False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -21,16 +20,20 @@ _STATES = {"getstate", "setstate", "get_state", "set_state"}
 
 @contextlib.contextmanager
 def noting_host_draws(model: nn.Module) -> Iterator[list[str]]:
-    """What it gives names, once the context has ended, the draws of this thread in it. A function of a generator that the model
-    holds by itself (`from random import random`) cannot be watched: then the states tell, which other threads change, too."""
+    """What it gives names, once the context has ended, the draws of this thread in it. Not all can be watched (a function that
+    was imported by itself, a generator's own methods): the states tell of those, unless another thread was seen to draw."""
     drawn: list[str] = []
+    elsewhere: list[str] = []
 
     def noting(name: str, draw: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            drawn.append(name)
-            return draw(*args, **kwargs)
+        def call_into(calls: list[str]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                calls.append(name)
+                return draw(*args, **kwargs)
 
-        return here(call, draw)
+            return call
+
+        return here(call_into(drawn), call_into(elsewhere))
 
     before = _states()
     with contextlib.ExitStack() as stack:
@@ -39,8 +42,8 @@ def noting_host_draws(model: nn.Module) -> Iterator[list[str]]:
             for name in draws.keys() - _STATES:
                 stack.enter_context(mock.patch.object(module, name, noting(name, draws[name])))
         yield drawn
-    if _states() != before and (threading.active_count() == 1 or _holds_draws(model)):
-        drawn.append("a function that the model holds")
+    if _states() != before and (not elsewhere or _holds_draws(model)):
+        drawn.append("a function that is not watched")
 
 
 def _is_like(draw: Any, function: Any) -> bool:

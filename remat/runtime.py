@@ -157,7 +157,7 @@ class _Run:
                 self._own(value, cell)
         else:
             parts = [cell.part() for _ in value]
-            for part, leaf in zip(parts, value[: step.remade], strict=False):
+            for part, leaf in zip(parts[: step.remade], value[: step.remade], strict=True):
                 if isinstance(leaf, torch.Tensor) and leaf.numel():
                     self._own(leaf, part)
             cell = parts
