@@ -8,6 +8,7 @@ one plan covers the step, and memory between blocks is in it; decisions are made
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -113,7 +114,8 @@ def trace_blocks(
     and constants, at whose values the code between blocks may look, and what kernels take that run for their scratch memory."""
     groups = _torch.sharded_groups(model)
     check_parameters(model)
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    given = [("an input", leaf) for leaf in _tensors(args, kwargs)]
+    for name, tensor in (*model.named_parameters(), *model.named_buffers(), *given):
         whole = any(tensor is p.shard and not p.is_split for g in groups for p in g.parameters)
         if tensor.layout is not torch.strided or (_torch.is_traceable_wrapper_subclass(tensor) and not whole):
             raise CaptureError(
@@ -168,6 +170,7 @@ class _Recording:
         adds: bool,
     ) -> None:
         self.model, self.groups = model, groups
+        self.thread = threading.get_ident()
         self.calls: list[BlockCall] = []
         self.parameters = local_parameters(model, groups)
         self.place = next((p.device for p in self.parameters if p.requires_grad), torch.device("cpu"))
@@ -256,6 +259,8 @@ class _Recording:
     def _run_block(self, path: str, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not self.recorder.in_forward:
             raise CaptureError(f"{path} runs in backward too, as where a model checkpoints itself; turn that off first")
+        if threading.get_ident() != self.thread:
+            raise CaptureError(f"{path} runs on a thread that forward started, which planning does not follow")
         if not torch.is_grad_enabled():  # no call that the plan speaks of
             return type(block).forward(block, *args, **kwargs)
         captured = self._captured(path, block, args, kwargs)

@@ -89,17 +89,6 @@ def _refuse_anywhere(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
             raise CaptureError(f"{name} is a tensor of layout {tensor.layout}, for which there is no plan; {DOOR_2}")
         if _torch.is_traceable_wrapper_subclass(tensor):
             raise CaptureError(f"{name} is a {type(tensor).__name__}, which a graph of plain tensors cannot hold; {DOOR_2}")
-    for name, part in model.named_modules():
-        if (
-            isinstance(part, nn.modules.batchnorm._BatchNorm)
-            and part.momentum is None
-            and part.training
-            and part.running_mean is not None
-        ):
-            raise CaptureError(
-                f"{name or type(part).__name__} averages over all batches (momentum=None) by a factor that it reads from a "
-                "counter, which no graph does; give it a momentum"
-            )
 
 
 @_torch.tracing_alone()

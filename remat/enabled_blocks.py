@@ -129,7 +129,10 @@ class EnabledBlocks(Enabled):
         name = f"{path} of {type(self.model).__name__}"
         now = self._call
         if now.arguments is None:
-            raise RematError(f"{name} was called outside of the model's forward, for which it is planned; call the model")
+            raise RematError(
+                f"{name} was called outside of the model's forward, for which it is planned, or on a thread that forward "
+                "started, which planning does not follow; call the model, and let it call its blocks on its own thread"
+            )
         called = leaves_key(flat, spec)
         if now.runs is None:
             with self._choosing:

@@ -22,7 +22,7 @@ from remat._torch import pytree
 from remat.errors import CaptureError, RewriteError, find_cause, reason_of
 from remat.host_draws import noting_host_draws
 from remat.kept import KeptTensor, kept_as_before
-from remat.opaque import CHECKPOINTS, GRADIENTS, OpaqueAutograd, say_changed, watch_for_opaque_autograd
+from remat.opaque import AVERAGES, CHECKPOINTS, GRADIENTS, OpaqueAutograd, say_changed, watch_for_opaque_autograd
 from remat.twin import Twin
 
 log = logging.getLogger("remat")
@@ -156,6 +156,8 @@ def _opaque_message(what: str, line: str) -> str:
             f"the model already {what}, which remat replaces; turn it off first "
             "(transformers: model.activation_checkpointing_disable(), gradient_checkpointing_disable() before 5.23)"
         )
+    if what == AVERAGES:
+        return f"the model {what}, which no graph does; give it a momentum"
     place = f" ({line})" if line != _UNKNOWN else ""
     if what == GRADIENTS:
         return f"the model {what}{place}, for which there is no plan; without create_graph, {DOOR_2}"

@@ -18,6 +18,7 @@ from unittest import mock
 
 import torch
 from torch import nn
+from torch.nn.modules import batchnorm
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint, module_tracker
 
@@ -31,6 +32,7 @@ log = logging.getLogger("remat")
 
 CHECKPOINTS = "checkpoints itself with torch.utils.checkpoint"
 GRADIENTS = "takes a gradient in forward (torch.autograd.grad)"
+AVERAGES = "averages batch norm over all batches (momentum=None) by a factor that it reads from a counter"
 _EMBEDDINGS = (torch.nn.functional.embedding, torch.nn.functional.embedding_bag)
 _SEEDS = (
     *((place, name) for place in (torch, torch.random) for name in ("manual_seed", "set_rng_state")),
@@ -66,6 +68,11 @@ def _is_torch(frame: types.FrameType) -> bool:
     return str(frame.f_globals["__name__"]).startswith("torch.")
 
 
+def _is_within(module: types.ModuleType) -> bool:
+    """Whether some function of it has called."""
+    return any(frame.f_globals.get("__name__") == module.__name__ for frame, _ in traceback.walk_stack(sys._getframe()))
+
+
 class _Functions(TorchFunctionMode):
     """Sees the functions that a model calls. (A mode that sees ops and not functions would change what export makes of
     gradients within forward.)
@@ -85,6 +92,8 @@ class _Functions(TorchFunctionMode):
             return func(*args, **kwargs)
         if func == _DATA:
             return args[0].detach()
+        if func == torch.Tensor.__float__ and _is_within(batchnorm):
+            raise OpaqueAutograd(AVERAGES)
         if func in (torch.Tensor.detach_, torch.detach_) and args[0].requires_grad:
             raise OpaqueAutograd("detaches a tensor in place (detach_(); detach() is kept)")
         tensors = _tensors((args, kwargs))
@@ -148,8 +157,7 @@ def _functions_as_ops() -> contextlib.AbstractContextManager[Any]:
 
 def _no_hooks() -> contextlib.AbstractContextManager[Any]:
     def no_hook(*_: Any) -> Any:
-        frames = (frame.f_globals.get("__name__") for frame, _ in traceback.walk_stack(sys._getframe()))
-        if module_tracker.__name__ in frames:  # which `FlopCounterMode` has in every module
+        if _is_within(module_tracker):  # which `FlopCounterMode` has in every module
             return types.SimpleNamespace(remove=lambda: None)
         raise OpaqueAutograd("hooks the gradient of a tensor in forward")
 

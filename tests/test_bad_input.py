@@ -686,7 +686,43 @@ def test_a_model_that_has_a_plan_is_explained_by_it() -> None:
 
 
 def test_what_is_refused_anywhere_names_no_other_way() -> None:
-    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8, momentum=None))
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
     for call in (remat.optimize, remat.optimize_blocks):
-        with pytest.raises(remat.CaptureError, match=r"averages over all batches .*; give it a momentum$"):
-            call(model, (torch.randn(4, 8),), budget=None)
+        with pytest.raises(
+            remat.CaptureError, match=r"an input is a .* torch\.sparse_coo, [^;]*; [^;]* handles this$"
+        ):
+            call(model, (torch.randn(4, 8).to_sparse(),), budget=None)
+
+
+class _Averaging(nn.Module):
+    """Batch norm over all batches, beside its blocks."""
+
+    def __init__(self, uses: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.norm = nn.BatchNorm1d(8, momentum=None)
+        self.uses = uses
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x).relu()
+        return (self.norm(x) if self.uses else x).square().mean()
+
+
+def test_batch_norm_over_all_batches_is_refused_where_it_is_captured() -> None:
+    x = torch.randn(4, 8)
+    with pytest.raises(
+        remat.CaptureError, match=r"averages batch norm over all batches .* give it a momentum; or block by block"
+    ):
+        remat.optimize(_Averaging(True), (x,), budget=None)
+    with pytest.raises(remat.CaptureError, match=r"^block 1: .* give it a momentum$"):
+        remat.optimize_blocks(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8, momentum=None)), (x,), budget=None)
+    remat.optimize(_Averaging(False), (x,), budget=None)(x).backward()
+    model, plain = _Averaging(True), _Averaging(True)
+    plain.load_state_dict(model.state_dict())
+    remat.optimize_blocks(model, (x,), budget=None)
+    for step in range(3):
+        for trained in (plain, model):
+            trained(x + step).backward()
+    assert all(torch.equal(a, b) for a, b in zip(plain.buffers(), model.buffers(), strict=True))
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(plain.parameters(), model.parameters(), strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -264,6 +265,37 @@ def test_a_block_called_alone_or_otherwise() -> None:
     remat.optimize_blocks(model, (x,), budget=None, policy="blocks")
     with pytest.raises(remat.RematError, match="outside of the model's forward"):
         model.layers[0](x)
+
+
+class _Threaded(nn.Module):
+    """Runs its blocks, or the last of them, on a thread of its own."""
+
+    def __init__(self, first: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.first = first
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        grad = torch.is_grad_enabled()
+
+        def run(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+            with torch.set_grad_enabled(grad):
+                return layer(x).relu()
+
+        for layer in self.layers[: self.first]:
+            x = layer(x).relu()
+        with ThreadPoolExecutor(1) as pool:
+            for layer in self.layers[self.first :]:
+                x = pool.submit(run, layer, x).result()
+        return x.square().mean()
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_block_on_another_thread(first: int) -> None:
+    model = _Threaded(first)
+    remat.enable(model, None, whole_model=False)
+    with pytest.raises(remat.RematError, match="on a thread that forward started, which planning does not follow"):
+        model(torch.randn(4, 8))
 
 
 class _Drops(nn.Module):
