@@ -40,7 +40,7 @@ def __getattr__(name: str) -> types.ModuleType:
         try:
             return importlib.import_module(f"remat.{name}")
         except ModuleNotFoundError as error:
-            raise AttributeError(f"remat.{name} cannot be imported: {error} (pip install 'remat[hf,lightning]')") from error
+            raise AttributeError(f"remat.{name} cannot be imported: {error} (pip install 'remat[{name}]')") from error
     raise AttributeError(f"module 'remat' has no attribute {name!r}")
 
 

@@ -90,21 +90,21 @@ def compile_region(graph: fx.Graph, dropped: frozenset[str], repeats: Mapping[st
         again, again_order = _bind_again(node)
         steps.append(
             Step(
-                node.name,
-                call,
-                again,
-                tuple(slots[s] for s in order),
-                tuple(slots[s] for s in again_order),
-                slots[node],
-                node.name in dropped and not _is_statistic(node),
-                _device_of(node) if may_draw(node) else None,
-                repeats.get(node.name, 0),
-                node.args[1] if node.target is operator.getitem else None,
-                dead,
-                transfers.offloaded.get(node.name, ()),
-                transfers.releases.get(node.name, ()),
-                transfers.reloads.get(node.name, ()),
-                _N_REMADE if _is_batch_norm(node) else None,
+                name=node.name,
+                call=call,
+                again=again,
+                slots=tuple(slots[s] for s in order),
+                again_slots=tuple(slots[s] for s in again_order),
+                out=slots[node],
+                dropped=node.name in dropped and not _is_statistic(node),
+                random=_device_of(node) if may_draw(node) else None,
+                repeats=repeats.get(node.name, 0),
+                item=node.args[1] if node.target is operator.getitem else None,
+                dead=dead,
+                offloaded=transfers.offloaded.get(node.name, ()),
+                releases=transfers.releases.get(node.name, ()),
+                reloads=transfers.reloads.get(node.name, ()),
+                remade=_N_REMADE if _is_batch_norm(node) else None,
             )
         )
     return RegionProgram(tuple(steps), n_inputs, len(slots), outputs)
@@ -129,14 +129,14 @@ def made_again(node: fx.Node, result: Any) -> Any:
 
 def _is_statistic(node: fx.Node) -> bool:
     """Whether a node picks a new running statistic."""
-    call, index = node.args[:2] if node.target is operator.getitem else (None, None)
-    return _is_batch_norm(call) and isinstance(index, int) and index >= _N_REMADE
-
-
-def _is_batch_norm(node: Any) -> bool:
-    """Whether an argument is a call of batch norm that takes its statistics from the batch."""
-    if not isinstance(node, fx.Node):
+    if node.target is not operator.getitem:
         return False
+    call, index = node.args
+    return isinstance(call, fx.Node) and _is_batch_norm(call) and isinstance(index, int) and index >= _N_REMADE
+
+
+def _is_batch_norm(node: fx.Node) -> bool:
+    """Whether a node is batch norm that takes its statistics from the batch."""
     return node.target is aten._native_batch_norm_legit_functional.default and node.args[5] is True
 
 

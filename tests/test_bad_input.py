@@ -145,6 +145,11 @@ def test_names_that_graphs_use_themselves_are_refused_unless_they_are_of_a_part(
     remat.optimize(nn.Sequential(Named(name, kind)).train(), (x,), budget=None)(x).backward()
 
 
+def test_names_that_only_begin_as_regions_do() -> None:
+    x = torch.randn(2, 4, requires_grad=True)
+    remat.optimize(Named("region_embed", "module").train(), (x,), budget=None)(x).backward()
+
+
 def test_a_model_in_eval_mode() -> None:
     model, x = mlp()
     with pytest.raises(remat.RematError, match=r"model\.train\(\)"):
@@ -688,9 +693,7 @@ def test_a_model_that_has_a_plan_is_explained_by_it() -> None:
 def test_what_is_refused_anywhere_names_no_other_way() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
     for call in (remat.optimize, remat.optimize_blocks):
-        with pytest.raises(
-            remat.CaptureError, match=r"an input is a .* torch\.sparse_coo, [^;]*; [^;]* handles this$"
-        ):
+        with pytest.raises(remat.CaptureError, match=r"an input is a .* torch\.sparse_coo, [^;]*; [^;]* handles this$"):
             call(model, (torch.randn(4, 8).to_sparse(),), budget=None)
 
 

@@ -233,6 +233,34 @@ def test_settings_without_a_meaning_here(settings: dict[str, Any], text: str) ->
     assert all("forward" not in module.__dict__ for module in model.modules())  # left as it was
 
 
+def test_no_host_memory_at_all_is_no_trouble() -> None:
+    model, x = models.mlp()
+    remat.optimize_blocks(model, (x,), budget=None, host_budget=0)
+    model(x).backward()
+
+
+class _Recursive(nn.Module):
+    """Calls itself on the second half of its input, between its blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layers[0](x).relu()
+        if len(x) > 4:
+            with torch.no_grad():
+                y = y + self(x[4:]).sum()
+        return self.layers[1](y)
+
+
+def test_a_model_that_calls_itself() -> None:
+    model, x = _Recursive(), torch.randn(8, 8)
+    plain = copy.deepcopy(model)
+    remat.optimize_blocks(model, (x,), budget=None, policy="blocks")
+    _same(run_step(model, {"x": x}), run_step(plain, {"x": x}))
+
+
 def test_a_budget_too_small_names_the_smallest() -> None:
     model, kwargs = models.llama()
     with pytest.raises(remat.BudgetError, match="the smallest needs") as caught:

@@ -117,6 +117,12 @@ def test_garbage_from_before_is_not_counted_when_it_goes() -> None:
         gc.enable()
 
 
+def test_a_step_is_not_measured_within_a_profiler() -> None:
+    profiling = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+    with profiling, pytest.raises(remat.RematError, match="a profiler is running"):
+        remat.measure(lambda: ones(1))
+
+
 def test_an_error_in_the_step_comes_through() -> None:
     def step() -> None:
         raise ValueError("in the step")

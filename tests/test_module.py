@@ -368,6 +368,13 @@ def test_round_trip(how: str) -> None:
     assert twin.plan.peak_bytes <= module.plan.budget_bytes
 
 
+def test_pickles_say_that_they_leave_out_the_loss(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = mlp()
+    module = remat.optimize(model, (x,), budget=None, loss=lambda output: 2 * output)
+    pickle.dumps(module)
+    assert "what is pickled leaves out loss=" in caplog.text
+
+
 def test_signature_and_attributes_are_the_original() -> None:
     model, kwargs = llama(layers=1)
     module = remat.optimize(model.train(), (), kwargs, budget=None)

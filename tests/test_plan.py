@@ -7,6 +7,8 @@ import functools
 import itertools
 
 import pytest
+import torch
+from torch import nn
 
 import remat
 from remat.program import KINDS
@@ -108,6 +110,14 @@ def test_values_name_their_module_and_source() -> None:
     activations = [a for block in plan().blocks for a in block.activations]
     assert any(a.module.startswith("model.layers.2") for a in activations)
     assert any(a.source.startswith("modeling_llama.py:") for a in activations)
+
+
+def test_shapes_of_an_op_with_several_results() -> None:
+    model = nn.Sequential(nn.EmbeddingBag(500, 32, mode="max"), nn.Linear(32, 8))
+    found = remat.plan(model, (torch.randint(0, 500, (6, 4)),), budget=None)
+    shapes = [a.shape for block in found.blocks for a in block.activations if "embedding_bag" in a.op]
+    assert (6, 32) in shapes
+    assert all(shapes)
 
 
 def test_the_summary_merges_equal_blocks() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 
 import pytest
 import torch
@@ -15,6 +16,14 @@ from remat import _torch
 def test_integrations_need_no_import_of_their_own() -> None:
     assert all(map(callable, (remat.hf.RematCallback, remat.lightning.RematCallback, remat.distributed.plan)))
     assert not hasattr(remat, "jax")
+
+
+def test_an_integration_whose_library_is_not_there_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "remat.lightning", raising=False)
+    monkeypatch.delattr(remat, "lightning", raising=False)
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
+    with pytest.raises(AttributeError, match=r"remat\.lightning cannot be imported: .* \(pip install 'remat\[lightning\]'\)"):
+        getattr(remat, "lightning")  # noqa: B009
 
 
 def test_names() -> None:

@@ -6,6 +6,7 @@ import copy
 import functools
 import logging
 import random
+import threading
 import types
 from collections.abc import Callable
 from typing import Any
@@ -236,9 +237,21 @@ def test_other_writes_are_no_trouble(write: Callable[[Writing, torch.Tensor], to
     assert torch.equal(twin.mean, model.mean)
 
 
-@pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["python", "numpy"])
-def test_random_numbers_of_other_generators_are_refused(draw: Callable[[], float]) -> None:
-    refused(Drawing(draw), "draw it with torch")
+@pytest.mark.parametrize(
+    "draw",
+    [random.random, np.random.rand, np.random.mtrand._rand.rand, lambda: random._inst.random()],
+    ids=["python", "numpy", "numpy's generator", "python's generator"],
+)
+@pytest.mark.parametrize("beside", [0, 1])
+def test_random_numbers_of_other_generators_are_refused(draw: Callable[[], float], beside: int) -> None:
+    done = threading.Event()
+    others = [threading.Thread(target=done.wait, args=(60,)) for _ in range(beside)]  # which draw nothing
+    for other in others:
+        other.start()
+    try:
+        refused(Drawing(draw), "draw it with torch")
+    finally:
+        done.set()
 
 
 def test_a_list_that_forward_adds_to_is_left_alone_and_said(caplog: pytest.LogCaptureFixture) -> None:
@@ -252,9 +265,10 @@ def test_a_list_that_forward_adds_to_is_left_alone_and_said(caplog: pytest.LogCa
             return super().forward(x)
 
     model, x = Seen().train(), torch.randn(4, 32)
-    remat.optimize(model, (x,), budget=None)
+    for _ in range(2):
+        remat.optimize(model, (x,), budget=None)
     assert model.seen == []
-    assert "Seen changes seen in forward: planned steps" in caplog.text
+    assert caplog.text.count("Seen changes seen in forward: planned steps") == 1
 
 
 @torch.library.custom_op("remat_tests::noise", mutates_args=())
