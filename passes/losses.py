@@ -7,6 +7,7 @@ from torch import fx
 
 from remat.loss import cross_entropy
 from remat.passes.aliasing import is_view
+from remat.passes.randomness import eliminate_dead_code
 
 aten = torch.ops.aten
 
@@ -38,7 +39,7 @@ def share_losses(graph: fx.Graph) -> fx.Graph:
             copies[node] = _shared(fresh, node, copies)
         else:
             copies[node] = fresh.node_copy(node, lambda n: copies[n])
-    fresh.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    eliminate_dead_code(fresh)
     fresh.lint()
     return fresh
 

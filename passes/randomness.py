@@ -33,6 +33,11 @@ def may_draw(node: fx.Node) -> bool:
     return is_foreign or isinstance(node.target, FunctionCall) or is_random(node)
 
 
+def eliminate_dead_code(graph: fx.Graph) -> None:
+    """Erase what computes nothing that is returned. What may draw stays: it moves a generator on, from which later ops draw."""
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or may_draw(node))
+
+
 def argument(node: fx.Node, name: str) -> Any:
     """What an op is called with by the name that its schema has for it; None if it takes nothing of that name."""
     if name in node.kwargs:

@@ -18,6 +18,7 @@ from remat.passes.aliasing import results
 from remat.passes.derivatives import elu_from_results
 from remat.passes.detaching import detach_without_gradient
 from remat.passes.native_layouts import copy_for_views
+from remat.passes.randomness import eliminate_dead_code
 from remat.state import PLAIN, tensor_key
 
 _BATCH_NORM = torch.ops.aten._native_batch_norm_legit_functional.default
@@ -44,7 +45,7 @@ def forward_half(
     graph, copied = _copied(joint.graph, sources)
     kept, by_index, mutations = _returned(joint.graph, copied, sources, positions)
     graph.output(tuple(kept))
-    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    eliminate_dead_code(graph)
     _refuse_other_results(graph)
     _lift_constants(graph, joint, sources, constants)
     elu_from_results(graph, exported.graph)

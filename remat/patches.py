@@ -239,11 +239,13 @@ def _set_kernel(op: Any, key: torch._C.DispatchKey, kernel: Callable[..., Any] |
 
 
 def _dropout(input: torch.Tensor, p: float, train: bool) -> torch.Tensor:
-    """torch's own is a clone where nothing is dropped, and rounds otherwise than a CPU does: in half precision, and in single
-    its scale for some `p` (0.15, 0.45)."""
+    """torch's own is a clone where nothing is dropped, draws where all is, and rounds otherwise than a CPU does: in half
+    precision, and in single its scale for some `p` (0.15, 0.45)."""
     if not train or not p:
         return input
-    if input.device.type == "cpu" and p < 1:
+    if p == 1:
+        return input * torch.zeros((), dtype=input.dtype, device=input.device)
+    if input.device.type == "cpu":
         if input.dtype.itemsize < 4:
             return input * (_drawn(input, 1 - p) / (1 - p))
         scale, native = _scales(p, input.dtype)

@@ -345,6 +345,65 @@ def test_dropout_that_drops_nothing_is_no_copy() -> None:
         assert torch.equal(found, model(x))
 
 
+class _DrawsForNothing(nn.Module):
+    """Draws in its second block what nothing reads, as where a head or a pooler is not used."""
+
+    def __init__(self, draw: Callable[[torch.Tensor], object]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Dropout(0.1), nn.Linear(32, 8)) for _ in range(3)
+        )
+        self.unused = nn.Linear(8, 8)
+        self.draw = draw
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for index, layer in enumerate(self.layers):
+            x = x + layer(x)
+            if index == 1:
+                self.draw(self.unused(x))
+        return functional.dropout(x, 0.5).square().mean()
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        functional.dropout,
+        torch.rand_like,
+        lambda x: torch.empty(3).normal_(),
+        lambda x: torch.poisson(x.exp()),
+        lambda x: functional.dropout(x, 1.0),  # draws nothing
+    ],
+    ids=["dropout", "rand_like", "normal_", "poisson", "all dropped"],
+)
+def test_what_is_drawn_for_nothing_is_drawn(draw: Callable[[torch.Tensor], object]) -> None:
+    model, x = _DrawsForNothing(draw), torch.randn(64, 8)
+    by_block = copy.deepcopy(model)
+    expected = run_step(model, {"x": x})
+    assert "unused.weight" not in expected.gradients
+    smallest = remat.frontier(model, (x,), points=2)[-1].peak_bytes
+    assert_same(run_step(remat.optimize(model, (x,), budget=smallest), {"x": x}), expected)
+    remat.optimize_blocks(by_block, (x,), budget=None, policy="blocks")
+    assert_same(run_step(by_block, {"x": x}), expected)
+
+
+class _DropsAll(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8, dtype=dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(self.weight.dtype) @ self.weight
+        return (x.cos() + functional.dropout(x, 1.0)).abs().sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_dropout_that_drops_all_draws_nothing(dtype: torch.dtype) -> None:
+    model, x = _DropsAll(dtype), torch.randn(4, 8)
+    plain = run_step(model, {"x": x}, disturb=False)
+    assert_same(run_step(remat.optimize(model, (x,), budget=None), {"x": x}, disturb=False), plain)
+    assert torch.equal(plain.rng, torch.Generator().manual_seed(1).get_state())
+
+
 class _Margins(nn.Module):
     def __init__(self) -> None:
         super().__init__()
