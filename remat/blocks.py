@@ -223,7 +223,7 @@ class _Recording:
         except (_torch.DataDependentOutputException, _torch.DynamicOutputShapeException) as error:
             raise CaptureError(
                 f"{type(self.model).__name__} reads the value of a tensor between its blocks ({error.func}); planning runs it "
-                f"without values; {DOOR_2}"
+                f"without values; enable the part of it with most of its memory, remat.enable(model.part, budget), or {DOOR_2}"
             ) from error
         except torch.OutOfMemoryError:
             raise

@@ -26,8 +26,9 @@ from remat.function_capture import capturing_functions
 from remat.passes.embeddings import check_embeddings
 from remat.passes.randomness import argument
 
-_BLOCKWISE = "; or block by block: remat.enable(model, budget, whole_model=False)"
+_BLOCKWISE = "; or block by block: remat.enable(model, budget, whole_model=False), or a part: remat.enable(model.part, budget)"
 _GRAPHS_OWN = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph())))
+_NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float)
 _DROPPED = ("_assert_tensor_metadata", "_assert_scalar", "_guards_fn", "sym_constrain_range", "_assert_async")
 
 
@@ -129,8 +130,10 @@ def _flat_module(exported: torch.export.ExportedProgram, flat: list[Any]) -> tup
     graph = module.graph
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     assert len(placeholders) == len(flat), "export renumbered the inputs"
-    for node in list(graph.nodes):
-        if any(name in str(node.target) for name in _DROPPED) and not node.users:
+    for node in reversed(graph.nodes):  # checks, and the numbers that only they read
+        is_check = any(name in str(node.target) for name in _DROPPED)
+        is_number = node.op == "call_function" and isinstance(node.meta.get("val"), _NUMBERS)
+        if (is_check or is_number) and not node.users:
             graph.erase_node(node)
     for node, leaf in zip(placeholders, flat, strict=True):
         if not isinstance(leaf, torch.Tensor):

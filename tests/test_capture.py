@@ -404,6 +404,25 @@ def test_dropout_that_drops_all_draws_nothing(dtype: torch.dtype) -> None:
     assert torch.equal(plain.rng, torch.Generator().manual_seed(1).get_state())
 
 
+class _Checks(nn.Module):
+    """That its input fits, by the values of tensors, as transformers' vision-language models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 32), nn.Linear(32, 8)
+
+    def forward(self, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        torch._check_tensor_all(places.sum() == len(x))
+        torch._check(places.max().item() < 2)
+        return self.second(self.first(x).relu()).square().mean()
+
+
+def test_checks_of_values_are_left_out() -> None:
+    model, kwargs = _Checks(), {"x": torch.randn(16, 8), "places": torch.ones(16, dtype=torch.long)}
+    plain = run_step(model, kwargs)
+    assert_same(run_step(remat.optimize(model, (), kwargs, budget=None), kwargs), plain)
+
+
 class _Margins(nn.Module):
     def __init__(self) -> None:
         super().__init__()
