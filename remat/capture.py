@@ -130,11 +130,7 @@ def _flat_module(exported: torch.export.ExportedProgram, flat: list[Any]) -> tup
     graph = module.graph
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     assert len(placeholders) == len(flat), "export renumbered the inputs"
-    for node in reversed(graph.nodes):  # checks, and the numbers that only they read
-        is_check = any(name in str(node.target) for name in _DROPPED)
-        is_number = node.op == "call_function" and isinstance(node.meta.get("val"), _NUMBERS)
-        if (is_check or is_number) and not node.users:
-            graph.erase_node(node)
+    _leave_out_checks(module)
     for node, leaf in zip(placeholders, flat, strict=True):
         if not isinstance(leaf, torch.Tensor):
             assert not node.users, "export kept a constant as an input"
@@ -147,6 +143,17 @@ def _flat_module(exported: torch.export.ExportedProgram, flat: list[Any]) -> tup
     output.args = (tuple(leaf for leaf in leaves if isinstance(leaf, fx.Node)),)
     graph.set_codegen(fx.graph.CodeGen())
     return fx.GraphModule(module, graph), constants
+
+
+def _leave_out_checks(module: fx.GraphModule) -> None:
+    """Erase the checks of a graph and of those within it (without grad, in autocast), and the numbers that only they read."""
+    for part in [part for part in module.modules() if isinstance(part, fx.GraphModule)]:
+        for node in reversed(list(part.graph.nodes)):
+            is_check = any(name in str(node.target) for name in _DROPPED)
+            is_number = node.op == "call_function" and isinstance(node.meta.get("val"), _NUMBERS)
+            if (is_check or is_number) and not node.users:
+                part.graph.erase_node(node)
+        part.recompile()
 
 
 def _refuse_stacked_dropout(graph: fx.Graph) -> None:

@@ -414,6 +414,8 @@ class _Checks(nn.Module):
     def forward(self, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         torch._check_tensor_all(places.sum() == len(x))
         torch._check(places.max().item() < 2)
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            torch._check_tensor_all(places.min() == 1)
         return self.second(self.first(x).relu()).square().mean()
 
 
