@@ -259,10 +259,10 @@ class _Recording:
     def _run_block(self, path: str, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not self.recorder.in_forward:
             raise CaptureError(f"{path} runs in backward too, as where a model checkpoints itself; turn that off first")
-        if threading.get_ident() != self.thread:
-            raise CaptureError(f"{path} runs on a thread that forward started, which planning does not follow")
         if not torch.is_grad_enabled():  # no call that the plan speaks of
             return type(block).forward(block, *args, **kwargs)
+        if threading.get_ident() != self.thread:
+            raise CaptureError(f"{path} runs on a thread that forward started, which planning does not follow")
         captured = self._captured(path, block, args, kwargs)
         self.calls.append(BlockCall(path, leaves_key(*flatten_call(args, kwargs)), captured))
         if captured is None:

@@ -298,13 +298,13 @@ def test_a_block_called_alone_or_otherwise() -> None:
 class _Threaded(nn.Module):
     """Runs its blocks, or the last of them, on a thread of its own."""
 
-    def __init__(self, first: int) -> None:
+    def __init__(self, first: int, trains: bool = True) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
-        self.first = first
+        self.first, self.trains = first, trains
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        grad = torch.is_grad_enabled()
+        grad = torch.is_grad_enabled() and self.trains
 
         def run(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
             with torch.set_grad_enabled(grad):
@@ -314,7 +314,7 @@ class _Threaded(nn.Module):
             x = layer(x).relu()
         with ThreadPoolExecutor(1) as pool:
             for layer in self.layers[self.first :]:
-                x = pool.submit(run, layer, x).result()
+                x = x + pool.submit(run, layer, x).result()
         return x.square().mean()
 
 
@@ -324,6 +324,13 @@ def test_a_block_on_another_thread(first: int) -> None:
     remat.enable(model, None, whole_model=False)
     with pytest.raises(remat.RematError, match="on a thread that forward started, which planning does not follow"):
         model(torch.randn(4, 8))
+
+
+def test_a_block_without_grad_on_another_thread() -> None:
+    model, x = _Threaded(1, trains=False), torch.randn(4, 8)
+    plain = copy.deepcopy(model)
+    remat.optimize_blocks(model, (x,), budget=None)
+    _same(run_step(model, {"x": x}), run_step(plain, {"x": x}))
 
 
 class _Drops(nn.Module):
