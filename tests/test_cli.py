@@ -92,6 +92,7 @@ def test_plan_writes_each_form(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert pickle.loads(paths[3].read_bytes()) == pickle.loads(plan.to_snapshot())
 
 
+@pytest.mark.slow
 def test_a_device_a_dtype_and_adapters(capsys: pytest.CaptureFixture[str]) -> None:
     more = ["--device", "rtx4090", "--dtype", "bf16", "--lora", "r=4,targets=q_proj,v_proj", "--json"]
     plan = remat.Plan.from_json(answer(capsys, "plan", *LLAMA, *more))

@@ -57,6 +57,7 @@ def test_more_sizes_than_dynamo_compiles(way: str, caplog: pytest.LogCaptureFixt
     assert caplog.text.count("3 sizes of inputs have been planned") == 1
 
 
+@pytest.mark.slow
 def test_numbers_that_change_too() -> None:
     """Those of arithmetic need no code of their own."""
     plain = Annealed()
@@ -106,6 +107,7 @@ def test_between_graph_breaks_and_without_grad() -> None:
     assert len(remat.plans(module)) == planned
 
 
+@pytest.mark.slow
 def test_the_latest_sizes_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(each_size, "KEPT", 2)
     module = compiled(Mlp(), True)

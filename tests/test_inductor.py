@@ -121,6 +121,7 @@ def test_gradients_of_logits_are_gone_when_that_of_the_embedding_is_summed_up() 
     assert all(storage.dies < len(graph.plan.timeline) * 0.8 for storage in logits)
 
 
+@pytest.mark.slow
 def test_dropout_is_replayed() -> None:
     model, x = mlp(layers=2, dropout=0.3, rows=512)
     expected = run_step(compiled(model, None), {"x": x})

@@ -56,7 +56,7 @@ def opened(browser: Browser, file: Path, width: int = 1280, dark: bool = False) 
 
 
 @pytest.mark.parametrize("dark", [False, True])
-@pytest.mark.parametrize("width", [1280, 768, 390])
+@pytest.mark.parametrize("width", [1280, pytest.param(768, marks=pytest.mark.slow), 390])
 def test_it_draws_everything_and_is_accessible(browser: Browser, file: Path, width: int, dark: bool) -> None:
     page, said = opened(browser, file, width, dark)
     assert said == []

@@ -14,7 +14,7 @@ from remat.program import KINDS
 from tests.views.cases import with_copies, with_inductor, with_recompute
 
 
-@pytest.mark.parametrize("make", [with_recompute, with_copies, with_inductor])
+@pytest.mark.parametrize("make", [with_recompute, with_copies, pytest.param(with_inductor, marks=pytest.mark.slow)])
 def test_all_five_say_the_same(make: Any) -> None:
     plan = make()
     data = json.loads(plan.to_json())
